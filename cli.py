@@ -1,0 +1,69 @@
+"""What every command shares: how it fails, and on which device in which precision it runs."""
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Callable
+
+import torch
+
+PRECISIONS = ("fp32", "tf32", "bf16")
+
+
+def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+    """Call a command; what its user got wrong (ValueError, OSError) ends in one line and exit status 2.
+
+    Set HARMONICA_TRACEBACK=1 to see where such an error was raised.
+    """
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    try:
+        main(args)
+    except (ValueError, OSError) as error:
+        if os.environ.get("HARMONICA_TRACEBACK"):
+            raise
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # the others met the same
+            print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def positive_int(text: str) -> int:
+    """An argparse type: an integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def add_device_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--precision", choices=PRECISIONS, help="default: tf32 on a GPU, fp32 on a CPU")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
+
+
+def set_precision(precision: str | None, device: torch.device) -> tuple[str, torch.dtype]:
+    """Apply a precision to `device`; returns its name and the dtype of the model's weights.
+
+    tf32: float32 weights, matrix products in TF32 (GPU only). bf16: bfloat16 weights; x_t and the sampler
+    stay float32.
+    """
+    precision = precision or ("tf32" if device.type == "cuda" else "fp32")
+    if precision == "tf32" and device.type != "cuda":
+        warnings.warn("--precision tf32 has no effect on a CPU, fp32 is used", stacklevel=2)
+        precision = "fp32"
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    return precision, torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The named device, or a GPU where there is one. Raises ValueError for a device that is not there."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name} cannot be used ({reason}); use cpu or leave it out") from None
+    return device

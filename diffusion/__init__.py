@@ -1,0 +1,20 @@
+"""Gaussian diffusion: the linear schedule, respacing, DDIM and DDPM steps, and the training loss of DiT."""
+
+from diffusion.gaussian_diffusion import GaussianDiffusion
+from diffusion.respace import space_timesteps
+
+__all__ = ["GaussianDiffusion", "create_diffusion", "space_timesteps"]
+
+
+def create_diffusion(
+    timestep_respacing: str | int = "", diffusion_steps: int = 1000, learn_sigma: bool = True
+) -> GaussianDiffusion:
+    """A linear-beta chain of `diffusion_steps`, of which `timestep_respacing` keeps some.
+
+    timestep_respacing: `"10"` (ten, first and last kept), `"ddim50"` (fixed stride, DDIM's spacing),
+    `"10,15,20"` (that many from each third), or `""` for all. Raises ValueError where the chain cannot be
+    divided so.
+    """
+    return GaussianDiffusion(
+        diffusion_steps, space_timesteps(diffusion_steps, timestep_respacing), learn_sigma
+    )

@@ -1,0 +1,159 @@
+"""Fetch the official DiT checkpoints and the VAE.
+
+    python download.py --list
+    python download.py                      # DiT-XL/2 256 px and its VAE
+    python download.py dit-512 vae-mse
+
+Files land in pretrained_models/ under a temporary name first; run the same command again to go on after an
+interruption.
+"""
+
+import argparse
+import hashlib
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+import cli
+
+FOLDER = Path("pretrained_models")
+_DIT = "https://dl.fbaipublicfiles.com/DiT/models/"
+_VAE = "https://huggingface.co/stabilityai/sd-vae-ft-{}/resolve/main/"
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file to fetch. `size` in bytes and `sha256` are checked where they are known."""
+
+    url: str
+    path: str
+    size: int | None = None
+    sha256: str | None = None
+
+
+def _vae(kind: str, **weights_facts) -> list[RemoteFile]:
+    base, folder = _VAE.format(kind), f"sd-vae-ft-{kind}/"
+    weights = "diffusion_pytorch_model.safetensors"
+    return [
+        RemoteFile(f"{base}config.json", f"{folder}config.json"),
+        RemoteFile(f"{base}{weights}", f"{folder}{weights}", **weights_facts),
+    ]
+
+
+_VAE_MSE_SHA256 = "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815"
+DOWNLOADS: dict[str, list[RemoteFile]] = {
+    "dit-256": [RemoteFile(f"{_DIT}DiT-XL-2-256x256.pt", "DiT-XL-2-256x256.pt")],
+    "dit-512": [RemoteFile(f"{_DIT}DiT-XL-2-512x512.pt", "DiT-XL-2-512x512.pt")],
+    "vae-ema": _vae("ema"),
+    "vae-mse": _vae("mse", size=334643276, sha256=_VAE_MSE_SHA256),
+}
+
+
+def fetch(name: str, folder: Path = FOLDER) -> Path:
+    """Make a download present under `folder`; returns its file, or the folder of a VAE.
+
+    Raises OSError (no network, disk) or ValueError (damaged file), each saying what to do by hand.
+    """
+    files = DOWNLOADS[name]
+    for file in files:
+        if not (folder / file.path).exists():
+            fetch_file(file, folder)
+    path = folder / files[0].path
+    return path if len(files) == 1 else path.parent
+
+
+def fetch_file(file: RemoteFile, folder: Path) -> None:
+    """Download to NAME.part, continuing what is there, check it, rename it."""
+    target = folder / file.path
+    partial = target.with_name(target.name + ".part")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        expected_size = _transfer(file.url, partial)
+    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+        reason = getattr(error, "reason", error)
+        raise OSError(
+            f"cannot fetch {file.url} ({reason}); run again to go on, or put the file by hand at {target}"
+        ) from None
+    size = partial.stat().st_size
+    for wanted in (expected_size, file.size):
+        if wanted is not None and size > wanted:
+            partial.unlink()
+            raise OSError(
+                f"{partial} had {size} bytes, more than the {wanted} of {file.url}; it was removed, run again"
+            )
+        if wanted is not None and size < wanted:
+            raise OSError(f"{partial} has {size} of {wanted} bytes; run the same command again to go on")
+    if file.sha256 and _sha256(partial) != file.sha256:
+        partial.unlink()
+        raise ValueError(
+            f"{file.url} arrived damaged (its sha256 is not {file.sha256}); it was removed, run again"
+        )
+    partial.replace(target)
+
+
+def _transfer(url: str, partial: Path) -> int | None:
+    """Append what `partial` still lacks of `url`; returns the whole file's size where the server tells it."""
+    have = partial.stat().st_size if partial.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=60)
+    except urllib.error.HTTPError as error:
+        if error.code == 416 and have:  # nothing left to send: complete, or longer than the file ever was
+            total = error.headers.get("Content-Range", "").rpartition("/")[2]
+            return int(total) if total.isdigit() else None
+        raise
+    with response:
+        if response.status != 206:
+            have = 0  # the server sends the whole file
+        length = response.headers.get("Content-Length")
+        total = have + int(length) if length else None
+        with (
+            open(partial, "ab" if have else "wb") as out,
+            tqdm(
+                total=total, initial=have, unit="B", unit_scale=True, desc=partial.stem, disable=None
+            ) as bar,
+        ):
+            while chunk := response.read(1 << 20):
+                out.write(chunk)
+                bar.update(len(chunk))
+    return total
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Fetch the official DiT checkpoints and the VAE.")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"of {', '.join(DOWNLOADS)}; default: dit-256 vae-ema"
+    )
+    parser.add_argument("--list", action="store_true", help="show what there is, and what is present")
+    parser.add_argument("--folder", type=Path, default=FOLDER)
+    args = parser.parse_args()
+    unknown = [name for name in args.names if name not in DOWNLOADS]
+    if unknown:
+        parser.error(f"{unknown[0]!r} is unknown; choose of {', '.join(DOWNLOADS)}")
+    return args
+
+
+def main(args: argparse.Namespace) -> None:
+    if args.list:
+        for name, files in DOWNLOADS.items():
+            for file in files:
+                here = "present" if (args.folder / file.path).exists() else "absent"
+                print(f"{name:8} {here:8} {args.folder / file.path}  <-  {file.url}")
+        return
+    for name in args.names or ["dit-256", "vae-ema"]:
+        print(f"{name}: {fetch(name, args.folder)}")
+
+
+if __name__ == "__main__":
+    cli.run(main, parse_args())

@@ -1,0 +1,241 @@
+"""The Diffusion Transformer (DiT) family, with one cache hook per branch.
+
+Architecture of Peebles and Xie, "Scalable Diffusion Models with Transformers" (2023), under the parameter
+names of the official checkpoints. Nothing here knows how caching works: each residual sub-layer (a *branch*)
+hands its index and a function that computes its output to `cache`, and adds whatever comes back. Without a
+cache every branch is computed.
+
+Letters in the shape comments: N batch (cond and uncond together under guidance), C channels, H, W input size,
+P patch size, T tokens = (H/P) * (W/P), D hidden size.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+from timm.layers import Mlp, PatchEmbed
+from timm.models.vision_transformer import Attention
+from torch import Tensor, nn
+
+Cache = Callable[[int, Callable[[], Tensor]], Tensor]
+
+
+def compute_always(_branch: int, compute: Callable[[], Tensor]) -> Tensor:
+    """The cache policy of the plain model: every branch is computed, nothing is stored."""
+    return compute()
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoidal features of the timestep, then a two-layer MLP."""
+
+    def __init__(self, hidden_size: int, num_frequencies: int = 256):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(num_frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+        self.num_frequencies = num_frequencies
+
+    def forward(self, t: Tensor) -> Tensor:
+        half = self.num_frequencies // 2
+        exponents = torch.arange(half, dtype=torch.float32, device=t.device) / half
+        angles = t[:, None].float() * torch.exp(-math.log(10000) * exponents)  # (N, half)
+        features = torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)  # (N, num_frequencies)
+        return self.mlp(features.to(self.mlp[0].weight.dtype))  # (N, D)
+
+
+class LabelEmbedder(nn.Module):
+    """Class embeddings; with label dropout there is one more row, the null label `num_classes`."""
+
+    def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
+        self.num_classes = num_classes
+        self.dropout_prob = dropout_prob
+
+    def forward(self, y: Tensor) -> Tensor:
+        if self.training and self.dropout_prob > 0:
+            dropped = torch.rand(y.shape[0], device=y.device) < self.dropout_prob
+            y = torch.where(dropped, self.num_classes, y)
+        return self.embedding_table(y)  # (N, D)
+
+
+class DiTBlock(nn.Module):
+    """Self-attention and MLP, each modulated and gated by the conditioning (adaLN-Zero)."""
+
+    branches = ("attn", "mlp")
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, index: int):
+        super().__init__()
+        self.attn_branch, self.mlp_branch = 2 * index, 2 * index + 1
+        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True)
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        gelu = partial(nn.GELU, approximate="tanh")
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=gelu, drop=0)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor, cache: Cache | None = None) -> Tensor:
+        cache = cache or compute_always
+        modulation = self.adaLN_modulation(c)  # (N, 6D)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
+        attn = cache(self.attn_branch, lambda: self.attn(modulate(self.norm1(x), shift_msa, scale_msa)))
+        x = x + gate_msa.unsqueeze(1) * attn  # (N, T, D)
+        mlp = cache(self.mlp_branch, lambda: self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp)))
+        return x + gate_mlp.unsqueeze(1) * mlp  # (N, T, D)
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))  # (N, T, P * P * C_out)
+
+
+class DiT(nn.Module):
+    """Class-conditional diffusion transformer.
+
+    `branches` names every branch in order of execution (`"0.attn"`, `"0.mlp"`, `"1.attn"`, ...);
+    `branch_macs` gives each one's multiply-accumulates for one sample, `other_macs` those of everything that
+    is never cached.
+    """
+
+    def __init__(
+        self,
+        input_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        hidden_size: int = 1152,
+        depth: int = 28,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        class_dropout_prob: float = 0.1,
+        num_classes: int = 1000,
+        learn_sigma: bool = True,
+    ):
+        super().__init__()
+        if input_size % patch_size:
+            raise ValueError(
+                f"input_size {input_size} is not a multiple of patch_size {patch_size}; choose one that is"
+            )
+        if hidden_size % num_heads:
+            raise ValueError(
+                f"hidden_size {hidden_size} is not a multiple of num_heads {num_heads}; choose one that is"
+            )
+        self.input_size, self.patch_size = input_size, patch_size
+        self.in_channels, self.out_channels = in_channels, in_channels * (2 if learn_sigma else 1)
+        self.num_classes = num_classes
+        self.learn_sigma = learn_sigma
+
+        self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size, bias=True)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
+        grid_size = input_size // patch_size
+        self.pos_embed = nn.Parameter(
+            sincos_pos_embed(hidden_size, grid_size), requires_grad=False
+        )  # (1, T, D)
+        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio, i) for i in range(depth))
+        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        self.initialize_weights()
+
+        self.branches = tuple(f"{i}.{name}" for i in range(depth) for name in DiTBlock.branches)
+        n, d = grid_size**2, hidden_size
+        attn_macs = 4 * n * d**2 + 2 * n**2 * d  # qkv and proj, then the two products of the attention
+        mlp_macs = 2 * n * d * int(d * mlp_ratio)
+        self.branch_macs = (attn_macs, mlp_macs) * depth
+        patch_values = patch_size**2
+        embed_macs = n * patch_values * in_channels * d + (self.t_embedder.num_frequencies + d) * d
+        self.other_macs = embed_macs + (6 * depth + 2) * d**2 + n * d * patch_values * self.out_channels
+
+    @property
+    def num_branches(self) -> int:
+        return len(self.branches)
+
+    def initialize_weights(self) -> None:
+        """Official initialization: Xavier for linear layers, zero for gates, modulations and the output."""
+
+        def xavier(module: nn.Module) -> None:
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+
+        self.apply(xavier)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.data.flatten(1))
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        zeroed = [block.adaLN_modulation[1] for block in self.blocks]
+        for linear in [*zeroed, self.final_layer.adaLN_modulation[1], self.final_layer.linear]:
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def unpatchify(self, x: Tensor) -> Tensor:
+        """(N, T, P * P * C) -> (N, C, H, W)."""
+        grid, p, c = self.input_size // self.patch_size, self.patch_size, self.out_channels
+        x = x.reshape(-1, grid, grid, p, p, c).permute(0, 5, 1, 3, 2, 4)  # (N, C, grid, P, grid, P)
+        return x.reshape(-1, c, self.input_size, self.input_size)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, cache: Cache | None = None) -> Tensor:
+        """Predict noise and, with `learn_sigma`, the variance interpolation.
+
+        x: (N, C, H, W) noisy input; t: (N,) timesteps of the 1000-step chain; y: (N,) labels, `num_classes`
+        is the null label. Returns (N, 2C, H, W), or (N, C, H, W) without `learn_sigma`.
+        """
+        x = self.x_embedder(x) + self.pos_embed  # (N, T, D)
+        c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
+        for block in self.blocks:
+            x = block(x, c, cache)  # (N, T, D)
+        x = self.final_layer(x, c)  # (N, T, P * P * C_out)
+        return self.unpatchify(x)  # (N, C_out, H, W)
+
+    def forward_with_cfg(
+        self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, cache: Cache | None = None
+    ) -> Tensor:
+        """Classifier-free guidance on a batch [cond; uncond] of which only the first half of x is read.
+
+        As in the official model, guidance is applied to the first three channels (all of eps where there are
+        fewer); the other channels keep their own half's output.
+        """
+        half = x[: len(x) // 2]
+        out = self.forward(torch.cat([half, half]), t, y, cache)  # (N, C_out, H, W)
+        guided_channels = min(3, self.in_channels)
+        cond, uncond = out[:, :guided_channels].chunk(2)
+        guided = uncond + cfg_scale * (cond - uncond)  # (N/2, guided_channels, H, W)
+        return torch.cat([torch.cat([guided, guided]), out[:, guided_channels:]], dim=1)
+
+
+def sincos_pos_embed(dim: int, grid_size: int) -> Tensor:
+    """Fixed 2D sine-cosine embedding, columns first as in the official model: (1, grid_size**2, dim)."""
+    frequencies = 1.0 / 10000 ** (np.arange(dim // 4, dtype=np.float64) / (dim / 4))
+    rows, columns = np.meshgrid(np.arange(grid_size), np.arange(grid_size), indexing="ij")
+
+    def embed(positions: np.ndarray) -> np.ndarray:
+        angles = np.outer(positions.reshape(-1), frequencies)  # (T, dim/4)
+        return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # (T, dim/2)
+
+    return torch.from_numpy(np.concatenate([embed(columns), embed(rows)], axis=1)).float()[None]
+
+
+_SIZES = {"XL": (28, 1152, 16), "L": (24, 1024, 16), "B": (12, 768, 12), "S": (12, 384, 6)}
+DiT_models: dict[str, Callable[..., DiT]] = {
+    f"DiT-{size}/{patch_size}": partial(
+        DiT, patch_size=patch_size, depth=depth, hidden_size=hidden_size, num_heads=num_heads
+    )
+    for size, (depth, hidden_size, num_heads) in _SIZES.items()
+    for patch_size in (2, 4, 8)
+}
+# The example that ships with the repository: 8 x 8 handwritten digits in pixel space (see digits/).
+DiT_models["DiT-digits/2"] = partial(
+    DiT, input_size=8, patch_size=2, in_channels=1, hidden_size=128, depth=12, num_heads=4, num_classes=10
+)

@@ -1,0 +1,285 @@
+"""Routers, schedules, and their files.
+
+A router holds one logit per (step, branch); `sigmoid` of it is the score in (0, 1), 1 = compute, 0 = reuse. A
+threshold turns the scores into a `Schedule`, the bool table that sampling, benchmarks and reports know. Row
+T-1 is the first step executed, the noisiest: nothing is stored before it, so it always computes.
+
+    python router.py FILE                     # what a router file holds
+    python router.py FILE --export OTHER.pt   # the same router in the released HarmoniCa layout
+"""
+
+import argparse
+import json
+import pickle
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from files import replacing
+
+FORMAT_VERSION = 1
+LOGIT_LIMIT = 5.0
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which branch is computed at which step.
+
+    compute: bool (T, B) on the host, True = compute, False = reuse. Row T-1 is set to True: there is nothing
+    to reuse yet. source: where it came from, for people.
+    """
+
+    compute: Tensor
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if self.compute.dtype != torch.bool or self.compute.ndim != 2:
+            raise ValueError(
+                f"a schedule is a bool table (steps, branches), not {self.compute.dtype} of shape "
+                f"{tuple(self.compute.shape)}"
+            )
+        table = self.compute.detach().cpu().clone()
+        table[-1] = True
+        object.__setattr__(self, "compute", table)
+
+    @property
+    def num_steps(self) -> int:
+        return self.compute.shape[0]
+
+    @property
+    def num_branches(self) -> int:
+        return self.compute.shape[1]
+
+    @property
+    def cur(self) -> float:
+        """Cache utilization ratio: reused cells over all cells, the first step included."""
+        return 1.0 - self.compute.sum().item() / self.compute.numel()
+
+    def macs(self, model) -> int:
+        """MACs of one sample's whole trajectory without guidance (twice that with it)."""
+        computed = self.compute.long() @ torch.tensor(model.branch_macs)  # (T,)
+        return int(computed.sum()) + self.num_steps * model.other_macs
+
+    def speedup_macs(self, model) -> float:
+        """MACs of the uncached trajectory over this one's: the theoretical speed-up."""
+        return self.num_steps * (sum(model.branch_macs) + model.other_macs) / self.macs(model)
+
+
+class Router(nn.Module):
+    """Learnable logits (T, B), one parameter per row so that a step's update touches its own row's optimizer
+    state only.
+
+    Rows 0 .. T-2 are parameters, drawn from a standard normal; row T-1 is a buffer at logit 5. `info` holds
+    what a file says of the router (method, model, num_steps, threshold, ...).
+    """
+
+    def __init__(self, num_steps: int, num_branches: int, generator: torch.Generator | None = None):
+        super().__init__()
+        if num_steps < 2:
+            raise ValueError(
+                f"a router needs at least 2 steps, not {num_steps}: the first one is never cached"
+            )
+        rows = torch.randn(num_steps - 1, num_branches, generator=generator)
+        self.rows = nn.ParameterList(row.clone() for row in rows)
+        self.register_buffer("first_row", torch.full((num_branches,), LOGIT_LIMIT))
+        self.info: dict = {}
+
+    @classmethod
+    def from_logits(cls, logits: Tensor) -> "Router":
+        """A router with these logits (T, B), the never-trained row T-1 included."""
+        router = cls(*logits.shape)
+        router.set_logits(logits)
+        return router
+
+    def set_logits(self, logits: Tensor) -> None:
+        with torch.no_grad():
+            for row, values in zip([*self.rows, self.first_row], logits, strict=True):
+                row.copy_(values)
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.rows) + 1
+
+    @property
+    def num_branches(self) -> int:
+        return len(self.first_row)
+
+    @property
+    def logits(self) -> Tensor:
+        return torch.stack([*self.rows, self.first_row])
+
+    def scores(self) -> Tensor:
+        """(T, B) in (0, 1)."""
+        return torch.sigmoid(self.logits)
+
+    def score_rows(self) -> list[Tensor]:
+        """The same as T separate rows (B,): the gradient of one never reaches another's parameter."""
+        return [torch.sigmoid(row) for row in [*self.rows, self.first_row]]
+
+    @torch.no_grad()
+    def clamp_(self, step: int) -> None:
+        self.rows[step].clamp_(-LOGIT_LIMIT, LOGIT_LIMIT)
+
+    def schedule(self, threshold: float) -> Schedule:
+        """Compute a cell iff its score > threshold. Raises ValueError outside [0, 1)."""
+        if not 0 <= threshold < 1:
+            raise ValueError(f"threshold {threshold} is outside [0, 1); the published one is 0.1")
+        method = self.info.get("method", "router")
+        return Schedule(self.scores().detach() > threshold, f"{method}, threshold {threshold:g}")
+
+
+def save_router(path: str | Path, router: Router, tensors: dict[str, Tensor] | None = None, **facts) -> None:
+    """Write a router atomically: our safetensors format, or the released layout where `path` ends in .pt.
+
+    facts: stored as metadata over `router.info` (method, model, image_size, cfg_scale, threshold, cur,
+    reg_weight, train_steps, ...). tensors: kept beside the logits, e.g. an optimizer's state; the released
+    layout drops them.
+    """
+    path = Path(path)
+    info = {**router.info, **facts}
+    info.pop("path", None)
+    info |= {"num_steps": router.num_steps, "num_branches": router.num_branches, "version": FORMAT_VERSION}
+    logits = router.logits.detach().cpu().contiguous()
+    with replacing(path) as partial:
+        if path.suffix == ".pt":
+            rows = {f"{step}.prob": row.clone() for step, row in enumerate(logits)}
+            torch.save({"routers": rows, "opt": {}, "args": info}, partial)
+        else:
+            metadata = {
+                key: value if isinstance(value, str) else json.dumps(value) for key, value in info.items()
+            }
+            save_file({"logits": logits, **(tensors or {})}, partial, metadata=metadata)
+
+
+def load_router(
+    path: str | Path, model: str | None = None, num_steps: int | None = None, num_branches: int | None = None
+) -> Router:
+    """Read a router: our format, or a released HarmoniCa or Learning-to-Cache .pt; a folder means its newest
+    router.
+
+    Nothing in a file is executed. Where given, `model`, `num_steps` and `num_branches` must be the router's
+    own.
+    Raises FileNotFoundError or ValueError, each naming the file and what was expected.
+    """
+    file = find_router(path)
+    logits, info = _read_released(file) if file.suffix == ".pt" else _read_own(file)
+    if logits.ndim != 2 or len(logits) < 2 or logits.isnan().any():
+        raise ValueError(f"{file}: logits of shape {tuple(logits.shape)} or with NaN are no router")
+    router = Router.from_logits(logits)
+    router.info = info | {"num_steps": len(logits), "num_branches": logits.shape[1], "path": str(file)}
+    for fact, expected in (("model", model), ("num_steps", num_steps), ("num_branches", num_branches)):
+        found = router.info.get(fact)
+        if expected is not None and found is not None and found != expected:
+            raise ValueError(
+                f"{file} is a router for {fact} {found}, not {expected}; use a router trained for {expected}"
+            )
+    return router
+
+
+def find_router(path: str | Path) -> Path:
+    """The router file that `path` means: itself, or the last by name in that folder or its `checkpoints`
+
+    folder.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    for folder in (path, path / "checkpoints"):
+        found = [file for suffix in (".safetensors", ".pt") for file in folder.glob(f"*{suffix}")]
+        files = [file for file in found if not file.stem.endswith(".part")]
+        if files:
+            return max(files, key=lambda file: (int(re.findall(r"\d+", f"0{file.stem}")[-1]), file.name))
+    if path.is_dir():
+        raise FileNotFoundError(
+            f"no router (*.safetensors or *.pt) in folder {path}; train one with train_router.py"
+        )
+    raise FileNotFoundError(f"router {path} does not exist; give a router file or a folder that holds one")
+
+
+def _read_own(file: Path) -> tuple[Tensor, dict]:
+    try:
+        with safetensors.safe_open(file, framework="pt") as opened:
+            metadata, logits = opened.metadata() or {}, opened.get_tensor("logits")
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{file} is no router file ({error}); give one that train_router.py wrote") from None
+    return logits.float(), {key: _parse(value) for key, value in metadata.items()}
+
+
+def _parse(value: str):
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value
+
+
+def _read_released(file: Path) -> tuple[Tensor, dict]:
+    """The layout `{"routers": {"0.prob": (B,), ...}, "opt": ..., "args": Namespace}`."""
+    content = load_pickle_safely(file)
+    rows = content.get("routers") if isinstance(content, dict) else None
+    if not isinstance(rows, dict) or not rows or set(rows) != {f"{step}.prob" for step in range(len(rows))}:
+        raise ValueError(
+            f"{file} has no rows 'routers': {{'0.prob': ...}}; it is no HarmoniCa or Learning-to-Cache router"
+        )
+    logits = torch.stack([rows[f"{step}.prob"].float() for step in range(len(rows))])
+    args = content.get("args") or {}
+    args = args if isinstance(args, dict) else vars(args)
+    if "version" in args:  # written by save_router
+        return logits, args
+    names = {"num_sampling_steps": "num_steps", "l1": "reg_weight", "ste_threshold": "threshold"}
+    kept = ("model", "image_size", "cfg_scale", "lr", *names)
+    info = {names.get(key, key): args[key] for key in kept if args.get(key) is not None}
+    # HarmoniCa fixes its first row at 5 and has --lambda-c; Learning-to-Cache has neither.
+    harmonica = "lambda_c" in args or (not args and bool((logits[-1] == LOGIT_LIMIT).all()))
+    if not harmonica:
+        logits[1::2] = torch.inf  # L2C trains even rows only: odd steps compute everything
+    return logits, info | {"method": "harmonica" if harmonica else "l2c"}
+
+
+def load_pickle_safely(file: Path):
+    """`torch.load` that reads tensors, plain containers and an argparse.Namespace, and refuses everything
+
+    else.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"it asks for {found[1]}" if found else "it is damaged or asks to run code"
+        raise ValueError(f"{file} was refused: {what}; only tensors and plain values are read") from None
+    except (RuntimeError, EOFError) as error:
+        raise ValueError(f"{file} cannot be read as a torch file ({str(error).splitlines()[0]})") from None
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Show a router file, or export it to the released layout.")
+    parser.add_argument("path", help="a router file, or a folder that holds one")
+    parser.add_argument("--thres", type=float, help="default: the router's own, else 0.1")
+    parser.add_argument("--export", type=Path, metavar="FILE.pt", help="write the released HarmoniCa layout")
+    args = parser.parse_args()
+    if args.export and args.export.suffix != ".pt":
+        parser.error(f"--export {args.export} does not end in .pt, the released layout's suffix")
+    return args
+
+
+def main(args: argparse.Namespace) -> None:
+    router = load_router(args.path)
+    for fact, value in sorted(router.info.items()):
+        print(f"{fact:14} {value}")
+    schedule = router.schedule(args.thres if args.thres is not None else router.info.get("threshold", 0.1))
+    computed, total = int(schedule.compute.sum()), schedule.compute.numel()
+    print(f"{schedule.source}: {computed} / {total} branches computed, CUR {100 * schedule.cur:.2f} %")
+    if args.export:
+        save_router(args.export, router)
+        print(f"wrote {args.export}")
+
+
+if __name__ == "__main__":
+    import cli
+
+    cli.run(main, parse_args())

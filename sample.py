@@ -1,0 +1,238 @@
+"""Sample images, uncached or with a trained router, and say what it cost.
+
+    python sample.py --model DiT-XL/2 --vae ema --image-size 256 --num-classes 1000 --cfg-scale 4 \\
+        --num-sampling-steps 10 --seed 42 --accelerate-method dynamiclayer --ddim-sample --path ROUTER --thres
+        0.1
+    python sample.py --model DiT-digits/2 --num-sampling-steps 10 --compare --accelerate-method dynamiclayer
+    --path ROUTER
+
+`--path` is a router file or a folder that holds one (a training's results folder). `--compare` draws the same
+noise with and without the router. Latency is that of the denoising loop of one batch, without decoding.
+"""
+
+import argparse
+import os
+import statistics
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import cli
+from diffusion import GaussianDiffusion, create_diffusion
+from files import replacing
+from metrics.paired import mse, psnr
+from models import DiT
+from pictures import branch_types, comparison, sheet
+from router import Schedule, load_router
+from sampling import decode, generate_seeded, is_latent, load_model, load_vae, timed
+
+PUBLISHED_LABELS = [207, 360, 387, 974, 88, 979, 417, 279]
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Sample images from a DiT, uncached or with a router.")
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", default="DiT-XL/2", help="DiT-XL/2 and its family, or DiT-digits/2")
+    model.add_argument("--ckpt", help="checkpoint file or diffusers folder (default: the official one)")
+    model.add_argument(
+        "--random-weights", action="store_true", help="no checkpoint: noise pictures, real speed"
+    )
+    model.add_argument("--image-size", type=int, help="pixels (default 256)")
+    model.add_argument("--num-classes", type=int, help="default 1000")
+    model.add_argument("--vae", help="ema, mse, none or a folder (default ema; pixel models have none)")
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--cfg-scale", type=float, default=4.0, help="guidance, 1 = off (default 4)")
+    sampling.add_argument(
+        "--num-sampling-steps", default="50", help="N, or a respacing such as ddim50 (default 50)"
+    )
+    sampling.add_argument("--ddim-sample", action="store_true", help="DDIM, eta 0 (the default)")
+    sampling.add_argument("--p-sample", action="store_true", help="DDPM (ancestral)")
+    sampling.add_argument("--seed", type=int, default=0)
+    sampling.add_argument("--labels", type=int, nargs="+", help="one image per label")
+    sampling.add_argument("--batch-size", type=cli.positive_int, help="images at once (default: all)")
+    caching = parser.add_argument_group("caching")
+    caching.add_argument("--accelerate-method", default="none", help="none (default) or dynamiclayer")
+    caching.add_argument("--path", help="router file, or a folder that holds one")
+    caching.add_argument(
+        "--thres", type=float, help="compute where score > thres (default: the router's, else 0.1)"
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument("--output", type=Path, default=Path("sample.png"))
+    output.add_argument(
+        "--save-latents", type=Path, metavar="FILE.npz", help="x_0 before decoding, array 'latents'"
+    )
+    output.add_argument("--compare", action="store_true", help="uncached above cached, with MSE and PSNR")
+    output.add_argument(
+        "--repeats", type=int, default=3, help="timed runs after the warm-up; 0: no timing (default 3)"
+    )
+    cli.add_device_arguments(parser)
+    args = parser.parse_args()
+    if args.ddim_sample and args.p_sample:
+        parser.error("--ddim-sample and --p-sample exclude each other; give one")
+    if args.accelerate_method not in ("none", "dynamiclayer"):
+        parser.error(
+            f"--accelerate-method {args.accelerate_method!r} is unknown; choose none or dynamiclayer"
+        )
+    if args.accelerate_method == "dynamiclayer" and not args.path:
+        parser.error(
+            "--accelerate-method dynamiclayer needs --path, a router file or a folder that holds one"
+        )
+    if args.compare and args.accelerate_method == "none":
+        parser.error("--compare needs a caching method; add --accelerate-method dynamiclayer --path ROUTER")
+    if args.repeats < 0:
+        parser.error(f"--repeats {args.repeats} is negative; give 0 for no timing")
+    return args
+
+
+def load_schedule(args: argparse.Namespace, model: DiT, diffusion: GaussianDiffusion) -> Schedule | None:
+    """The schedule that the arguments ask for; None samples uncached."""
+    if args.accelerate_method == "none":
+        if args.path or args.thres is not None:
+            warnings.warn("--path and --thres have no effect without --accelerate-method dynamiclayer")
+        return None
+    router = load_router(args.path, args.model, diffusion.num_timesteps, model.num_branches)
+    threshold = args.thres if args.thres is not None else router.info.get("threshold", 0.1)
+    trained_at = router.info.get("cfg_scale")
+    if trained_at is not None and trained_at != args.cfg_scale:
+        print(f"note: the router was trained at guidance {trained_at:g}, sampling at {args.cfg_scale:g}")
+    print(f"router {router.info['path']}")
+    return router.schedule(threshold)
+
+
+def describe_schedule(schedule: Schedule, model: DiT, passes: int) -> str:
+    """What a schedule computes and what that saves; `passes` is 2 under guidance, else 1."""
+    counts = []
+    for kind in branch_types(model.branches):
+        columns = [i for i, name in enumerate(model.branches) if name.endswith(f".{kind}")]
+        cells = schedule.compute[:, columns]
+        counts.append(f"{kind} {int(cells.sum())} / {cells.numel()}")
+    computed, total = int(schedule.compute.sum()), schedule.compute.numel()
+    full = schedule.macs(model) * schedule.speedup_macs(model)
+    return (
+        f"schedule ({schedule.source}): {computed} / {total} branches computed ({', '.join(counts)}), "
+        f"CUR {100 * schedule.cur:.2f} %\n"
+        f"MACs per image: {passes * schedule.macs(model) / 1e9:,.3f} G of {passes * full / 1e9:,.3f} G, "
+        f"theoretical speed-up {schedule.speedup_macs(model):.3f}x"
+    )
+
+
+def choose_labels(args: argparse.Namespace, model: DiT) -> Tensor:
+    labels = args.labels or (
+        PUBLISHED_LABELS if model.num_classes == 1000 else range(min(10, model.num_classes))
+    )
+    for label in labels:
+        if not 0 <= label < model.num_classes:
+            raise ValueError(f"--labels {label} is outside 0 .. {model.num_classes - 1}, the model's classes")
+    return torch.tensor(list(labels))
+
+
+def report_latency(
+    draw: Callable[..., Tensor],
+    labels: Tensor,
+    schedules: dict[str, Schedule | None],
+    repeats: int,
+    device: torch.device,
+) -> None:
+    """Time one batch of every schedule in turn (A B A B); drawing the images has been the warm-up."""
+    seconds: dict[str, list[float]] = {name: [] for name in schedules}
+    for _ in range(repeats):
+        for name, schedule in schedules.items():
+            seconds[name].append(timed(lambda s=schedule: draw(labels, schedule=s), device)[1])
+    for name, times in seconds.items():
+        middle, low, high = (1000 * f(times) for f in (statistics.median, min, max))
+        print(
+            f"latency {name}: {middle:,.1f} ms per batch of {len(labels)} "
+            f"(median of {repeats} after a warm-up, {low:,.1f} to {high:,.1f})"
+        )
+    if len(seconds) == 2:
+        uncached, cached = (statistics.median(times) for times in seconds.values())
+        print(f"measured speed-up {uncached / cached:.3f}x")
+
+
+def check_writable(path: Path) -> None:
+    """Refuse before the first step what could not be written after the last."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"{path} cannot be written; give a file in a writable folder")
+
+
+def choose_vae(args: argparse.Namespace, model: DiT, device: torch.device):
+    if not is_latent(model):
+        if args.vae not in (None, "none"):
+            warnings.warn(f"--vae {args.vae} has no effect: {args.model} works on pixels", stacklevel=2)
+        return None
+    spec = args.vae or ("none" if args.random_weights else "ema")
+    if spec == "none":
+        print("no VAE: the picture is a preview of the latents' first three channels")
+    return load_vae(spec, device)
+
+
+def main(args: argparse.Namespace) -> None:
+    device = cli.choose_device(args.device)
+    precision, dtype = cli.set_precision(args.precision, device)
+    for path in filter(None, (args.output, args.save_latents)):
+        check_writable(path)
+    if args.random_weights:
+        print(
+            "RANDOM WEIGHTS: no checkpoint is loaded, the pictures are noise; only the speed means anything"
+        )
+    model = load_model(
+        args.model, args.ckpt, args.image_size, args.num_classes, device, dtype, args.random_weights
+    )
+    diffusion = create_diffusion(args.num_sampling_steps, learn_sigma=model.learn_sigma)
+    schedule = load_schedule(args, model, diffusion)
+    labels = choose_labels(args, model)
+    vae = choose_vae(args, model, device)
+    sampler = "ddpm" if args.p_sample else "ddim"
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    print(
+        f"{args.model}, {parameters:,.2f} M parameters, {precision} on {device}; {sampler.upper()}"
+        f"{'' if args.ddim_sample or args.p_sample else ' (the default)'}, {diffusion.num_timesteps} steps, "
+        f"guidance {args.cfg_scale:g}, seed {args.seed}"
+    )
+    if schedule is not None:
+        print(describe_schedule(schedule, model, passes=1 if args.cfg_scale == 1 else 2))
+
+    batch_size = args.batch_size or len(labels)
+    draw = partial(
+        generate_seeded, model, diffusion, seed=args.seed, batch_size=batch_size,
+        cfg_scale=args.cfg_scale, sampler=sampler,
+    )  # fmt: skip
+    schedules = {"uncached" if schedule is None else "cached": schedule}
+    if args.compare:
+        schedules = {"uncached": None, "cached": schedule}
+    x_0 = {name: draw(labels, schedule=s, progress=True) for name, s in schedules.items()}
+    images = {name: decode(latents, vae) for name, latents in x_0.items()}
+    report_latency(draw, labels[:batch_size], schedules, args.repeats, device)
+    if args.compare:
+        error = mse(x_0["cached"], x_0["uncached"])
+        ratio = psnr(images["cached"], images["uncached"])
+        print(f"cached against uncached: MSE of x_0 {error:.3e}, PSNR of the images {ratio:.2f} dB")
+    save(args, x_0, images, schedule)
+
+
+def save(
+    args: argparse.Namespace, x_0: dict[str, Tensor], images: dict[str, Tensor], schedule: Schedule | None
+) -> None:
+    if args.compare:
+        cached = f"cached, same noise: CUR {100 * schedule.cur:.1f} %, {schedule.source}"
+        picture = comparison([("uncached", images["uncached"]), (cached, images["cached"])])
+    else:
+        picture = sheet(*images.values())
+    with replacing(args.output) as temporary:
+        picture.save(temporary)
+    print(f"wrote {args.output}")
+    if args.save_latents:
+        latents = x_0.get("cached", x_0.get("uncached"))
+        with replacing(args.save_latents) as temporary:
+            np.savez(temporary, latents=latents.cpu().numpy())
+        print(f"wrote {args.save_latents}")
+
+
+if __name__ == "__main__":
+    cli.run(main, parse_args())

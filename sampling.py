@@ -1,0 +1,292 @@
+"""What every sampling command shares: loading a model, noise from seeds, the denoising loop, decoding, timing."""
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import download
+from cache import StaticCache
+from checkpoints import load_checkpoint
+from denoiser import Denoiser
+from diffusion import GaussianDiffusion
+from models import DiT, DiT_models
+from router import Schedule
+
+SAMPLERS = ("ddim", "ddpm")
+VAE_SCALE = 0.18215
+DIGITS_MODEL = "DiT-digits/2"
+_DIGITS_WEIGHTS = Path(__file__).parent / "digits" / "dit.safetensors"
+_OFFICIAL = {("DiT-XL/2", 256): "dit-256", ("DiT-XL/2", 512): "dit-512"}
+
+
+# ---- models ----------------------------------------------------------------------------------------
+
+
+def build_model(name: str, image_size: int | None = None, num_classes: int | None = None) -> DiT:
+    """A model of the family with its initial weights, frozen and in eval mode.
+
+    image_size: pixels (default 256); a latent model works on an eighth of it. The digits model has one size and ten
+    classes: others are ignored with a warning. Raises ValueError for an unknown name or a size that does not divide.
+    """
+    if name not in DiT_models:
+        raise ValueError(f"--model {name} is unknown; choose one of {', '.join(DiT_models)}")
+    if name == DIGITS_MODEL:
+        if image_size not in (None, 8) or num_classes not in (None, 10):
+            warnings.warn(f"{name} draws 8 x 8 pixels of 10 classes; another size or number has no effect")
+        model = DiT_models[name]()
+    else:
+        image_size, num_classes = image_size or 256, num_classes or 1000
+        if image_size % 8:
+            raise ValueError(
+                f"--image-size {image_size} is not a multiple of 8, the VAE's factor; try 256 or 512"
+            )
+        model = DiT_models[name](input_size=image_size // 8, num_classes=num_classes)
+    return model.eval().requires_grad_(False)
+
+
+def find_checkpoint(name: str, image_size: int | None) -> Path:
+    """The checkpoint that belongs to a model: the digits', or an official one (fetched if it is absent)."""
+    if name == DIGITS_MODEL:
+        return _DIGITS_WEIGHTS
+    official = _OFFICIAL.get((name, image_size or 256))
+    if official is None:
+        raise ValueError(
+            f"there is no official checkpoint of {name} at {image_size or 256} px; give one with --ckpt"
+        )
+    return download.fetch(official)
+
+
+def load_model(
+    name: str,
+    ckpt: str | Path | None = None,
+    image_size: int | None = None,
+    num_classes: int | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    random_weights: bool = False,
+) -> DiT:
+    """A model ready to sample: built, its weights loaded strictly, frozen, on `device` in `dtype`."""
+    model = build_model(name, image_size, num_classes)
+    if random_weights:
+        randomize(model)
+    else:
+        load_checkpoint(model, ckpt or find_checkpoint(name, image_size))
+    return model.to(device=device, dtype=dtype)
+
+
+def randomize(model: DiT, seed: int = 0) -> None:
+    """Give also the layers that start at zero (gates, modulations, output) small random weights: for speed
+
+    and tests.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+
+
+def is_latent(model: DiT) -> bool:
+    """Whether the model works on VAE latents (4 channels) rather than on pixels."""
+    return model.in_channels == 4
+
+
+def pixels_of(model: DiT) -> int:
+    """Side of the images in pixels."""
+    return model.input_size * (8 if is_latent(model) else 1)
+
+
+# ---- noise and labels ------------------------------------------------------------------------------
+
+
+def sample_generator(*key: int) -> torch.Generator:
+    """A CPU generator for one sample, seeded by the whole key, e.g. (seed, sample index)."""
+    state = np.random.SeedSequence(key).generate_state(2, np.uint32)
+    return torch.Generator().manual_seed(int(state[0]) << 32 | int(state[1]))
+
+
+def draw_noise(model: DiT, generators: Sequence[torch.Generator]) -> Tensor:
+    """Noise (n, C, H, W) on the CPU, one sample from each generator."""
+    shape = (model.in_channels, model.input_size, model.input_size)
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+
+
+def draw_labels(model: DiT, generators: Sequence[torch.Generator]) -> Tensor:
+    """Uniform random labels (n,) on the CPU, one from each generator."""
+    return torch.stack(
+        [torch.randint(model.num_classes, (), generator=generator) for generator in generators]
+    )
+
+
+# ---- the denoising loop ----------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def sample_loop(
+    model: DiT,
+    diffusion: GaussianDiffusion,
+    labels: Tensor,
+    noise: Tensor,
+    cfg_scale: float = 1.0,
+    sampler: str = "ddim",
+    schedule: Schedule | None = None,
+    eta: float = 0.0,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+) -> Iterator[tuple[int, Tensor]]:
+    """Denoise step by step; yields (step, x after that step), the last being x_0. Arguments as in
+
+    `generate`.
+    """
+    _check_arguments(model, diffusion, labels, noise, sampler, schedule)
+    denoise = Denoiser(model, diffusion, labels, cfg_scale)
+    cache = None if schedule is None else StaticCache(schedule)
+    x_t = denoise.start(noise)
+    for step in reversed(range(diffusion.num_timesteps)):
+        out = denoise(x_t, step, cache)
+        if sampler == "ddpm":
+            x_t = diffusion.ddpm_step(out, x_t, step, _step_noise(x_t, len(noise), generator))
+        else:
+            step_noise = _step_noise(x_t, len(noise), generator) if eta > 0 else None
+            x_t = diffusion.ddim_step(out, x_t, step, eta, step_noise)
+        yield step, x_t[: len(noise)]
+
+
+def generate(
+    model: DiT,
+    diffusion: GaussianDiffusion,
+    labels: Tensor,
+    noise: Tensor,
+    cfg_scale: float = 1.0,
+    sampler: str = "ddim",
+    schedule: Schedule | None = None,
+    eta: float = 0.0,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """Denoise `noise` (n, C, H, W) under `labels` (n,) to x_0 (n, C, H, W).
+
+    cfg_scale: guidance, 1 = off. sampler: "ddim" (with `eta`) or "ddpm". schedule: which branches to compute;
+    None computes all. generator: of the noise that DDPM and eta > 0 add: one for the batch (None: torch's
+    global one), or one per sample, so that a sample does not depend on its batch.
+    Raises ValueError where the schedule, labels or sampler do not fit the model or the chain.
+    """
+    steps = sample_loop(model, diffusion, labels, noise, cfg_scale, sampler, schedule, eta, generator)
+    bar = tqdm(
+        steps,
+        total=diffusion.num_timesteps,
+        desc="denoising",
+        leave=False,
+        disable=None if progress else True,
+    )
+    *_, (_, x_0) = bar
+    return x_0
+
+
+def generate_seeded(
+    model: DiT,
+    diffusion: GaussianDiffusion,
+    labels: Tensor,
+    seed: int,
+    batch_size: int | None = None,
+    progress: bool = False,
+    **options,
+) -> Tensor:
+    """x_0 (n, C, H, W) for labels (n,), sample k from (seed, k) alone: neither batch size nor method changes
+    its noise.
+
+    options: those of `generate` (cfg_scale, sampler, schedule, eta). Works on the model's device.
+    """
+    device = next(model.parameters()).device
+    batch_size = batch_size or len(labels)
+    parts = []
+    for start in tqdm(range(0, len(labels), batch_size), desc="batches", disable=None if progress else True):
+        y = labels[start : start + batch_size].to(device)
+        generators = [sample_generator(seed, start + k) for k in range(len(y))]
+        noise = draw_noise(model, generators).to(device)
+        parts.append(generate(model, diffusion, y, noise, generator=generators, **options))
+    return torch.cat(parts)
+
+
+def _check_arguments(model, diffusion, labels, noise, sampler, schedule) -> None:
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler {sampler!r} is unknown; choose one of {', '.join(SAMPLERS)}")
+    if len(labels) != len(noise):
+        raise ValueError(f"{len(labels)} labels for {len(noise)} noise samples; give one label per sample")
+    if schedule is None:
+        return
+    if schedule.num_steps != diffusion.num_timesteps:
+        raise ValueError(
+            f"the schedule is for {schedule.num_steps} steps, the sampler takes {diffusion.num_timesteps}; "
+            f"use --num-sampling-steps {schedule.num_steps} or another router"
+        )
+    if schedule.num_branches != model.num_branches:
+        raise ValueError(
+            f"the schedule is for {schedule.num_branches} branches, the model has {model.num_branches}; "
+            "use a router trained for this model"
+        )
+
+
+def _step_noise(x_t: Tensor, n: int, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
+    """Fresh noise like x_t (N, C, H, W), N = n or 2n. Both halves of a guided batch draw, as in the official
+
+    sampler.
+    """
+    if generator is None:
+        return torch.randn_like(x_t)
+    if isinstance(generator, torch.Generator):
+        return torch.randn(x_t.shape, generator=generator, device=generator.device).to(x_t.device)
+    noise = torch.stack([torch.randn(x_t.shape[1:], generator=one, device=one.device) for one in generator])
+    return noise.to(x_t.device).repeat(len(x_t) // n, 1, 1, 1)
+
+
+# ---- decoding --------------------------------------------------------------------------------------
+
+
+def load_vae(spec: str, device: torch.device | str = "cpu"):
+    """diffusers' AutoencoderKL for `ema`, `mse` (fetched if absent) or a local folder. None for `none`."""
+    if spec == "none":
+        return None
+    folder = download.fetch(f"vae-{spec}") if spec in ("ema", "mse") else Path(spec)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"--vae {spec}: {folder}/config.json does not exist; use ema, mse, none or a VAE's folder"
+        )
+    from diffusers import AutoencoderKL  # slow to import, and only latent models need it
+
+    return (
+        AutoencoderKL.from_pretrained(folder, local_files_only=True).to(device).eval().requires_grad_(False)
+    )
+
+
+@torch.no_grad()
+def decode(x_0: Tensor, vae=None, batch_size: int = 8) -> Tensor:
+    """uint8 images (n, H, W, 3 or 1) of x_0 (n, C, H, W).
+
+    With a VAE, latents are decoded; pixels (C < 4) are only scaled from [-1, 1]; latents without a VAE are
+    previewed by their first three channels, the range -3 .. 3 shown from black to white.
+    """
+    if vae is not None:
+        x_0 = torch.cat([vae.decode(part / VAE_SCALE).sample for part in x_0.split(batch_size)])
+    elif x_0.shape[1] == 4:
+        x_0 = x_0[:, :3] / 3.0
+    pixels = ((x_0.float() + 1) * 127.5).round().clamp(0, 255)
+    return pixels.to(torch.uint8).permute(0, 2, 3, 1).cpu()
+
+
+# ---- timing ----------------------------------------------------------------------------------------
+
+
+def timed(function: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, float]:
+    """The function's result and its wall-clock seconds, the device synchronised before and after."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    wait()
+    began = time.perf_counter()
+    result = function()
+    wait()
+    return result, time.perf_counter() - began

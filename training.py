@@ -1,0 +1,123 @@
+"""A router training's state, its checkpoints, and the folder of a run.
+
+A checkpoint is a router file (`0001000.safetensors`, readable by every command) that carries beside its
+logits the state at the start of the trajectory in which it was written, under `resume.*`. Noise and labels
+are drawn from (seed, trajectory, sample index), so replaying that trajectory gives the same logits bit for
+bit.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import safetensors
+import torch
+from torch import Tensor
+
+import distributed
+from router import Router, find_router, save_router
+
+
+class Training:
+    """A router, its optimizer and lambda, after `train_steps` denoising steps of training."""
+
+    def __init__(self, router: Router, lr: float, device: torch.device):
+        self.router = router.to(device)
+        self.optimizer = torch.optim.AdamW(self.router.parameters(), lr=lr, weight_decay=0.0)
+        distributed.average_gradients(self.optimizer)
+        self.proxy_weights = torch.ones(router.num_steps, device=device)
+        self.train_steps = 0
+        self.mark_boundary()
+
+    @property
+    def trajectory(self) -> int:
+        """The trajectory that the next train step belongs to."""
+        return self.train_steps // self.router.num_steps
+
+    @property
+    def between_trajectories(self) -> bool:
+        return self.train_steps % self.router.num_steps == 0
+
+    def mark_boundary(self) -> None:
+        """A trajectory begins: this is the state that the checkpoints written during it resume from."""
+        self._boundary = self._state()
+
+    def _state(self) -> dict[str, Tensor]:
+        """Copies on the host of everything that the coming trajectory depends on."""
+        rows = list(self.router.rows)
+        moments = [self.optimizer.state.get(row) or _fresh_moments(row) for row in rows]
+        state = {
+            key: torch.stack([m[key].detach().cpu() for m in moments]) for key in _fresh_moments(rows[0])
+        }
+        state |= {"logits": self.router.logits.detach().cpu(), "proxy_weights": self.proxy_weights.cpu()}
+        state["train_steps"] = torch.tensor(self.train_steps)
+        return {f"resume.{name}": tensor.clone() for name, tensor in state.items()}
+
+    def save(self, folder: Path, settings: dict, **facts) -> Path:
+        """Write the checkpoint of this train step; `facts` go into the router file's metadata."""
+        if self.between_trajectories:
+            self.mark_boundary()
+        path = folder / f"{self.train_steps:07d}.safetensors"
+        facts |= {"train_steps": self.train_steps, "settings": settings}
+        save_router(path, self.router, tensors=self._boundary, **facts)
+        return path
+
+    def load(self, path: Path, settings: dict) -> None:
+        """Go on from a checkpoint. Raises ValueError where it is none, or of a run with other settings."""
+        found, state = read_checkpoint(path)
+        for name, value in settings.items():
+            if found.get(name) != value:
+                flag = name.replace("_", "-")
+                raise ValueError(
+                    f"--resume {path}: it was trained with --{flag} {found.get(name)}, not {value}"
+                )
+        device = self.proxy_weights.device
+        self.router.set_logits(state["resume.logits"])
+        for i, row in enumerate(self.router.rows):
+            moments = {key: state[f"resume.{key}"][i].clone() for key in _fresh_moments(row)}
+            self.optimizer.state[row] = {k: m if k == "step" else m.to(device) for k, m in moments.items()}
+        self.proxy_weights = state["resume.proxy_weights"].to(device)
+        self.train_steps = int(state["resume.train_steps"])
+
+
+def _fresh_moments(row: Tensor) -> dict[str, Tensor]:
+    """AdamW's state of a row before its first update; as in torch, the step count stays on the host."""
+    return {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(row), "exp_avg_sq": torch.zeros_like(row)}
+
+
+def read_checkpoint(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    """The settings and the `resume.*` tensors of a checkpoint."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys() if name.startswith("resume.")}  # noqa: SIM118
+            settings = json.loads((file.metadata() or {}).get("settings", "{}"))
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"--resume {path}: no checkpoint of train_router.py ({error})") from None
+    if "resume.train_steps" not in state:
+        raise ValueError(f"--resume {path}: a router without training state; give a file under checkpoints/")
+    return settings, state
+
+
+def new_run_folder(results: Path, name: str) -> Path:
+    """Make RESULTS/NNN-NAME/checkpoints with the next free number; returns RESULTS/NNN-NAME."""
+    results.mkdir(parents=True, exist_ok=True)
+    taken = [int(match[1]) for path in results.iterdir() if (match := re.match(r"(\d{3,})-", path.name))]
+    folder = results / f"{max(taken, default=-1) + 1:03d}-{name}"
+    (folder / "checkpoints").mkdir(parents=True)
+    return folder
+
+
+def find_resumable(results: Path, resume: str, settings: dict) -> Path | None:
+    """The checkpoint that `--resume` means; for `auto` the newest run with these settings, None where there
+
+    is none.
+    """
+    if resume != "auto":
+        return find_router(resume)
+    for folder in sorted(results.glob("[0-9]*-*"), reverse=True):
+        checkpoints = folder / "checkpoints"
+        if any(checkpoints.glob("*.safetensors")):
+            newest = find_router(checkpoints)
+            if read_checkpoint(newest)[0] == settings:
+                return newest
+    return None
