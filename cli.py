@@ -2,9 +2,12 @@
 
 import argparse
 import os
+import platform
+import re
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -56,6 +59,17 @@ def set_precision(precision: str | None, device: torch.device) -> tuple[str, tor
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     return precision, torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def hardware(device: torch.device) -> str:
+    """What a figure was measured on: the GPU's name, or the CPU's with the number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists() and (found := re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())):
+        name = found[1]
+    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -60,7 +60,7 @@ class RunLog:
 
 
 def start_wandb(folder: Path, config: dict):
-    """A wandb run of this training; offline, with a warning, where there is no network or nobody is logged in."""
+    """A wandb run of this training; offline, with a warning, without a network or without a login."""
     import wandb
 
     options = {"project": "harmonica", "name": folder.name, "dir": str(folder), "config": config}

@@ -1,4 +1,4 @@
-"""What every sampling command shares: loading a model, noise from seeds, the denoising loop, decoding, timing."""
+"""What every sampling command shares: models, noise from seeds, the denoising loop, decoding, timing."""
 
 import time
 import warnings
@@ -31,8 +31,8 @@ _OFFICIAL = {("DiT-XL/2", 256): "dit-256", ("DiT-XL/2", 512): "dit-512"}
 def build_model(name: str, image_size: int | None = None, num_classes: int | None = None) -> DiT:
     """A model of the family with its initial weights, frozen and in eval mode.
 
-    image_size: pixels (default 256); a latent model works on an eighth of it. The digits model has one size and ten
-    classes: others are ignored with a warning. Raises ValueError for an unknown name or a size that does not divide.
+    image_size: pixels (default 256); a latent model works on an eighth of it. The digits model has one size
+    and ten classes: others are ignored with a warning. Raises ValueError for an unknown name or size.
     """
     if name not in DiT_models:
         raise ValueError(f"--model {name} is unknown; choose one of {', '.join(DiT_models)}")

@@ -257,7 +257,7 @@ def main(args: argparse.Namespace) -> None:
     processes = distributed.start(args.device)
     if args.global_batch_size % processes.world_size:
         raise ValueError(
-            f"--global-batch-size {args.global_batch_size} cannot be shared by {processes.world_size} processes, "
+            f"--global-batch-size {args.global_batch_size} cannot be shared by {processes.world_size} ranks, "
             f"take a multiple of {processes.world_size}"
         )
     if not args.ckpt and not args.random_weights:

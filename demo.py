@@ -1,0 +1,175 @@
+"""Train a router for the digits DiT, sample with and without it from the same noise, and show what it costs
+and saves.
+
+    make demo            # or, with the requirements installed: python demo.py
+
+Leaves under results/demo: comparison.png (uncached above cached), schedule.png (the learned schedule),
+demo.json (the table) and the training's folder. A training that is already there is not repeated; an
+interrupted one goes on.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import cli
+from diffusion import create_diffusion
+from digits.classifier import Judge
+from files import replacing
+from metrics.frechet import frechet_distance
+from metrics.paired import mse
+from models import DiT
+from pictures import comparison, schedule_heat_map
+from router import Router, Schedule, find_router, load_router
+from sampling import DIGITS_MODEL, decode, generate_seeded, load_model, timed
+
+NUM_STEPS, FEWER_STEPS = 10, 7
+CFG_SCALE, THRESHOLD = 1.5, 0.1
+SEED = 1234  # of the samples; the training has its own
+TRAINING = {
+    "--model": DIGITS_MODEL, "--num-sampling-steps": NUM_STEPS, "--cfg-scale": CFG_SCALE, "--l1": 3e-4,
+    "--lr": 0.1, "--lambda-c": 100, "--global-batch-size": 32, "--max-steps": 600, "--ste-threshold": THRESHOLD,
+    "--log-every": 50, "--ckpt-every": 200, "--resume": "auto",
+}  # fmt: skip
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="HarmoniCa on handwritten digits, from training to pictures."
+    )
+    parser.add_argument("--results-dir", type=Path, default=Path("results/demo"))
+    parser.add_argument(
+        "--samples", type=cli.positive_int, default=5000, help="per row of the table (default 5000)"
+    )
+    parser.add_argument("--processes", type=cli.positive_int, default=2, help="of the training (default 2)")
+    return parser.parse_args()
+
+
+def train(args: argparse.Namespace) -> Router:
+    """Run the training command on `args.processes` processes and return the router that it left."""
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={args.processes}",
+    ]
+    command += ["train_router.py", "--results-dir", str(args.results_dir), "--device", "cpu"]
+    command += [str(part) for item in TRAINING.items() for part in item]
+    print("$", " ".join(command), flush=True)
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.processes))}
+    subprocess.run(command, cwd=Path(__file__).parent, env=environment, check=True)
+    newest = max(args.results_dir.glob("[0-9]*-*"))
+    return load_router(find_router(newest), DIGITS_MODEL, NUM_STEPS)
+
+
+def measure(
+    model: DiT, judge: Judge, x_0: Tensor, labels: Tensor, uncached: Tensor, method: str, schedule: Schedule
+) -> dict:
+    """One row of the table."""
+    to_uncached = frechet_distance(*judge.statistics(x_0), *judge.statistics(uncached))
+    return {
+        "method": method,
+        "num_steps": schedule.num_steps,
+        "cur": schedule.cur,
+        "macs_per_image": 2 * schedule.macs(model),  # cond and uncond
+        "digits_fid": judge.digits_fid(x_0),
+        "fd_uncached": to_uncached,
+        "accuracy": judge.accuracy(x_0, labels),
+        "mse": mse(x_0, uncached),
+    }
+
+
+def print_table(rows: list[dict]) -> None:
+    heads = (
+        "method",
+        "steps",
+        "CUR %",
+        "MACs/image",
+        "ms/batch",
+        "digits-FID",
+        "FD uncached",
+        "accuracy %",
+        "MSE",
+    )
+    widths = (24, 5, 6, 11, 9, 10, 11, 10, 9)
+    print("\n" + " ".join(f"{head:>{width}}" for head, width in zip(heads, widths, strict=True)))
+    for row in rows:
+        print(
+            f"{row['method']:>24} {row['num_steps']:5} {100 * row['cur']:6.1f} {row['macs_per_image'] / 1e6:9.0f} M "
+            f"{row['latency_ms']:9.1f} {row['digits_fid']:10.3f} {row['fd_uncached']:11.3f} "
+            f"{100 * row['accuracy']:10.2f} {row['mse']:9.2e}"
+        )
+
+
+def main(args: argparse.Namespace) -> None:
+    router = train(args)
+    schedule = router.schedule(THRESHOLD)
+    model, judge = load_model(DIGITS_MODEL), Judge()
+    labels = torch.arange(args.samples) % model.num_classes
+    everything = partial(torch.ones, dtype=torch.bool)
+    methods = {
+        "uncached": Schedule(everything(NUM_STEPS, model.num_branches)),
+        "harmonica": schedule,
+        "uncached, fewer steps": Schedule(everything(FEWER_STEPS, model.num_branches)),
+    }
+    draws = {
+        method: partial(
+            generate_seeded, model, create_diffusion(s.num_steps), seed=SEED, cfg_scale=CFG_SCALE, schedule=s
+        )
+        for method, s in methods.items()
+    }
+    samples = {}
+    for method, draw in draws.items():
+        print(f"sampling {args.samples} digits: {method}", flush=True)
+        samples[method] = draw(labels, batch_size=250, progress=True)
+    seconds = {method: [] for method in draws}
+    for _ in range(7):
+        for method, draw in draws.items():
+            seconds[method].append(timed(partial(draw, labels[:64]), torch.device("cpu"))[1])
+
+    rows = []
+    for method, x_0 in samples.items():
+        rows.append(measure(model, judge, x_0, labels, samples["uncached"], method, methods[method]))
+        rows[-1]["latency_ms"] = 1000 * statistics.median(seconds[method])
+    print_table(rows)
+    write_results(args.results_dir, rows, router, samples, model)
+
+
+def write_results(
+    folder: Path, rows: list[dict], router: Router, samples: dict[str, Tensor], model: DiT
+) -> None:
+    uncached, cached = rows[0], rows[1]
+    hardware = f"{cli.hardware(torch.device('cpu'))}, fp32"
+    print(
+        f"\nspeed-up of harmonica: {uncached['latency_ms'] / cached['latency_ms']:.2f}x measured "
+        f"({hardware}, batch 64, median of 7), "
+        f"{uncached['macs_per_image'] / cached['macs_per_image']:.2f}x by MACs"
+    )
+    captions = {
+        "uncached": f"uncached, {uncached['latency_ms']:.0f} ms per batch of 64",
+        "harmonica": f"HarmoniCa, same noise, {cached['latency_ms']:.0f} ms, CUR {100 * cached['cur']:.0f} %",
+    }
+    parts = [(caption, decode(samples[method][:40])) for method, caption in captions.items()]
+    picture = comparison(parts, columns=10)
+    title = f"{DIGITS_MODEL}, T = {NUM_STEPS}, CUR {100 * cached['cur']:.1f} %"
+    heat_map = schedule_heat_map(router.scores(), THRESHOLD, model.branches, title)
+    for name, image in (("comparison", picture), ("schedule", heat_map)):
+        with replacing(folder / f"{name}.png") as temporary:
+            image.save(temporary)
+    facts = {"samples": len(samples["uncached"]), "seed": SEED, "cfg_scale": CFG_SCALE, "hardware": hardware}
+    with replacing(folder / "demo.json") as temporary:
+        temporary.write_text(json.dumps(facts | {"batch_size": 64, "rows": rows}, indent=1) + "\n")
+    print(f"look at {folder}/comparison.png and {folder}/schedule.png")
+
+
+if __name__ == "__main__":
+    cli.run(main, parse_args())

@@ -1,0 +1,185 @@
+import copy
+
+import pytest
+import torch
+from conftest import relative_error
+
+from objectives import PROXY_DEFINITIONS, image_error_proxy, train_trajectory
+from router import Router
+
+
+@pytest.fixture(scope="module")
+def training(case, expected, reference_model):
+    """The reference training: what our code computes at every point that the reference states."""
+    from diffusion import create_diffusion
+
+    diffusion = create_diffusion(str(case["num_sampling_steps"]))
+    router = Router.from_logits(expected["train.init_prob"])
+    optimizer = torch.optim.AdamW(router.parameters(), lr=case["lr"], weight_decay=0.0)
+    proxies, losses, logits = {name: [] for name in PROXY_DEFINITIONS}, [], []
+    for trajectory in range(case["epochs"]):
+        noise, labels = expected["train.noise"][trajectory], expected["train.labels"][trajectory]
+        if trajectory * diffusion.num_timesteps % case["lambda_c"] == 0:
+            for name in PROXY_DEFINITIONS:
+                proxies[name].append(
+                    image_error_proxy(
+                        reference_model,
+                        diffusion,
+                        router,
+                        noise,
+                        labels,
+                        case["cfg_scale"],
+                        case["thres"],
+                        name,
+                    )
+                )
+        updates = train_trajectory(
+            reference_model, diffusion, router, optimizer, noise, labels, case["cfg_scale"], case["thres"],
+            proxies["released"][-1], case["l1"],
+        )  # fmt: skip
+        losses.append(torch.stack([torch.stack([u.loss, u.data_loss, u.score_sum]) for u in updates]))
+        logits.append(router.logits.detach().clone())
+    return {"proxies": proxies, "losses": losses, "logits": logits}
+
+
+@pytest.mark.parametrize("definition", PROXY_DEFINITIONS)
+@pytest.mark.parametrize("refresh", [0, 1])
+def test_proxy_weights_match_the_released_ones(training, expected, definition, refresh):
+    reference = expected[f"train.lambda_{definition}"][refresh][:-1]
+    assert relative_error(training["proxies"][definition][refresh][:-1], reference) < 1e-5
+
+
+@pytest.mark.parametrize("trajectory", range(4))
+def test_losses_and_logits_match_the_released_training(training, expected, trajectory):
+    for column in range(3):
+        reference = expected["train.losses"][trajectory][:, column]
+        assert relative_error(training["losses"][trajectory][:, column], reference) < 1e-4
+    assert (
+        relative_error(training["logits"][trajectory], expected["train.prob_after_epoch"][trajectory]) < 1e-4
+    )
+
+
+def naive_proxy(model, diffusion, router, noise, labels, cfg_scale, threshold, definition):
+    """Straight from the definition: T whole trajectories, nothing shared."""
+    from cache import SoftCache
+    from denoiser import Denoiser
+
+    def x0(routed: set[int]):
+        scores = router.scores().detach().clone()
+        scores[[step for step in range(len(scores)) if step not in routed]] = 1.0
+        cache, denoise = SoftCache(scores, threshold), Denoiser(model, diffusion, labels, cfg_scale)
+        x_t = denoise.start(noise)
+        for step in reversed(range(diffusion.num_timesteps)):
+            x_t = diffusion.ddim_step(denoise(x_t, step, cache), x_t, step)
+        return x_t
+
+    last = diffusion.num_timesteps - 1
+    if definition == "paper":
+        x_0 = x0(set(range(last)))
+        passes = [(x0(set(range(last)) - {i}), x_0) for i in range(last)]
+    else:
+        passes = [(x0(set(range(i, last))), x0(set(range(i + 1, last)))) for i in range(last)]
+    return torch.stack([(a - b).square().mean() for a, b in passes] + [torch.tensor(0.0)])
+
+
+@pytest.mark.parametrize("definition", PROXY_DEFINITIONS)
+@pytest.mark.parametrize("cfg_scale", [1.0, 2.5])
+def test_sharing_prefixes_changes_no_proxy(tiny_model, ten_steps, tiny_batch, definition, cfg_scale):
+    noise, labels = tiny_batch
+    router = Router(10, 4, torch.Generator().manual_seed(3))
+    arguments = (tiny_model, ten_steps, router, noise, labels, cfg_scale, 0.4, definition)
+    with torch.no_grad():
+        naive = naive_proxy(*arguments)
+    torch.testing.assert_close(image_error_proxy(*arguments), naive, rtol=1e-3, atol=1e-12)
+
+
+def test_prefix_sharing_halves_the_forwards(tiny_model, ten_steps, tiny_batch, monkeypatch):
+    calls = []
+    forward = type(tiny_model).forward
+    monkeypatch.setattr(type(tiny_model), "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
+    noise, labels = tiny_batch
+    for definition in PROXY_DEFINITIONS:
+        calls.clear()
+        image_error_proxy(tiny_model, ten_steps, Router(10, 4), noise, labels, 1.5, 0.1, definition)
+        assert len(calls) <= 65  # naively 100
+
+
+def test_unknown_proxy_is_refused(tiny_model, ten_steps, tiny_batch):
+    noise, labels = tiny_batch
+    with pytest.raises(ValueError, match="'papers' is unknown"):
+        image_error_proxy(tiny_model, ten_steps, Router(10, 4), noise, labels, 1.5, 0.1, "papers")
+
+
+def test_a_step_updates_its_own_row_only(tiny_model, ten_steps, tiny_batch):
+    noise, labels = tiny_batch
+    router = Router(10, 4, torch.Generator().manual_seed(0))
+    optimizer = torch.optim.AdamW(router.parameters(), lr=0.1, weight_decay=0.0)
+    before = router.logits.detach().clone()
+    arguments = (tiny_model, ten_steps, router, optimizer, noise, labels, 1.5, 0.1, torch.ones(10), 1e-3)
+    for update in train_trajectory(*arguments):
+        changed = (router.logits != before).any(1).nonzero().flatten().tolist()
+        assert changed == list(range(update.step, 9))
+        if update.step == 5:
+            break
+    assert torch.equal(router.logits[9], torch.full((4,), 5.0))
+
+
+def test_gradient_of_a_row_equals_finite_differences(tiny_model, ten_steps, tiny_batch):
+    """In float64, the loss of one step as a function of that row's logits alone."""
+    model = copy.deepcopy(tiny_model).double()
+    noise, labels = tiny_batch
+    weights = torch.full((10,), 30.0, dtype=torch.float64)
+
+    def first_update(logits, optimizer_of):
+        router = Router.from_logits(logits).double()
+        router.set_logits(logits)
+        update = next(
+            train_trajectory(
+                model,
+                ten_steps,
+                router,
+                optimizer_of(router),
+                noise.double(),
+                labels,
+                1.5,
+                0.1,
+                weights,
+                1e-2,
+            )
+        )
+        return update, router
+
+    logits = torch.randn(10, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    _, router = first_update(logits, lambda r: torch.optim.SGD(r.parameters(), lr=0.0))
+    gradient = router.rows[8].grad
+    for branch in range(4):
+        shifted = [logits.clone(), logits.clone()]
+        shifted[0][8, branch] += 1e-5
+        shifted[1][8, branch] -= 1e-5
+        high, low = (
+            first_update(s, lambda r: torch.optim.SGD(r.parameters(), lr=0.0))[0].loss for s in shifted
+        )
+        assert gradient[branch].item() == pytest.approx(((high - low) / 2e-5).item(), rel=1e-3, abs=1e-8)
+
+
+def test_logits_stay_within_five(tiny_model, ten_steps, tiny_batch):
+    noise, labels = tiny_batch
+    router = Router(10, 4)
+    optimizer = torch.optim.AdamW(router.parameters(), lr=100.0, weight_decay=0.0)
+    for _ in train_trajectory(
+        tiny_model, ten_steps, router, optimizer, noise, labels, 1.5, 0.1, torch.ones(10), 1.0
+    ):
+        pass
+    assert torch.equal(router.logits[:-1], torch.full((9, 4), -5.0))
+
+
+def test_no_gradient_reaches_the_backbone(tiny_model, ten_steps, tiny_batch):
+    noise, labels = tiny_batch
+    router = Router(10, 4)
+    optimizer = torch.optim.AdamW(router.parameters(), lr=0.1, weight_decay=0.0)
+    list(
+        train_trajectory(
+            tiny_model, ten_steps, router, optimizer, noise, labels, 1.5, 0.1, torch.ones(10), 1.0
+        )
+    )
+    assert all(p.grad is None for p in tiny_model.parameters())

@@ -1,0 +1,183 @@
+import argparse
+import pickle
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+
+from router import Router, Schedule, find_router, load_router, save_router
+
+L2C_ROUTERS = Path(__file__).parents[2] / "shared" / "routers"
+
+
+def write_released(path, logits, **args):
+    rows = OrderedDict((f"{i}.prob", row) for i, row in enumerate(logits))
+    torch.save({"routers": rows, "opt": {"state": {}}, "args": argparse.Namespace(**args)}, path)
+
+
+@pytest.mark.parametrize("threshold", ["0.1", "0.5", "0.9"])
+def test_schedules_match_the_released_ones(expected, threshold):
+    schedule = Router.from_logits(expected["cached.router_prob"]).schedule(float(threshold))
+    assert torch.equal(schedule.compute, expected[f"cached.computed_thres{threshold}"])
+
+
+def test_cur_counts_the_first_step(expected):
+    schedule = Router.from_logits(expected["cached.router_prob"]).schedule(0.1)
+    assert schedule.cur == pytest.approx(18 / 60)
+    assert (schedule.num_steps, schedule.num_branches) == (10, 6)
+
+
+def test_first_step_is_always_computed():
+    schedule = Schedule(torch.zeros(4, 3, dtype=torch.bool))
+    assert schedule.compute[3].all()
+    assert schedule.cur == pytest.approx(9 / 12)
+
+
+@pytest.mark.parametrize("table", [torch.ones(3, 4), torch.ones(3, dtype=torch.bool)])
+def test_what_is_no_schedule_is_refused(table):
+    with pytest.raises(ValueError, match="bool table"):
+        Schedule(table)
+
+
+def test_speedup_is_the_ratio_of_macs(tiny_model):
+    table = torch.ones(10, 4, dtype=torch.bool)
+    table[:5, 1] = False  # five MLPs reused
+    schedule = Schedule(table)
+    per_step = sum(tiny_model.branch_macs) + tiny_model.other_macs
+    assert schedule.macs(tiny_model) == 10 * per_step - 5 * tiny_model.branch_macs[1]
+    assert schedule.speedup_macs(tiny_model) == pytest.approx(10 * per_step / schedule.macs(tiny_model))
+
+
+def test_only_rows_before_the_first_step_train():
+    router = Router(6, 4)
+    assert [tuple(p.shape) for p in router.parameters()] == [(4,)] * 5
+    assert torch.equal(router.logits[5], torch.full((4,), 5.0))
+    assert router.scores().shape == (6, 4)
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 1.0, 2.0])
+def test_threshold_outside_its_range_is_refused(threshold):
+    with pytest.raises(ValueError, match="threshold"):
+        Router(3, 2).schedule(threshold)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_router_survives_its_file(tmp_path, suffix):
+    router = Router(7, 4)
+    facts = {"method": "harmonica", "model": "DiT-S/2", "image_size": 256, "cfg_scale": 1.5, "threshold": 0.1}
+    facts |= {"cur": 0.25, "reg_weight": 7e-8, "train_steps": 20000}
+    save_router(tmp_path / f"r{suffix}", router, **facts)
+    loaded = load_router(tmp_path / f"r{suffix}", "DiT-S/2", 7, 4)
+    assert torch.equal(loaded.logits, router.logits)
+    assert facts.items() <= loaded.info.items()
+    assert loaded.info["version"] == 1
+    assert [file.name for file in tmp_path.iterdir()] == [f"r{suffix}"]
+
+
+def test_released_layout_is_what_others_read(tmp_path):
+    """They index `routers` by "i.prob" and load it without our code."""
+    router = Router(5, 3)
+    save_router(tmp_path / "r.pt", router)
+    content = torch.load(tmp_path / "r.pt", weights_only=True)
+    rows = torch.nn.ModuleList([torch.nn.Module() for _ in range(5)])
+    for row in rows:
+        row.prob = torch.nn.Parameter(torch.zeros(3))
+    rows.load_state_dict(content["routers"])
+    assert torch.equal(torch.stack([row.prob for row in rows]), router.logits)
+
+
+def test_released_harmonica_file_is_read(tmp_path):
+    logits = torch.randn(6, 4)
+    logits[-1] = 5.0
+    args = {
+        "model": "DiT-XL/2",
+        "image_size": 256,
+        "lambda_c": 500,
+        "l1": 7e-8,
+        "cfg_scale": 1.5,
+        "ste_threshold": 0.1,
+    }
+    write_released(tmp_path / "0020000.pt", logits, **args)
+    router = load_router(tmp_path / "0020000.pt", num_steps=6)
+    assert torch.equal(router.logits, logits)
+    wanted = {
+        "method": "harmonica",
+        "model": "DiT-XL/2",
+        "threshold": 0.1,
+        "reg_weight": 7e-8,
+        "num_branches": 4,
+    }
+    assert wanted.items() <= router.info.items()
+
+
+def test_l2c_file_computes_odd_steps_whatever_they_hold(tmp_path):
+    logits = torch.full((6, 4), -5.0)
+    write_released(tmp_path / "l2c.pt", logits, model="DiT-XL/2", l1=5e-6, ste_threshold=None)
+    router = load_router(tmp_path / "l2c.pt")
+    assert router.info["method"] == "l2c"
+    schedule = router.schedule(0.999)
+    assert schedule.compute[1::2].all()
+    assert not schedule.compute[0::2].any()
+
+
+@pytest.mark.skipif(not L2C_ROUTERS.exists(), reason="the published L2C routers are not here")
+@pytest.mark.parametrize(("steps", "reused"), [(20, 248), (50, 664)])
+def test_published_l2c_routers(steps, reused):
+    router = load_router(L2C_ROUTERS / f"l2c_dit_xl2_256_ddim{steps}.pt", "DiT-XL/2", steps, 56)
+    schedule = router.schedule(0.1)
+    assert int((~schedule.compute).sum()) == reused
+    assert schedule.cur == pytest.approx(reused / (56 * steps))
+
+
+class Harmful:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('ran')",)
+
+
+@pytest.mark.parametrize("content", [Harmful(), {"routers": {"0.prob": Harmful()}}])
+def test_pickle_that_would_run_code_is_refused(tmp_path, content):
+    path = tmp_path / "evil.pt"
+    torch.save(content, path)
+    with pytest.raises(ValueError, match="was refused.*exec"):
+        load_router(path)
+    path.write_bytes(pickle.dumps(content))
+    with pytest.raises(ValueError, match="was refused|cannot be read"):
+        load_router(path)
+
+
+@pytest.mark.parametrize(
+    ("expectation", "words"),
+    [
+        ({"model": "DiT-XL/2"}, "model DiT-S/2, not DiT-XL/2"),
+        ({"num_steps": 20}, "num_steps 5, not 20"),
+        ({"num_branches": 56}, "num_branches 3, not 56"),
+    ],
+)
+def test_router_for_something_else_is_refused_naming_both(tmp_path, expectation, words):
+    save_router(tmp_path / "r.safetensors", Router(5, 3), model="DiT-S/2")
+    with pytest.raises(ValueError, match=words):
+        load_router(tmp_path / "r.safetensors", **expectation)
+
+
+def test_files_that_are_no_routers_are_refused(tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(b"nonsense")
+    (tmp_path / "b.pt").write_bytes(b"nonsense")
+    torch.save({"weights": torch.ones(2)}, tmp_path / "c.pt")
+    torch.save({"routers": {"0.prob": torch.ones(2), "2.prob": torch.ones(2)}}, tmp_path / "d.pt")
+    for name in ("a.safetensors", "b.pt", "c.pt", "d.pt"):
+        with pytest.raises(ValueError, match=name):
+            load_router(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match=r"absent\.pt does not exist"):
+        load_router(tmp_path / "absent.pt")
+
+
+def test_folder_means_its_newest_router(tmp_path):
+    checkpoints = tmp_path / "000-run" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="no router"):
+        find_router(tmp_path / "000-run")
+    for name in ("0000500", "0020000", "0001000", "0030000.part"):
+        save_router(checkpoints / f"{name}.safetensors", Router(2, 1))
+    assert find_router(tmp_path / "000-run").name == "0020000.safetensors"
+    assert find_router(checkpoints).name == "0020000.safetensors"

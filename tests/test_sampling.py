@@ -1,0 +1,139 @@
+import numpy as np
+import pytest
+import torch
+from conftest import relative_error
+
+from diffusion import create_diffusion
+from router import Router, Schedule
+from sampling import (
+    build_model,
+    decode,
+    draw_labels,
+    draw_noise,
+    generate,
+    generate_seeded,
+    load_vae,
+    sample_generator,
+    sample_loop,
+)
+
+
+@pytest.fixture
+def reference_run(reference_model, ten_steps, expected, case):
+    return (reference_model, ten_steps, expected["sample.labels"], expected["sample.z"], case["cfg_scale"])
+
+
+def test_ddim_trajectory_matches_the_released_one(reference_run, expected):
+    trajectory = torch.stack([x for _, x in sample_loop(*reference_run)])
+    assert relative_error(trajectory, expected["ddim.trajectory"]) < 1e-5
+    assert relative_error(generate(*reference_run), expected["ddim.sample"]) < 1e-5
+
+
+def test_ddpm_matches_the_released_one(reference_run, expected):
+    torch.manual_seed(123)
+    assert relative_error(generate(*reference_run, sampler="ddpm"), expected["ddpm.sample_seed123"]) < 1e-5
+
+
+def test_ddim_with_eta_matches_the_released_one(reference_run, expected):
+    torch.manual_seed(321)
+    x_0 = generate(*reference_run[:-1], cfg_scale=1.0, eta=0.5)
+    assert relative_error(x_0, expected["ddim_eta0.5_nocfg.sample_seed321"]) < 1e-5
+
+
+@pytest.mark.parametrize("threshold", ["0.1", "0.5", "0.9"])
+def test_cached_sampling_matches_the_released_one(reference_run, expected, threshold):
+    schedule = Router.from_logits(expected["cached.router_prob"]).schedule(float(threshold))
+    assert (
+        relative_error(
+            generate(*reference_run, schedule=schedule), expected[f"cached.sample_thres{threshold}"]
+        )
+        < 1e-5
+    )
+    torch.manual_seed(77)
+    x_0 = generate(*reference_run, sampler="ddpm", schedule=schedule)
+    assert relative_error(x_0, expected[f"cached.ddpm_thres{threshold}_seed77"]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"sampler": "ddpm"}, {"eta": 0.7}, {"cfg_scale": 2.0, "sampler": "ddpm"}]
+)
+def test_a_sample_depends_on_its_seed_and_index_alone(tiny_model, options):
+    diffusion, labels = create_diffusion("5"), torch.tensor([0, 1, 2, 3, 4, 0])
+    together = generate_seeded(tiny_model, diffusion, labels, seed=7, **options)
+    in_batches = generate_seeded(tiny_model, diffusion, labels, seed=7, batch_size=4, **options)
+    torch.testing.assert_close(together, in_batches, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(together[0], together[5], atol=1e-2)  # same label, other index
+    other = generate_seeded(tiny_model, diffusion, labels, seed=8, **options)
+    assert not torch.allclose(together[0], other[0], atol=1e-2)
+
+
+def test_noise_is_standard_normal_and_labels_uniform(tiny_model):
+    generators = [sample_generator(3, k) for k in range(2000)]
+    noise, labels = draw_noise(tiny_model, generators), draw_labels(tiny_model, generators)
+    assert abs(noise.mean()) < 0.02
+    assert noise.std() == pytest.approx(1.0, abs=0.02)
+    assert (torch.bincount(labels, minlength=5) > 300).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"sampler": "dpm"}, "sampler 'dpm' is unknown"),
+        ({"schedule": Schedule(torch.ones(20, 4, dtype=torch.bool))}, "for 20 steps, the sampler takes 10"),
+        ({"schedule": Schedule(torch.ones(10, 56, dtype=torch.bool))}, "for 56 branches, the model has 4"),
+        ({"labels": torch.tensor([1])}, "1 labels for 3 noise samples"),
+    ],
+)
+def test_what_does_not_fit_is_refused(tiny_model, ten_steps, tiny_batch, options, words):
+    noise, labels = tiny_batch
+    with pytest.raises(ValueError, match=words):
+        generate(tiny_model, ten_steps, **{"labels": labels, "noise": noise} | options)
+
+
+def test_bf16_stays_close_to_fp32(tiny_model, ten_steps, tiny_batch):
+    import copy
+
+    noise, labels = tiny_batch
+    full = generate(tiny_model, ten_steps, labels, noise, 1.5)
+    half = generate(copy.deepcopy(tiny_model).bfloat16(), ten_steps, labels, noise, 1.5)
+    assert half.dtype == torch.float32
+    assert 0 < relative_error(half, full) < 0.05
+
+
+def test_latent_model_works_on_an_eighth_of_the_pixels():
+    assert build_model("DiT-S/8", 512).input_size == 64
+    with pytest.raises(ValueError, match="--image-size 100"):
+        build_model("DiT-S/8", 100)
+    with pytest.raises(ValueError, match="--model DiT-XXL/2 is unknown"):
+        build_model("DiT-XXL/2")
+    with pytest.warns(UserWarning, match="no effect"):
+        assert build_model("DiT-digits/2", 256, 1000).input_size == 8
+
+
+def test_pixels_are_decoded_by_scaling():
+    images = decode(torch.tensor([-1.0, 0.0, 1.0, 7.0]).reshape(1, 1, 2, 2))
+    assert images.shape == (1, 2, 2, 1)
+    assert images.flatten().tolist() == [0, 128, 255, 255]
+
+
+def test_latents_are_decoded_by_the_vae_of_a_folder(tmp_path):
+    """A small AutoencoderKL in the real format; scaling, range and layout as the official sampler's."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(block_out_channels=(8, 8, 8, 8), norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 4,
+                        up_block_types=("UpDecoderBlock2D",) * 4)  # fmt: skip
+    vae.save_pretrained(tmp_path / "vae")
+    latents = torch.randn(3, 4, 4, 4)
+    images = decode(latents, load_vae(str(tmp_path / "vae")), batch_size=2)
+    with torch.no_grad():
+        pixels = vae.eval().decode(latents / 0.18215).sample
+    expected = (pixels.permute(0, 2, 3, 1).numpy() * 127.5 + 127.5).round().clip(0, 255)
+    assert images.shape == (3, 32, 32, 3)
+    assert np.abs(images.numpy() - expected).max() <= 1
+
+
+def test_vae_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"--vae .*nothing"):
+        load_vae(str(tmp_path / "nothing"))
+    assert load_vae("none") is None
