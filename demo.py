@@ -35,9 +35,9 @@ NUM_STEPS, FEWER_STEPS = 10, 7
 CFG_SCALE, THRESHOLD = 1.5, 0.1
 SEED = 1234  # of the samples; the training has its own
 TRAINING = {
-    "--model": DIGITS_MODEL, "--num-sampling-steps": NUM_STEPS, "--cfg-scale": CFG_SCALE, "--l1": 3e-4,
-    "--lr": 0.1, "--lambda-c": 100, "--global-batch-size": 32, "--max-steps": 600, "--ste-threshold": THRESHOLD,
-    "--log-every": 50, "--ckpt-every": 200, "--resume": "auto",
+    "--model": DIGITS_MODEL, "--num-sampling-steps": NUM_STEPS, "--cfg-scale": CFG_SCALE,
+    "--ste-threshold": THRESHOLD, "--l1": 3e-4, "--lambda-c": 100, "--lr": 0.1, "--global-batch-size": 32,
+    "--max-steps": 600, "--log-every": 50, "--ckpt-every": 200, "--resume": "auto",
 }  # fmt: skip
 
 
@@ -88,26 +88,26 @@ def measure(
     }
 
 
+# Head of a column, what it shows of a row, and how.
+COLUMNS = [
+    ("method", lambda row: f"{row['method']:22}"),
+    ("steps", lambda row: str(row["num_steps"])),
+    ("CUR %", lambda row: f"{100 * row['cur']:.1f}"),
+    ("MACs/image", lambda row: f"{row['macs_per_image'] / 1e6:.0f} M"),
+    ("ms/batch", lambda row: f"{row['latency_ms']:.1f}"),
+    ("digits-FID", lambda row: f"{row['digits_fid']:.3f}"),
+    ("FD uncached", lambda row: f"{row['fd_uncached']:.3f}"),
+    ("accuracy %", lambda row: f"{100 * row['accuracy']:.2f}"),
+    ("MSE", lambda row: f"{row['mse']:.2e}"),
+]
+
+
 def print_table(rows: list[dict]) -> None:
-    heads = (
-        "method",
-        "steps",
-        "CUR %",
-        "MACs/image",
-        "ms/batch",
-        "digits-FID",
-        "FD uncached",
-        "accuracy %",
-        "MSE",
-    )
-    widths = (24, 5, 6, 11, 9, 10, 11, 10, 9)
-    print("\n" + " ".join(f"{head:>{width}}" for head, width in zip(heads, widths, strict=True)))
-    for row in rows:
-        print(
-            f"{row['method']:>24} {row['num_steps']:5} {100 * row['cur']:6.1f} {row['macs_per_image'] / 1e6:9.0f} M "
-            f"{row['latency_ms']:9.1f} {row['digits_fid']:10.3f} {row['fd_uncached']:11.3f} "
-            f"{100 * row['accuracy']:10.2f} {row['mse']:9.2e}"
-        )
+    table = [[head for head, _ in COLUMNS], *([show(row) for _, show in COLUMNS] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    print()
+    for line in table:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
 
 
 def main(args: argparse.Namespace) -> None:

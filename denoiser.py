@@ -11,8 +11,8 @@ class Denoiser:
     """Model, chain, labels and guidance scale as one function of (x_t, step, cache).
 
     labels: (n,). With guidance the batch is [cond; uncond], both halves starting from the same noise; a
-    `cfg_scale` of 1 turns guidance off and the batch is n. The state x_t is float32 whatever the model's
-    dtype.
+    `cfg_scale` of 1 turns guidance off and the batch is n. The state x_t keeps its own
+    dtype, whatever the model's.
     """
 
     def __init__(self, model: DiT, diffusion: GaussianDiffusion, labels: Tensor, cfg_scale: float):
@@ -33,5 +33,5 @@ class Denoiser:
         t = self.diffusion.timesteps(step, len(x_t), x_t.device)
         x = x_t.to(self.dtype)
         if self.guided:
-            return self.model.forward_with_cfg(x, t, self.y, self.cfg_scale, cache).float()
-        return self.model(x, t, self.y, cache).float()
+            return self.model.forward_with_cfg(x, t, self.y, self.cfg_scale, cache).to(x_t.dtype)
+        return self.model(x, t, self.y, cache).to(x_t.dtype)

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 import cli
@@ -154,8 +155,12 @@ def report_latency(
         print(f"measured speed-up {uncached / cached:.3f}x")
 
 
-def check_writable(path: Path) -> None:
+def check_writable(path: Path, suffixes: list[str]) -> None:
     """Refuse before the first step what could not be written after the last."""
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(
+            f"{path} cannot be written: {path.suffix or 'no suffix'} is not of {' '.join(suffixes)}"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         raise PermissionError(f"{path} cannot be written; give a file in a writable folder")
@@ -175,8 +180,9 @@ def choose_vae(args: argparse.Namespace, model: DiT, device: torch.device):
 def main(args: argparse.Namespace) -> None:
     device = cli.choose_device(args.device)
     precision, dtype = cli.set_precision(args.precision, device)
-    for path in filter(None, (args.output, args.save_latents)):
-        check_writable(path)
+    check_writable(args.output, sorted(Image.registered_extensions()))
+    if args.save_latents:
+        check_writable(args.save_latents, [".npz"])
     if args.random_weights:
         print(
             "RANDOM WEIGHTS: no checkpoint is loaded, the pictures are noise; only the speed means anything"
@@ -208,7 +214,8 @@ def main(args: argparse.Namespace) -> None:
         schedules = {"uncached": None, "cached": schedule}
     x_0 = {name: draw(labels, schedule=s, progress=True) for name, s in schedules.items()}
     images = {name: decode(latents, vae) for name, latents in x_0.items()}
-    report_latency(draw, labels[:batch_size], schedules, args.repeats, device)
+    if args.repeats:
+        report_latency(draw, labels[:batch_size], schedules, args.repeats, device)
     if args.compare:
         error = mse(x_0["cached"], x_0["uncached"])
         ratio = psnr(images["cached"], images["uncached"])

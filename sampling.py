@@ -72,7 +72,9 @@ def load_model(
     random_weights: bool = False,
 ) -> DiT:
     """A model ready to sample: built, its weights loaded strictly, frozen, on `device` in `dtype`."""
-    model = build_model(name, image_size, num_classes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # random weights are the same in every process
+        model = build_model(name, image_size, num_classes)
     if random_weights:
         randomize(model)
     else:

@@ -118,16 +118,11 @@ def main(args: argparse.Namespace) -> None:
         save_file(model.state_dict(), temporary)
     judge = Judge(args.output)
     print(f"test accuracy {100 * judge.accuracy(images[test_indices], labels[test_indices]):.2f} %")
-    train_statistics, test_statistics = (
-        judge.statistics(images[train_indices]),
-        judge.statistics(images[test_indices]),
-    )
-    print(
-        f"Frechet distance of the test fifth to the rest {frechet_distance(*train_statistics, *test_statistics):.2f}"
-    )
-    order = torch.randperm(len(images))
-    halves = [judge.statistics(images[half]) for half in order.tensor_split(2)]
-    print(f"Frechet distance of a random half to the other {frechet_distance(*halves[0], *halves[1]):.2f}")
+    parts = {"the test fifth to the rest": (train_indices, test_indices)}
+    parts["a random half to the other"] = torch.randperm(len(images)).tensor_split(2)
+    for name, (one, other) in parts.items():
+        distance = frechet_distance(*judge.statistics(images[one]), *judge.statistics(images[other]))
+        print(f"Frechet distance of {name}: {distance:.3f}")
 
 
 if __name__ == "__main__":

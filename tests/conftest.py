@@ -46,7 +46,7 @@ def tiny_model() -> DiT:
 
 
 @pytest.fixture
-def tiny_batch(tiny_model) -> tuple[torch.Tensor, torch.Tensor]:
+def tiny_batch() -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     return torch.randn(3, 4, 4, 4, generator=generator), torch.tensor([0, 3, 1])
 

@@ -31,7 +31,7 @@ def test_respacing_that_cannot_be_is_refused_by_name(spec):
         space_timesteps(1000, spec)
 
 
-def test_ddim_equals_diffusers(expected):
+def test_ddim_equals_diffusers():
     """diffusers' default spacing is our "ddimT"."""
     scheduler = DDIMScheduler(
         num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, clip_sample=False, set_alpha_to_one=True

@@ -121,7 +121,8 @@ def test_latents_are_decoded_by_the_vae_of_a_folder(tmp_path):
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
-    vae = AutoencoderKL(block_out_channels=(8, 8, 8, 8), norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 4,
+    vae = AutoencoderKL(block_out_channels=(8, 8, 8, 8), norm_num_groups=4,
+                        down_block_types=("DownEncoderBlock2D",) * 4,
                         up_block_types=("UpDecoderBlock2D",) * 4)  # fmt: skip
     vae.save_pretrained(tmp_path / "vae")
     latents = torch.randn(3, 4, 4, 4)

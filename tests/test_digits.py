@@ -1,0 +1,45 @@
+"""The example that ships: data, committed weights and the judge."""
+
+import pytest
+import torch
+
+from diffusion import create_diffusion
+from digits.classifier import Judge
+from digits.data import digit_images, train_test_indices
+from sampling import generate_seeded, load_model
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return Judge()
+
+
+def test_data_is_the_whole_set_in_range():
+    images, labels = digit_images()
+    assert images.shape == (1797, 1, 8, 8)
+    assert (images.min(), images.max()) == (-1, 1)
+    assert torch.bincount(labels).min() > 170
+    train, test = train_test_indices()
+    assert sorted(torch.cat([train, test]).tolist()) == list(range(1797))
+
+
+def test_classifier_recognises_images_it_never_saw(judge):
+    images, labels = digit_images()
+    _, test = train_test_indices()
+    assert judge.accuracy(images[test], labels[test]) >= 0.99
+    assert judge.accuracy(images[test], (labels[test] + 1) % 10) < 0.01
+
+
+def test_digits_fid_tells_data_from_noise(judge):
+    images, _ = digit_images()
+    assert judge.digits_fid(images) == pytest.approx(0, abs=1e-6)
+    assert judge.digits_fid(images[::2]) < 2
+    assert judge.digits_fid(torch.rand_like(images) * 2 - 1) > 50
+
+
+def test_committed_model_draws_the_digit_asked_for(judge):
+    model, labels = load_model("DiT-digits/2"), torch.arange(200) % 10
+    assert sum(p.numel() for p in model.parameters()) == 3_649_544
+    x_0 = generate_seeded(model, create_diffusion("10"), labels, seed=0, cfg_scale=1.5)
+    assert judge.accuracy(x_0, labels) >= 0.98
+    assert judge.digits_fid(x_0) < judge.digits_fid(torch.randn_like(x_0)) / 10

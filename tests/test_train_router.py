@@ -1,0 +1,208 @@
+"""The training command on the digits model: processes, resuming, what it writes, how it fails."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from commands import ENVIRONMENT, ROOT, error_line, run, torchrun
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from distributed import Processes
+from models import DiT_models
+from router import find_router, load_router
+from sampling import randomize
+
+TRAIN = ["train_router.py", "--model", "DiT-digits/2", "--num-sampling-steps", 5, "--global-batch-size", 4]
+TRAIN += ["--lr", 0.05, "--l1", 1e-4, "--lambda-c", 10, "--log-every", 5]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    model = DiT_models["DiT-digits/2"]()
+    randomize(model)
+    path = tmp_path_factory.mktemp("model") / "digits.safetensors"
+    save_file(model.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(checkpoint, tmp_path_factory):
+    """Results folder of 23 train steps (four trajectories and a half) on one process, with checkpoints every
+
+    6.
+    """
+    results = tmp_path_factory.mktemp("results")
+    run(*TRAIN, "--ckpt", checkpoint, "--results-dir", results, "--max-steps", 23, "--ckpt-every", 6)
+    return results
+
+
+def logits(results) -> torch.Tensor:
+    return load_router(find_router(next(results.glob("0*")))).logits
+
+
+def test_what_a_run_leaves(uninterrupted):
+    (folder,) = uninterrupted.iterdir()
+    assert folder.name == "000-DiT-digits-2-T5-seed42"
+    files = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert files == [f"{step:07d}.safetensors" for step in (6, 12, 18, 23)]
+    info = load_router(folder).info
+    wanted = {
+        "method": "harmonica",
+        "model": "DiT-digits/2",
+        "image_size": 8,
+        "num_steps": 5,
+        "num_branches": 24,
+    }
+    wanted |= {"cfg_scale": 1.5, "threshold": 0.1, "reg_weight": 1e-4, "train_steps": 23, "version": 1}
+    assert wanted.items() <= info.items()
+    assert 0 <= info["cur"] < 1
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["train_steps"] for row in metrics] == [5, 10, 15, 20]
+    assert all(row["loss"] > 0 and len(row["proxy_weights"]) == 5 for row in metrics)
+    log = (folder / "log.txt").read_text()
+    assert "step      20/23  loss" in log
+    assert "min left" in log
+    with Image.open(folder / "schedule.png") as picture:
+        assert picture.width > 400
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_more_processes_train_the_same_router(uninterrupted, checkpoint, tmp_path, processes):
+    arguments = ["--ckpt", checkpoint, "--results-dir", tmp_path, "--max-steps", 23, "--ckpt-every", 6]
+    torchrun(processes, *TRAIN, *arguments)
+    assert (logits(tmp_path) - logits(uninterrupted)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("stop", [6, 10, 17])
+def test_resumed_run_ends_bit_for_bit_the_same(uninterrupted, checkpoint, tmp_path, stop):
+    """Stopped by --max-steps, within a trajectory or between two, then asked to go further."""
+    arguments = ["--ckpt", checkpoint, "--results-dir", tmp_path, "--ckpt-every", 6, "--resume", "auto"]
+    run(*TRAIN, *arguments, "--max-steps", stop)
+    run(*TRAIN, *arguments, "--max-steps", 23)
+    assert len(list(tmp_path.iterdir())) == 1
+    assert torch.equal(logits(tmp_path), logits(uninterrupted))
+    (folder,) = tmp_path.iterdir()
+    metrics = (folder / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["train_steps"] for line in metrics] == [5, 10, 15, 20]
+
+
+def test_killed_run_resumes_bit_for_bit(uninterrupted, checkpoint, tmp_path):
+    arguments = [
+        *TRAIN,
+        "--ckpt",
+        checkpoint,
+        "--results-dir",
+        tmp_path,
+        "--ckpt-every",
+        6,
+        "--max-steps",
+        23,
+    ]
+    command = [sys.executable, *map(str, arguments)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("*/checkpoints/0000006.safetensors")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (folder,) = tmp_path.iterdir()
+    assert not (folder / "checkpoints" / "0000023.safetensors").exists()
+    run(*arguments, "--resume", folder)
+    assert torch.equal(logits(tmp_path), logits(uninterrupted))
+
+
+def test_resuming_a_finished_run_changes_nothing(checkpoint, tmp_path):
+    arguments = ["--ckpt", checkpoint, "--results-dir", tmp_path, "--max-steps", 10, "--resume", "auto"]
+    run(*TRAIN, *arguments)
+    file = find_router(next(tmp_path.iterdir()))
+    before = file.read_bytes()
+    run(*TRAIN, *arguments)
+    assert file.read_bytes() == before
+    assert len(list(tmp_path.glob("*/checkpoints/*"))) == 1
+
+
+def test_resuming_with_other_settings_is_refused(uninterrupted, checkpoint):
+    arguments = [
+        *TRAIN,
+        "--ckpt",
+        checkpoint,
+        "--results-dir",
+        uninterrupted,
+        "--resume",
+        next(uninterrupted.iterdir()),
+    ]
+    assert "--lr 0.05, not 0.2" in error_line(*arguments, "--lr", 0.2)
+
+
+def test_resume_auto_starts_anew_where_no_run_is_like_this(checkpoint, tmp_path):
+    for seed in (1, 2):
+        arguments = ["--ckpt", checkpoint, "--results-dir", tmp_path, "--max-steps", 2, "--resume", "auto"]
+        run(*TRAIN, *arguments, "--global-seed", seed)
+    assert sorted(path.name[:3] for path in tmp_path.iterdir()) == ["000", "001"]
+
+
+def test_nan_loss_stops_the_run_and_keeps_the_last_checkpoint(checkpoint, tmp_path):
+    run(*TRAIN, "--ckpt", checkpoint, "--results-dir", tmp_path, "--max-steps", 5)
+    (folder,) = tmp_path.iterdir()
+    kept = {path: path.read_bytes() for path in (folder / "checkpoints").iterdir()}
+    state = load_file(checkpoint)
+    state["blocks.3.mlp.fc1.weight"][0, 0] = torch.nan
+    save_file(state, checkpoint.with_name("broken.safetensors"))
+    broken = ["--ckpt", checkpoint.with_name("broken.safetensors"), "--results-dir", tmp_path]
+    line = error_line(*TRAIN, *broken, "--ckpt-every", 1, "--max-steps", 10)
+    assert "loss is nan at train step 2 (denoising step 3)" in line
+    assert all(path.read_bytes() == content for path, content in kept.items())
+    for path in tmp_path.glob("001-*/checkpoints/*"):
+        assert load_router(path).logits.isfinite().all()
+
+
+def test_wandb_without_network_logs_offline(checkpoint, tmp_path):
+    output = run(*TRAIN, "--ckpt", checkpoint, "--results-dir", tmp_path, "--max-steps", 5, "--wandb")
+    assert "warning: --wandb" in output
+    assert list(tmp_path.glob("*/wandb/offline-run-*/*.wandb"))
+
+
+def test_paper_proxy_trains_another_router(uninterrupted, checkpoint, tmp_path):
+    arguments = ["--ckpt", checkpoint, "--results-dir", tmp_path, "--max-steps", 23, "--proxy", "paper"]
+    run(*TRAIN, *arguments)
+    assert not torch.equal(logits(tmp_path), logits(uninterrupted))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model", "DiT-Q/2", "--random-weights"], "--model DiT-Q/2 is unknown"),
+        (["--ckpt", "absent.pt"], "absent.pt does not exist"),
+        (["--model", "DiT-S/8", "--image-size", "256"], "no official checkpoint of DiT-S/8"),
+        (["--num-sampling-steps", "0", "--random-weights"], "respacing '0'"),
+        (["--num-sampling-steps", "1", "--random-weights"], "at least 2 steps"),
+        (["--precision", "int8"], "invalid choice: 'int8'"),
+        (["--max-steps", "0"], "0 is not at least 1"),
+        (["--resume", "nowhere", "--random-weights"], "nowhere does not exist"),
+        (["--device", "cuda:7", "--random-weights"], "--device cuda:7 cannot be used"),
+    ],
+)
+def test_wrong_use_ends_in_one_line(tmp_path, arguments, words):
+    if "cuda:7" in arguments and torch.cuda.device_count() > 7:
+        pytest.skip("this machine has eight GPUs")
+    assert words in error_line(
+        "train_router.py", "--model", "DiT-digits/2", "--results-dir", tmp_path / "r", *arguments
+    )
+    assert not (tmp_path / "r").exists()
+
+
+def test_batch_that_cannot_be_shared_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("distributed.start", lambda _: Processes(0, 3, torch.device("cpu")))
+    assert "--global-batch-size 4 cannot be shared by 3" in error_line(
+        *TRAIN, "--results-dir", tmp_path / "r"
+    )
+    assert not (tmp_path / "r").exists()
