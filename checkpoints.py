@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from files import load_pickle_safely
 from models import DiT
-from router import load_pickle_safely
 
 # Where diffusers keeps a DiT: a pipeline folder, or the transformer's own.
 _DIFFUSERS_FILES = [
@@ -30,8 +30,10 @@ def load_checkpoint(model: DiT, path: str | Path) -> None:
     """
     file = _find_file(Path(path))
     state = _read(file)
-    if "ema" in state and isinstance(state["ema"], dict):
+    if isinstance(state, dict) and isinstance(state.get("ema"), dict):
         state = state["ema"]
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise ValueError(f"{file} holds no state dict but a {type(state).__name__}; give a DiT checkpoint")
     if any(name.startswith("transformer_blocks.") for name in state):
         state = from_diffusers(state, file)
     state.setdefault("pos_embed", model.pos_embed.detach())  # fixed: diffusers and some exports leave it out

@@ -25,12 +25,33 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
     except (ValueError, OSError) as error:
         if os.environ.get("HARMONICA_TRACEBACK"):
             raise
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # the others met the same
+        local_rank = os.environ.get("LOCAL_RANK", "0")
+        if local_rank == "0" or isinstance(error, OSError):  # a wrong value all processes meet alike
             print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except torch.cuda.OutOfMemoryError as error:
+        reason = str(error).partition(". ")[0]
+        print(f"{os.path.basename(sys.argv[0])}: error: {reason}; take a smaller batch size", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def non_negative_int(text: str) -> int:
+    """An argparse type: an integer of at least 0, such as a seed."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is negative")
+    return value
+
+
+def threshold(text: str) -> float:
+    """An argparse type: a score's threshold in [0, 1)."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is outside [0, 1); the published one is 0.1")
+    return value
 
 
 def positive_int(text: str) -> int:

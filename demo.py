@@ -1,5 +1,4 @@
-"""Train a router for the digits DiT, sample with and without it from the same noise, and show what it costs
-and saves.
+"""Train a router for the digits DiT, sample with and without it from the same noise, show cost and savings.
 
     make demo            # or, with the requirements installed: python demo.py
 
@@ -28,7 +27,7 @@ from metrics.frechet import frechet_distance
 from metrics.paired import mse
 from models import DiT
 from pictures import comparison, schedule_heat_map
-from router import Router, Schedule, find_router, load_router
+from router import Router, Schedule, load_router
 from sampling import DIGITS_MODEL, decode, generate_seeded, load_model, timed
 
 NUM_STEPS, FEWER_STEPS = 10, 7
@@ -37,7 +36,7 @@ SEED = 1234  # of the samples; the training has its own
 TRAINING = {
     "--model": DIGITS_MODEL, "--num-sampling-steps": NUM_STEPS, "--cfg-scale": CFG_SCALE,
     "--ste-threshold": THRESHOLD, "--l1": 3e-4, "--lambda-c": 100, "--lr": 0.1, "--global-batch-size": 32,
-    "--max-steps": 600, "--log-every": 50, "--ckpt-every": 200, "--resume": "auto",
+    "--log-every": 50, "--ckpt-every": 200, "--resume": "auto",
 }  # fmt: skip
 
 
@@ -62,13 +61,17 @@ def train(args: argparse.Namespace) -> Router:
         "--standalone",
         f"--nproc_per_node={args.processes}",
     ]
-    command += ["train_router.py", "--results-dir", str(args.results_dir), "--device", "cpu"]
+    command += ["train_router.py", "--results-dir", str(args.results_dir.resolve()), "--device", "cpu"]
     command += [str(part) for item in TRAINING.items() for part in item]
+    command += ["--max-steps", str(args.train_steps)]
     print("$", " ".join(command), flush=True)
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.processes))}
-    subprocess.run(command, cwd=Path(__file__).parent, env=environment, check=True)
-    newest = max(args.results_dir.glob("[0-9]*-*"))
-    return load_router(find_router(newest), DIGITS_MODEL, NUM_STEPS)
+    status = subprocess.run(command, cwd=Path(__file__).parent, env=environment, check=False).returncode
+    if status:
+        raise ValueError(f"the training above ended with exit status {status}")
+    logs = args.results_dir.glob("*/log.txt")
+    newest = max(logs, key=lambda log: log.stat().st_mtime).parent  # new, or resumed and found finished
+    return load_router(newest, DIGITS_MODEL, NUM_STEPS)
 
 
 def measure(

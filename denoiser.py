@@ -18,6 +18,10 @@ class Denoiser:
     def __init__(self, model: DiT, diffusion: GaussianDiffusion, labels: Tensor, cfg_scale: float):
         self.model, self.diffusion, self.cfg_scale = model, diffusion, cfg_scale
         self.guided = cfg_scale != 1.0
+        if self.guided and not model.has_null_label:
+            raise ValueError(
+                f"guidance {cfg_scale:g} needs a null label, this model was built without; use 1 (off)"
+            )
         null = torch.full_like(labels, model.num_classes)
         self.y = torch.cat([labels, null]) if self.guided else labels
         self.dtype = next(model.parameters()).dtype

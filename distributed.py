@@ -27,14 +27,13 @@ class Processes:
 
 
 def start(device: str | None = None) -> Processes:
-    """Join the processes that torchrun started (none: a world of one). Raises ValueError where GPUs are too
-
-    few.
-    """
+    """Join the processes that torchrun started, or be the only one. Raises ValueError for too few GPUs."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size == 1:
+    if world_size == 1 or "RANK" not in os.environ:  # a scheduler's WORLD_SIZE alone makes no process group
         return Processes(0, 1, choose_device(device))
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    if device not in (None, "cpu", "cuda"):
+        raise ValueError(f"--device {device} under torchrun: every process takes its own GPU; leave it out")
     on_gpu = torch.cuda.is_available() and device != "cpu"
     if on_gpu:
         local_world_size, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()

@@ -4,12 +4,13 @@
     python download.py                      # DiT-XL/2 256 px and its VAE
     python download.py dit-512 vae-mse
 
-Files land in pretrained_models/ under a temporary name first; run the same command again to go on after an
-interruption.
+Files land in the repository's pretrained_models/ under a temporary name first; run the same command again to
+go on after an interruption.
 """
 
 import argparse
 import hashlib
+import http.client
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 import cli
 
-FOLDER = Path("pretrained_models")
+FOLDER = Path(__file__).parent / "pretrained_models"
 _DIT = "https://dl.fbaipublicfiles.com/DiT/models/"
 _VAE = "https://huggingface.co/stabilityai/sd-vae-ft-{}/resolve/main/"
 
@@ -72,7 +73,7 @@ def fetch_file(file: RemoteFile, folder: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         expected_size = _transfer(file.url, partial)
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
         reason = getattr(error, "reason", error)
         raise OSError(
             f"cannot fetch {file.url} ({reason}); run again to go on, or put the file by hand at {target}"

@@ -1,21 +1,49 @@
-"""Writing files so that a reader never meets half of one."""
+"""Reading and writing files: never half of one, never one that runs code."""
 
+import argparse
+import os
+import pickle
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import torch
 
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary path beside `path` to write to; takes its place at the end, and is removed on an error.
 
-    It keeps the suffix, by which many writers choose their format.
+    It keeps the suffix, by which many writers choose their format, and gets the usual permissions.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.stem}.part{path.suffix}")
+    partial = path.with_name(f"{path.stem}.{os.getpid()}.part{path.suffix}")
     try:
         yield partial
+        umask = os.umask(0)
+        os.umask(umask)
+        partial.chmod(0o666 & ~umask)  # some writers make files that only their owner may read
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def load_pickle_safely(file: Path):
+    """`torch.load` that reads tensors, plain containers and an argparse.Namespace, and refuses all else.
+
+    Raises ValueError in one line, whatever is wrong with the file's content.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"it asks for {found[1]}" if found else "it is damaged or asks to run code"
+        raise ValueError(f"{file} was refused: {what}; only tensors and plain values are read") from None
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle fails in as many ways as there are opcodes
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{file} cannot be read as a torch file ({reason})") from None

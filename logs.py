@@ -9,6 +9,8 @@ from tqdm import tqdm
 
 from files import replacing
 
+WANDB_TIMEOUT_S = 30
+
 
 class RunLog:
     """Writes a run's record on rank 0; with `folder=None` (every other rank) it does nothing."""
@@ -30,7 +32,7 @@ class RunLog:
         if self.folder is None:
             return
         with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"train_steps": train_steps, **values}) + "\n")
+            file.write(json.dumps({"train_steps": train_steps, **values}, allow_nan=False) + "\n")
         if self._wandb is not None:
             self._wandb.log(values, step=train_steps)
 
@@ -64,7 +66,7 @@ def start_wandb(folder: Path, config: dict):
     import wandb
 
     options = {"project": "harmonica", "name": folder.name, "dir": str(folder), "config": config}
-    settings = wandb.Settings(silent=True, init_timeout=30, login_timeout=30)
+    settings = wandb.Settings(silent=True, init_timeout=WANDB_TIMEOUT_S, login_timeout=WANDB_TIMEOUT_S)
     try:
         return wandb.init(**options, settings=settings)
     except Exception as error:  # wandb's kinds of error are many, their cause is one

@@ -134,7 +134,7 @@ class DiT(nn.Module):
             )
         self.input_size, self.patch_size = input_size, patch_size
         self.in_channels, self.out_channels = in_channels, in_channels * (2 if learn_sigma else 1)
-        self.num_classes = num_classes
+        self.num_classes, self.has_null_label = num_classes, class_dropout_prob > 0
         self.learn_sigma = learn_sigma
 
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size, bias=True)
@@ -209,6 +209,7 @@ class DiT(nn.Module):
         """
         half = x[: len(x) // 2]
         out = self.forward(torch.cat([half, half]), t, y, cache)  # (N, C_out, H, W)
+        out = out.to(torch.promote_types(out.dtype, torch.float32))  # guidance would amplify bf16's rounding
         guided_channels = min(3, self.in_channels)
         cond, uncond = out[:, :guided_channels].chunk(2)
         guided = uncond + cfg_scale * (cond - uncond)  # (N/2, guided_channels, H, W)

@@ -102,10 +102,7 @@ def image_error_proxy(
 
 
 def _released_proxy(advance: Callable[..., Tensor], x_t: Tensor, scores: Tensor, threshold: float) -> Tensor:
-    """Pass i is routed down to step i and computed after it, so it continues the routed run that all passes
-
-    share.
-    """
+    """Pass i is routed down to step i and computed after it: each continues the routed run that all share."""
     proxy_weights = scores.new_zeros(len(scores))
     first_step = len(scores) - 1
     previous_x0 = advance(x_t, range(first_step, -1, -1))
@@ -120,20 +117,19 @@ def _released_proxy(advance: Callable[..., Tensor], x_t: Tensor, scores: Tensor,
 
 
 def _paper_proxy(advance: Callable[..., Tensor], x_t: Tensor, scores: Tensor, threshold: float) -> Tensor:
-    """Pass i starts from the routed run's state (x_t, store) before step i."""
-    proxy_weights = scores.new_zeros(len(scores))
+    """Pass i leaves the routed run before step i, with a copy of its store, and goes on to its own x_0."""
     first_step = len(scores) - 1
     cache = SoftCache(scores, threshold)
     x_t = advance(x_t, range(first_step, first_step - 1, -1), cache)
-    states = []
+    x0_without = {}
     for step in reversed(range(first_step)):
-        states.append((step, x_t, cache.snapshot()))
-        x_t = advance(x_t, range(step, step - 1, -1), cache)
-    for step, x_before, stored in states:
         one_computed = scores.clone()
         one_computed[step] = 1.0
-        branched = SoftCache(one_computed, threshold)
-        branched.restore(stored)
-        x0 = advance(x_before, range(step, -1, -1), branched)
+        branch = SoftCache(one_computed, threshold)
+        branch.restore(cache.snapshot())
+        x0_without[step] = advance(x_t, range(step, -1, -1), branch)
+        x_t = advance(x_t, range(step, step - 1, -1), cache)
+    proxy_weights = scores.new_zeros(len(scores))
+    for step, x0 in x0_without.items():
         proxy_weights[step] = (x0 - x_t).square().mean()
     return proxy_weights

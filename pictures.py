@@ -10,10 +10,7 @@ from torch import Tensor
 
 
 def sheet(images: Tensor, columns: int = 8) -> Image.Image:
-    """Images (n, H, W, 1 or 3) uint8, `columns` a row with a thin gap; small ones enlarged by whole
-
-    pixels.
-    """
+    """uint8 images (n, H, W, 1 or 3) side by side, `columns` a row; small ones enlarged by whole pixels."""
     array = images.numpy()
     factor = max(1, 64 // array.shape[1])
     array = array.repeat(factor, axis=1).repeat(factor, axis=2)
@@ -49,10 +46,7 @@ def comparison(parts: list[tuple[str, Tensor]], columns: int = 8) -> Image.Image
 def schedule_heat_map(
     scores: Tensor, threshold: float, branches: tuple[str, ...], title: str = ""
 ) -> Image.Image:
-    """Scores (T, B) as colour, steps down in order of execution, branches across; reused cells carry a
-
-    dot.
-    """
+    """Scores (T, B) as colour, steps down as they are executed, branches across; a dot on reused cells."""
     table = scores.detach().cpu().numpy()[::-1]
     num_steps, num_branches = table.shape
     figure = Figure(figsize=(max(6.0, 0.16 * num_branches + 2), max(3.0, 0.16 * num_steps + 1.6)), dpi=110)

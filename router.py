@@ -10,7 +10,6 @@ T-1 is the first step executed, the noisiest: nothing is stored before it, so it
 
 import argparse
 import json
-import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +19,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from files import replacing
+import cli
+from files import load_pickle_safely, replacing
 
 FORMAT_VERSION = 1
 LOGIT_LIMIT = 5.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Schedule:
     """Which branch is computed at which step.
 
@@ -38,7 +38,7 @@ class Schedule:
     source: str = ""
 
     def __post_init__(self) -> None:
-        if self.compute.dtype != torch.bool or self.compute.ndim != 2:
+        if self.compute.dtype != torch.bool or self.compute.ndim != 2 or not self.compute.numel():
             raise ValueError(
                 f"a schedule is a bool table (steps, branches), not {self.compute.dtype} of shape "
                 f"{tuple(self.compute.shape)}"
@@ -71,8 +71,7 @@ class Schedule:
 
 
 class Router(nn.Module):
-    """Learnable logits (T, B), one parameter per row so that a step's update touches its own row's optimizer
-    state only.
+    """Learnable logits (T, B), one parameter per row: a step updates its row's optimizer state alone.
 
     Rows 0 .. T-2 are parameters, drawn from a standard normal; row T-1 is a buffer at logit 5. `info` holds
     what a file says of the router (method, model, num_steps, threshold, ...).
@@ -159,11 +158,9 @@ def save_router(path: str | Path, router: Router, tensors: dict[str, Tensor] | N
 def load_router(
     path: str | Path, model: str | None = None, num_steps: int | None = None, num_branches: int | None = None
 ) -> Router:
-    """Read a router: our format, or a released HarmoniCa or Learning-to-Cache .pt; a folder means its newest
-    router.
+    """Read a router: our format, or the released .pt of HarmoniCa or Learning-to-Cache. Nothing is executed.
 
-    Nothing in a file is executed. Where given, `model`, `num_steps` and `num_branches` must be the router's
-    own.
+    A folder means its newest router. `model`, `num_steps`, `num_branches`: where given, they must be its own.
     Raises FileNotFoundError or ValueError, each naming the file and what was expected.
     """
     file = find_router(path)
@@ -182,10 +179,7 @@ def load_router(
 
 
 def find_router(path: str | Path) -> Path:
-    """The router file that `path` means: itself, or the last by name in that folder or its `checkpoints`
-
-    folder.
-    """
+    """The router that `path` means: itself, or the one of most train steps in it or its `checkpoints`."""
     path = Path(path)
     if path.is_file():
         return path
@@ -225,9 +219,14 @@ def _read_released(file: Path) -> tuple[Tensor, dict]:
         raise ValueError(
             f"{file} has no rows 'routers': {{'0.prob': ...}}; it is no HarmoniCa or Learning-to-Cache router"
         )
-    logits = torch.stack([rows[f"{step}.prob"].float() for step in range(len(rows))])
-    args = content.get("args") or {}
-    args = args if isinstance(args, dict) else vars(args)
+    ordered = [rows[f"{step}.prob"] for step in range(len(rows))]
+    if not all(
+        isinstance(row, Tensor) and row.ndim == 1 and row.shape == ordered[0].shape for row in ordered
+    ):
+        raise ValueError(f"{file} has rows that are no tensors of one length; it is no router")
+    logits = torch.stack(ordered).float()
+    args = content.get("args")
+    args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
     if "version" in args:  # written by save_router
         return logits, args
     names = {"num_sampling_steps": "num_steps", "l1": "reg_weight", "ste_threshold": "threshold"}
@@ -240,26 +239,10 @@ def _read_released(file: Path) -> tuple[Tensor, dict]:
     return logits, info | {"method": "harmonica" if harmonica else "l2c"}
 
 
-def load_pickle_safely(file: Path):
-    """`torch.load` that reads tensors, plain containers and an argparse.Namespace, and refuses everything
-
-    else.
-    """
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"it asks for {found[1]}" if found else "it is damaged or asks to run code"
-        raise ValueError(f"{file} was refused: {what}; only tensors and plain values are read") from None
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{file} cannot be read as a torch file ({str(error).splitlines()[0]})") from None
-
-
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Show a router file, or export it to the released layout.")
     parser.add_argument("path", help="a router file, or a folder that holds one")
-    parser.add_argument("--thres", type=float, help="default: the router's own, else 0.1")
+    parser.add_argument("--thres", type=cli.threshold, help="default: the router's own, else 0.1")
     parser.add_argument("--export", type=Path, metavar="FILE.pt", help="write the released HarmoniCa layout")
     args = parser.parse_args()
     if args.export and args.export.suffix != ".pt":
@@ -280,6 +263,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    import cli
-
     cli.run(main, parse_args())

@@ -1,10 +1,10 @@
 """Sample images, uncached or with a trained router, and say what it cost.
 
     python sample.py --model DiT-XL/2 --vae ema --image-size 256 --num-classes 1000 --cfg-scale 4 \\
-        --num-sampling-steps 10 --seed 42 --accelerate-method dynamiclayer --ddim-sample --path ROUTER --thres
-        0.1
-    python sample.py --model DiT-digits/2 --num-sampling-steps 10 --compare --accelerate-method dynamiclayer
-    --path ROUTER
+        --num-sampling-steps 10 --seed 42 --accelerate-method dynamiclayer --ddim-sample --path ROUTER \\
+        --thres 0.1
+    python sample.py --model DiT-digits/2 --num-sampling-steps 10 --accelerate-method dynamiclayer \\
+        --path ROUTER --compare
 
 `--path` is a router file or a folder that holds one (a training's results folder). `--compare` draws the same
 noise with and without the router. Latency is that of the denoising loop of one batch, without decoding.
@@ -30,7 +30,7 @@ from metrics.paired import mse, psnr
 from models import DiT
 from pictures import branch_types, comparison, sheet
 from router import Schedule, load_router
-from sampling import decode, generate_seeded, is_latent, load_model, load_vae, timed
+from sampling import decode, generate_seeded, is_latent, load_model, load_vae, pixels_of, timed
 
 PUBLISHED_LABELS = [207, 360, 387, 974, 88, 979, 417, 279]
 
@@ -43,8 +43,8 @@ def parse_args() -> argparse.Namespace:
     model.add_argument(
         "--random-weights", action="store_true", help="no checkpoint: noise pictures, real speed"
     )
-    model.add_argument("--image-size", type=int, help="pixels (default 256)")
-    model.add_argument("--num-classes", type=int, help="default 1000")
+    model.add_argument("--image-size", type=cli.positive_int, help="pixels (default 256)")
+    model.add_argument("--num-classes", type=cli.positive_int, help="default 1000")
     model.add_argument("--vae", help="ema, mse, none or a folder (default ema; pixel models have none)")
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--cfg-scale", type=float, default=4.0, help="guidance, 1 = off (default 4)")
@@ -53,14 +53,14 @@ def parse_args() -> argparse.Namespace:
     )
     sampling.add_argument("--ddim-sample", action="store_true", help="DDIM, eta 0 (the default)")
     sampling.add_argument("--p-sample", action="store_true", help="DDPM (ancestral)")
-    sampling.add_argument("--seed", type=int, default=0)
+    sampling.add_argument("--seed", type=cli.non_negative_int, default=0)
     sampling.add_argument("--labels", type=int, nargs="+", help="one image per label")
     sampling.add_argument("--batch-size", type=cli.positive_int, help="images at once (default: all)")
     caching = parser.add_argument_group("caching")
     caching.add_argument("--accelerate-method", default="none", help="none (default) or dynamiclayer")
     caching.add_argument("--path", help="router file, or a folder that holds one")
     caching.add_argument(
-        "--thres", type=float, help="compute where score > thres (default: the router's, else 0.1)"
+        "--thres", type=cli.threshold, help="compute where score > thres (default: the router's, else 0.1)"
     )
     output = parser.add_argument_group("output")
     output.add_argument("--output", type=Path, default=Path("sample.png"))
@@ -69,7 +69,10 @@ def parse_args() -> argparse.Namespace:
     )
     output.add_argument("--compare", action="store_true", help="uncached above cached, with MSE and PSNR")
     output.add_argument(
-        "--repeats", type=int, default=3, help="timed runs after the warm-up; 0: no timing (default 3)"
+        "--repeats",
+        type=cli.non_negative_int,
+        default=3,
+        help="timed runs after the warm-up; 0: no timing (default 3)",
     )
     cli.add_device_arguments(parser)
     args = parser.parse_args()
@@ -85,8 +88,6 @@ def parse_args() -> argparse.Namespace:
         )
     if args.compare and args.accelerate_method == "none":
         parser.error("--compare needs a caching method; add --accelerate-method dynamiclayer --path ROUTER")
-    if args.repeats < 0:
-        parser.error(f"--repeats {args.repeats} is negative; give 0 for no timing")
     return args
 
 
@@ -98,9 +99,14 @@ def load_schedule(args: argparse.Namespace, model: DiT, diffusion: GaussianDiffu
         return None
     router = load_router(args.path, args.model, diffusion.num_timesteps, model.num_branches)
     threshold = args.thres if args.thres is not None else router.info.get("threshold", 0.1)
-    trained_at = router.info.get("cfg_scale")
-    if trained_at is not None and trained_at != args.cfg_scale:
-        print(f"note: the router was trained at guidance {trained_at:g}, sampling at {args.cfg_scale:g}")
+    sampled_at = {
+        "cfg_scale": args.cfg_scale,
+        "image_size": pixels_of(model),
+        "respacing": args.num_sampling_steps,
+    }
+    for fact, here in sampled_at.items():
+        if str(router.info.get(fact, here)) != str(here):
+            print(f"note: the router was trained at {fact} {router.info[fact]}, this samples at {here}")
     print(f"router {router.info['path']}")
     return router.schedule(threshold)
 
@@ -155,6 +161,11 @@ def report_latency(
         print(f"measured speed-up {uncached / cached:.3f}x")
 
 
+def picture_suffixes() -> list[str]:
+    Image.init()
+    return sorted(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.SAVE)
+
+
 def check_writable(path: Path, suffixes: list[str]) -> None:
     """Refuse before the first step what could not be written after the last."""
     if path.suffix.lower() not in suffixes:
@@ -180,13 +191,13 @@ def choose_vae(args: argparse.Namespace, model: DiT, device: torch.device):
 def main(args: argparse.Namespace) -> None:
     device = cli.choose_device(args.device)
     precision, dtype = cli.set_precision(args.precision, device)
-    check_writable(args.output, sorted(Image.registered_extensions()))
+    check_writable(args.output, picture_suffixes())
     if args.save_latents:
         check_writable(args.save_latents, [".npz"])
     if args.random_weights:
-        print(
-            "RANDOM WEIGHTS: no checkpoint is loaded, the pictures are noise; only the speed means anything"
-        )
+        if args.ckpt:
+            warnings.warn(f"--ckpt {args.ckpt} has no effect with --random-weights")
+        print("RANDOM WEIGHTS: no checkpoint is loaded, the pictures are noise; only speed means anything")
     model = load_model(
         args.model, args.ckpt, args.image_size, args.num_classes, device, dtype, args.random_weights
     )
@@ -196,10 +207,11 @@ def main(args: argparse.Namespace) -> None:
     vae = choose_vae(args, model, device)
     sampler = "ddpm" if args.p_sample else "ddim"
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    default = "" if args.ddim_sample or args.p_sample else " (the default)"
+    print(f"{args.model}, {parameters:,.2f} M parameters, {precision} on {cli.hardware(device)}")
     print(
-        f"{args.model}, {parameters:,.2f} M parameters, {precision} on {device}; {sampler.upper()}"
-        f"{'' if args.ddim_sample or args.p_sample else ' (the default)'}, {diffusion.num_timesteps} steps, "
-        f"guidance {args.cfg_scale:g}, seed {args.seed}"
+        f"{sampler.upper()}{default}, {diffusion.num_timesteps} steps, guidance {args.cfg_scale:g}, "
+        f"seed {args.seed}"
     )
     if schedule is not None:
         print(describe_schedule(schedule, model, passes=1 if args.cfg_scale == 1 else 2))

@@ -1,5 +1,6 @@
 """What every sampling command shares: models, noise from seeds, the denoising loop, decoding, timing."""
 
+import hashlib
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,8 @@ from models import DiT, DiT_models
 from router import Schedule
 
 SAMPLERS = ("ddim", "ddpm")
+# Streams of randomness that never meet, whatever the seed.
+SAMPLING_STREAM, TRAINING_STREAM = 0, 1
 VAE_SCALE = 0.18215
 DIGITS_MODEL = "DiT-digits/2"
 _DIGITS_WEIGHTS = Path(__file__).parent / "digits" / "dit.safetensors"
@@ -41,7 +44,8 @@ def build_model(name: str, image_size: int | None = None, num_classes: int | Non
             warnings.warn(f"{name} draws 8 x 8 pixels of 10 classes; another size or number has no effect")
         model = DiT_models[name]()
     else:
-        image_size, num_classes = image_size or 256, num_classes or 1000
+        image_size = 256 if image_size is None else image_size
+        num_classes = 1000 if num_classes is None else num_classes
         if image_size % 8:
             raise ValueError(
                 f"--image-size {image_size} is not a multiple of 8, the VAE's factor; try 256 or 512"
@@ -50,14 +54,23 @@ def build_model(name: str, image_size: int | None = None, num_classes: int | Non
     return model.eval().requires_grad_(False)
 
 
-def find_checkpoint(name: str, image_size: int | None) -> Path:
-    """The checkpoint that belongs to a model: the digits', or an official one (fetched if it is absent)."""
+def find_checkpoint(name: str, image_size: int | None, fetch: bool = True) -> Path:
+    """The checkpoint that belongs to a model: the digits', or an official one.
+
+    An absent official one is fetched, or with `fetch=False` (several processes would meet) a
+    FileNotFoundError.
+    """
     if name == DIGITS_MODEL:
         return _DIGITS_WEIGHTS
     official = _OFFICIAL.get((name, image_size or 256))
     if official is None:
         raise ValueError(
             f"there is no official checkpoint of {name} at {image_size or 256} px; give one with --ckpt"
+        )
+    path = download.FOLDER / download.DOWNLOADS[official][0].path
+    if not fetch and not path.exists():
+        raise FileNotFoundError(
+            f"{path} does not exist; fetch it with `python download.py {official}`, or give --ckpt"
         )
     return download.fetch(official)
 
@@ -73,7 +86,7 @@ def load_model(
 ) -> DiT:
     """A model ready to sample: built, its weights loaded strictly, frozen, on `device` in `dtype`."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # random weights are the same in every process
+        torch.default_generator.manual_seed(0)  # random weights are the same in every process
         model = build_model(name, image_size, num_classes)
     if random_weights:
         randomize(model)
@@ -83,15 +96,20 @@ def load_model(
 
 
 def randomize(model: DiT, seed: int = 0) -> None:
-    """Give also the layers that start at zero (gates, modulations, output) small random weights: for speed
-
-    and tests.
-    """
+    """Give the layers that start at zero (gates, modulations, output) small random weights too."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.any():
                 parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+
+
+def weights_fingerprint(model: DiT) -> str:
+    """A short hash of the head of every parameter: tells checkpoints apart wherever they came from."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def is_latent(model: DiT) -> bool:
@@ -107,9 +125,9 @@ def pixels_of(model: DiT) -> int:
 # ---- noise and labels ------------------------------------------------------------------------------
 
 
-def sample_generator(*key: int) -> torch.Generator:
-    """A CPU generator for one sample, seeded by the whole key, e.g. (seed, sample index)."""
-    state = np.random.SeedSequence(key).generate_state(2, np.uint32)
+def sample_generator(seed: int, stream: int, *key: int) -> torch.Generator:
+    """A CPU generator for one sample, from the seed, the stream's number and the sample's key within it."""
+    state = np.random.SeedSequence(seed, spawn_key=(stream, *key)).generate_state(2, np.uint32)
     return torch.Generator().manual_seed(int(state[0]) << 32 | int(state[1]))
 
 
@@ -141,11 +159,8 @@ def sample_loop(
     eta: float = 0.0,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Denoise step by step; yields (step, x after that step), the last being x_0. Arguments as in
-
-    `generate`.
-    """
-    _check_arguments(model, diffusion, labels, noise, sampler, schedule)
+    """Denoise step by step; yields (step, x after it), at last x_0. Arguments as in `generate`."""
+    _check_arguments(model, diffusion, labels, noise, sampler, schedule, eta)
     denoise = Denoiser(model, diffusion, labels, cfg_scale)
     cache = None if schedule is None else StaticCache(schedule)
     x_t = denoise.start(noise)
@@ -199,23 +214,25 @@ def generate_seeded(
     progress: bool = False,
     **options,
 ) -> Tensor:
-    """x_0 (n, C, H, W) for labels (n,), sample k from (seed, k) alone: neither batch size nor method changes
-    its noise.
+    """x_0 (n, C, H, W) for labels (n,), where sample k depends on (seed, k) alone.
 
-    options: those of `generate` (cfg_scale, sampler, schedule, eta). Works on the model's device.
+    So methods are compared on the same noise, whatever their batch size. options: those of `generate`
+    (cfg_scale, sampler, schedule, eta). Works on the model's device.
     """
     device = next(model.parameters()).device
     batch_size = batch_size or len(labels)
     parts = []
     for start in tqdm(range(0, len(labels), batch_size), desc="batches", disable=None if progress else True):
         y = labels[start : start + batch_size].to(device)
-        generators = [sample_generator(seed, start + k) for k in range(len(y))]
+        generators = [sample_generator(seed, SAMPLING_STREAM, start + k) for k in range(len(y))]
         noise = draw_noise(model, generators).to(device)
         parts.append(generate(model, diffusion, y, noise, generator=generators, **options))
     return torch.cat(parts)
 
 
-def _check_arguments(model, diffusion, labels, noise, sampler, schedule) -> None:
+def _check_arguments(model, diffusion, labels, noise, sampler, schedule, eta) -> None:
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta {eta} is outside [0, 1]; 0 is DDIM, 1 as noisy as DDPM")
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler {sampler!r} is unknown; choose one of {', '.join(SAMPLERS)}")
     if len(labels) != len(noise):
@@ -235,9 +252,10 @@ def _check_arguments(model, diffusion, labels, noise, sampler, schedule) -> None
 
 
 def _step_noise(x_t: Tensor, n: int, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
-    """Fresh noise like x_t (N, C, H, W), N = n or 2n. Both halves of a guided batch draw, as in the official
+    """Fresh noise like x_t (N, C, H, W), N = n or 2n.
 
-    sampler.
+    From one generator both halves of a guided batch draw, as in the official sampler. Only the first half of
+    x_t is ever read, so with one generator per sample the halves share their noise.
     """
     if generator is None:
         return torch.randn_like(x_t)
@@ -286,7 +304,11 @@ def decode(x_0: Tensor, vae=None, batch_size: int = 8) -> Tensor:
 
 def timed(function: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, float]:
     """The function's result and its wall-clock seconds, the device synchronised before and after."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
     wait()
     began = time.perf_counter()
     result = function()

@@ -15,6 +15,7 @@ interruption, run the same command with `--resume auto`: the logits come out the
 
 import argparse
 import math
+import os
 import time
 from pathlib import Path
 
@@ -26,17 +27,27 @@ import cli
 import distributed
 from diffusion import GaussianDiffusion, create_diffusion
 from distributed import Processes
+from files import replacing
 from logs import RunLog
 from models import DiT
 from objectives import PROXY_DEFINITIONS, TrainStep, image_error_proxy, train_trajectory
 from pictures import schedule_heat_map
 from router import Router
-from sampling import draw_labels, draw_noise, find_checkpoint, load_model, pixels_of, sample_generator
-from training import Training, find_resumable, new_run_folder
+from sampling import (
+    TRAINING_STREAM,
+    draw_labels,
+    draw_noise,
+    find_checkpoint,
+    load_model,
+    pixels_of,
+    sample_generator,
+    weights_fingerprint,
+)
+from training import Training, find_resumable, new_run_folder, read_checkpoint
 
 # The arguments that decide the numbers: a resumed run must have the same.
 SETTINGS = (
-    "model", "ckpt", "random_weights", "image_size", "num_classes", "num_sampling_steps", "cfg_scale",
+    "model", "image_size", "num_classes", "num_sampling_steps", "cfg_scale",
     "ste_threshold", "l1", "lambda_c", "proxy", "lr", "global_batch_size", "global_seed", "precision",
 )  # fmt: skip
 
@@ -47,8 +58,8 @@ def parse_args() -> argparse.Namespace:
     model.add_argument("--model", default="DiT-XL/2", help="DiT-XL/2 and its family, or DiT-digits/2")
     model.add_argument("--ckpt", help="checkpoint file or diffusers folder (default: the official one)")
     model.add_argument("--random-weights", action="store_true", help="no checkpoint: for dry runs")
-    model.add_argument("--image-size", type=int, help="pixels (default 256)")
-    model.add_argument("--num-classes", type=int, help="default 1000")
+    model.add_argument("--image-size", type=cli.positive_int, help="pixels (default 256)")
+    model.add_argument("--num-classes", type=cli.positive_int, help="default 1000")
     model.add_argument("--vae", help="has no effect: training needs no images")
     model.add_argument(
         "--num-works", "--num-workers", type=int, help="has no effect: training needs no images"
@@ -56,7 +67,9 @@ def parse_args() -> argparse.Namespace:
     method = parser.add_argument_group("method (defaults: the published ones for T = 10)")
     method.add_argument("--num-sampling-steps", default="10", help="T, or a respacing such as ddim50")
     method.add_argument("--cfg-scale", type=float, default=1.5, help="guidance, 1 = off")
-    method.add_argument("--ste-threshold", type=float, default=0.1, help="compute where score > threshold")
+    method.add_argument(
+        "--ste-threshold", type=cli.threshold, default=0.1, help="compute where score > threshold"
+    )
     method.add_argument(
         "--l1", type=float, default=7e-8, help="regularization weight beta of the scores' sum"
     )
@@ -73,7 +86,7 @@ def parse_args() -> argparse.Namespace:
     training.add_argument(
         "--global-batch-size", type=cli.positive_int, default=64, help="samples of all processes"
     )
-    training.add_argument("--global-seed", type=int, default=42)
+    training.add_argument("--global-seed", type=cli.non_negative_int, default=42)
     output = parser.add_argument_group("output")
     output.add_argument("--results-dir", type=Path, default=Path("results"))
     output.add_argument("--log-every", type=cli.positive_int, default=100)
@@ -84,6 +97,9 @@ def parse_args() -> argparse.Namespace:
     output.add_argument("--wandb", action="store_true", help="log to Weights & Biases too")
     cli.add_device_arguments(parser)
     return parser.parse_args()
+
+
+LOSSES = ("loss", "data_loss", "score_sum")
 
 
 class Window:
@@ -115,11 +131,11 @@ class Window:
         self._values += values
 
     def summary(self) -> dict[str, float]:
-        """Means since the last summary."""
+        """Means since the last summary; empty where nothing was trained since."""
         self.settle()
         values, self._values = self._values, []
-        means = [sum(column) / len(values) for column in zip(*values, strict=True)] or [math.nan] * 3
-        return dict(zip(("loss", "data_loss", "score_sum"), means, strict=True))
+        means = [sum(column) / len(values) for column in zip(*values, strict=True)]
+        return dict(zip(LOSSES, means, strict=False))
 
 
 class Run:
@@ -140,27 +156,26 @@ class Run:
         self.training = Training(router, args.lr, processes.device)
         self.total = min(args.epochs * diffusion.num_timesteps, args.max_steps)
         self.window = Window()
+        self.folder: Path | None = None  # rank 0's alone
 
     def open(self) -> None:
         """Find or make the run's folder (rank 0 decides for all) and restore the state to go on from."""
-        args, checkpoint, folder = self.args, None, None
+        args, path, checkpoint = self.args, None, None
         if self.processes.is_main:
             if args.resume:
-                checkpoint = find_resumable(args.results_dir, args.resume, self.settings)
-            if checkpoint is None:
-                name = (
-                    f"{args.model.replace('/', '-')}-T{self.diffusion.num_timesteps}-seed{args.global_seed}"
-                )
-                folder = new_run_folder(args.results_dir, name)
+                path = find_resumable(args.results_dir, args.resume, self.settings)
+            if path is not None:
+                checkpoint, self.folder = read_checkpoint(path, self.settings), path.parent.parent
             else:
-                folder = checkpoint.parent.parent
-        checkpoint, self.folder = distributed.from_main((checkpoint, folder))
+                name = f"{args.model.replace('/', '-')}-T{self.diffusion.num_timesteps}"
+                self.folder = new_run_folder(args.results_dir, f"{name}-seed{args.global_seed}")
+        checkpoint = distributed.from_main(checkpoint)
         if checkpoint is not None:
-            self.training.load(checkpoint, self.settings)
-        self.log = RunLog(
-            self.folder if self.processes.is_main else None, self.settings if args.wandb else None
-        )
-        self.log.info(f"resuming from {checkpoint}" if checkpoint else f"writing to {self.folder}")
+            self.training.load_state(checkpoint)
+        self.log = RunLog(self.folder, self.settings if args.wandb else None)
+        if args.random_weights:
+            self.log.info("RANDOM WEIGHTS: no checkpoint is loaded; the router means nothing")
+        self.log.info(f"resuming from {path}" if path else f"writing to {self.folder}")
         self.log.forget_after(self.training.train_steps)
         self.started, self.start_step = time.monotonic(), self.training.train_steps
 
@@ -168,8 +183,8 @@ class Run:
         """This rank's share of the trajectory's noise (n, C, H, W) and labels (n,)."""
         local = self.args.global_batch_size // self.processes.world_size
         indices = range(self.processes.rank * local, (self.processes.rank + 1) * local)
-        keys = [(self.args.global_seed, self.training.trajectory, index) for index in indices]
-        generators = [sample_generator(*key) for key in keys]
+        seed, trajectory = self.args.global_seed, self.training.trajectory
+        generators = [sample_generator(seed, TRAINING_STREAM, trajectory, index) for index in indices]
         noise, labels = draw_noise(self.model, generators), draw_labels(self.model, generators)
         return noise.to(self.processes.device), labels.to(self.processes.device)
 
@@ -227,9 +242,9 @@ class Run:
         values["cur"] = self.training.router.schedule(self.args.ste_threshold).cur
         values["steps_per_second"] = (steps - self.start_step) / (time.monotonic() - self.started)
         left = (self.total - steps) / values["steps_per_second"]
+        losses = "".join(f"{k.replace('_', ' ')} {values[k]:.4e}  " for k in LOSSES if k in values)
         self.log.info(
-            f"step {steps:7d}/{self.total}  loss {values['loss']:.4e}  data loss {values['data_loss']:.4e}  "
-            f"score sum {values['score_sum']:.3f}  CUR {100 * values['cur']:.2f} %  "
+            f"step {steps:7d}/{self.total}  {losses}CUR {100 * values['cur']:.2f} %  "
             f"{values['steps_per_second']:.2f} steps/s  {left / 60:.1f} min left"
         )
         self.log.metrics(steps, values | {"proxy_weights": self.training.proxy_weights.tolist()})
@@ -245,11 +260,14 @@ class Run:
             self.folder / "checkpoints", self.settings, method="harmonica", model=args.model,
             image_size=pixels_of(self.model), cfg_scale=args.cfg_scale, threshold=args.ste_threshold,
             cur=round(schedule.cur, 6), reg_weight=args.l1, proxy=args.proxy,
+            respacing=args.num_sampling_steps,
         )  # fmt: skip
         steps = self.training.train_steps
         title = f"{args.model}, T = {router.num_steps}, train step {steps}, CUR {100 * schedule.cur:.1f} %"
         heat_map = schedule_heat_map(router.scores(), args.ste_threshold, self.model.branches, title)
         self.log.picture(steps, "schedule", heat_map)
+        with replacing(path.with_suffix(".png")) as temporary:
+            heat_map.save(temporary)
         self.log.info(f"saved {path}")
 
 
@@ -260,10 +278,11 @@ def main(args: argparse.Namespace) -> None:
             f"--global-batch-size {args.global_batch_size} cannot be shared by {processes.world_size} ranks, "
             f"take a multiple of {processes.world_size}"
         )
+    if processes.device.type == "cuda":  # or a resumed run would not repeat its bits
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
     if not args.ckpt and not args.random_weights:
-        if processes.is_main:
-            find_checkpoint(args.model, args.image_size)  # fetches it where it is absent, once for all ranks
-        distributed.barrier()
+        args.ckpt = find_checkpoint(args.model, args.image_size, fetch=False)
     args.precision, dtype = cli.set_precision(args.precision, processes.device)
     model = load_model(
         args.model, args.ckpt, args.image_size, args.num_classes, processes.device, dtype, args.random_weights
@@ -271,8 +290,11 @@ def main(args: argparse.Namespace) -> None:
     diffusion = create_diffusion(args.num_sampling_steps, learn_sigma=model.learn_sigma)
     settings = {name: getattr(args, name) for name in SETTINGS}
     settings |= {"image_size": pixels_of(model), "num_classes": model.num_classes}
+    settings["weights"] = weights_fingerprint(model)
     run = Run(args, processes, model, diffusion, settings)
     run.open()
+    if args.ckpt and args.random_weights:
+        run.log.info(f"note: --ckpt {args.ckpt} has no effect with --random-weights")
     for flag, value in (("--vae", args.vae), ("--num-works", args.num_works)):
         if value is not None:
             run.log.info(f"note: {flag} {value} has no effect, training needs no images")

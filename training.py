@@ -46,12 +46,10 @@ class Training:
         """Copies on the host of everything that the coming trajectory depends on."""
         rows = list(self.router.rows)
         moments = [self.optimizer.state.get(row) or _fresh_moments(row) for row in rows]
-        state = {
-            key: torch.stack([m[key].detach().cpu() for m in moments]) for key in _fresh_moments(rows[0])
-        }
-        state |= {"logits": self.router.logits.detach().cpu(), "proxy_weights": self.proxy_weights.cpu()}
+        state = {key: torch.stack([m[key] for m in moments]) for key in _fresh_moments(rows[0])}
+        state |= {"logits": self.router.logits, "proxy_weights": self.proxy_weights}
         state["train_steps"] = torch.tensor(self.train_steps)
-        return {f"resume.{name}": tensor.clone() for name, tensor in state.items()}
+        return {f"resume.{name}": tensor.detach().clone().cpu() for name, tensor in state.items()}
 
     def save(self, folder: Path, settings: dict, **facts) -> Path:
         """Write the checkpoint of this train step; `facts` go into the router file's metadata."""
@@ -62,15 +60,8 @@ class Training:
         save_router(path, self.router, tensors=self._boundary, **facts)
         return path
 
-    def load(self, path: Path, settings: dict) -> None:
-        """Go on from a checkpoint. Raises ValueError where it is none, or of a run with other settings."""
-        found, state = read_checkpoint(path)
-        for name, value in settings.items():
-            if found.get(name) != value:
-                flag = name.replace("_", "-")
-                raise ValueError(
-                    f"--resume {path}: it was trained with --{flag} {found.get(name)}, not {value}"
-                )
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Go on from a checkpoint's `resume.*` tensors."""
         device = self.proxy_weights.device
         self.router.set_logits(state["resume.logits"])
         for i, row in enumerate(self.router.rows):
@@ -85,39 +76,53 @@ def _fresh_moments(row: Tensor) -> dict[str, Tensor]:
     return {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(row), "exp_avg_sq": torch.zeros_like(row)}
 
 
-def read_checkpoint(path: Path) -> tuple[dict, dict[str, Tensor]]:
-    """The settings and the `resume.*` tensors of a checkpoint."""
+def read_checkpoint(path: Path, settings: dict) -> dict[str, Tensor]:
+    """The `resume.*` tensors of a checkpoint. Raises ValueError where it is none, or of other settings."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys() if name.startswith("resume.")}  # noqa: SIM118
-            settings = json.loads((file.metadata() or {}).get("settings", "{}"))
+            found = json.loads((file.metadata() or {}).get("settings", "{}"))
     except safetensors.SafetensorError as error:
         raise ValueError(f"--resume {path}: no checkpoint of train_router.py ({error})") from None
-    if "resume.train_steps" not in state:
-        raise ValueError(f"--resume {path}: a router without training state; give a file under checkpoints/")
-    return settings, state
+    if "resume.train_steps" not in state or path.parent.name != "checkpoints":
+        raise ValueError(f"--resume {path}: not a checkpoint in its run's folder; give that folder")
+    for name, value in settings.items():
+        if found.get(name) != value:
+            flag = "ckpt, whose weights were" if name == "weights" else name.replace("_", "-")
+            raise ValueError(f"--resume {path}: it was trained with --{flag} {found.get(name)}, not {value}")
+    return state
 
 
 def new_run_folder(results: Path, name: str) -> Path:
     """Make RESULTS/NNN-NAME/checkpoints with the next free number; returns RESULTS/NNN-NAME."""
     results.mkdir(parents=True, exist_ok=True)
-    taken = [int(match[1]) for path in results.iterdir() if (match := re.match(r"(\d{3,})-", path.name))]
-    folder = results / f"{max(taken, default=-1) + 1:03d}-{name}"
-    (folder / "checkpoints").mkdir(parents=True)
-    return folder
+    number = max((_number(path) for path in results.iterdir()), default=-1) + 1
+    while True:
+        folder = results / f"{number:03d}-{name}"
+        try:
+            folder.mkdir()
+        except FileExistsError:  # another run took it just now
+            number += 1
+            continue
+        (folder / "checkpoints").mkdir()
+        return folder
 
 
 def find_resumable(results: Path, resume: str, settings: dict) -> Path | None:
-    """The checkpoint that `--resume` means; for `auto` the newest run with these settings, None where there
-
-    is none.
-    """
+    """The checkpoint that `--resume` means; for `auto` the newest run's with these settings, or None."""
     if resume != "auto":
         return find_router(resume)
-    for folder in sorted(results.glob("[0-9]*-*"), reverse=True):
-        checkpoints = folder / "checkpoints"
-        if any(checkpoints.glob("*.safetensors")):
-            newest = find_router(checkpoints)
-            if read_checkpoint(newest)[0] == settings:
-                return newest
+    for folder in sorted(results.glob("[0-9]*-*"), key=_number, reverse=True):
+        try:
+            newest = find_router(folder / "checkpoints")
+            read_checkpoint(newest, settings)
+            return newest
+        except (ValueError, FileNotFoundError):  # another training's, or nothing saved yet
+            continue
     return None
+
+
+def _number(folder: Path) -> int:
+    """NNN of a run's folder NNN-NAME; -1 for anything else."""
+    match = re.match(r"(\d{3,})-", folder.name)
+    return int(match[1]) if match else -1

@@ -57,8 +57,7 @@ class GaussianDiffusion:
         return torch.full((n,), self.timestep_map[step], device=device)
 
     def posterior(self, model_output: Tensor, x_t: Tensor, step: int | Tensor) -> Posterior:
-        """Turn a model output (N, C or 2C, H, W) at x_t (N, C, H, W) into a posterior. The only place that
-        does.
+        """The only place that turns a model output (N, C or 2C, H, W) at x_t (N, C, H, W) into a posterior.
 
         step: an int for the whole batch, or an integer tensor (N,).
         """
@@ -77,10 +76,7 @@ class GaussianDiffusion:
     def ddim_step(
         self, model_output: Tensor, x_t: Tensor, step: int, eta: float = 0.0, noise: Tensor | None = None
     ) -> Tensor:
-        """One DDIM step from `step` to `step - 1` (to x_0 from step 0). `noise` (N, C, H, W) is needed for
-
-        eta > 0.
-        """
+        """One DDIM step from `step` to `step - 1` (from 0 to x_0). eta > 0 needs `noise` (N, C, H, W)."""
         pred_x0, eps, _, _ = self.posterior(model_output, x_t, step)
         alpha, alpha_prev = float(self.alphas_cumprod[step]), float(self.alphas_cumprod_prev[step])
         sigma = eta * math.sqrt((1 - alpha_prev) / (1 - alpha)) * math.sqrt(1 - alpha / alpha_prev)

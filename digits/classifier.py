@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import cli
 from digits.data import NUM_CLASSES, digit_images, train_test_indices
 from files import replacing
 from metrics.frechet import feature_statistics, frechet_distance
@@ -126,4 +127,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    cli.run(main, parse_args())

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+import cli
 from diffusion import GaussianDiffusion, create_diffusion
 from digits.data import digit_images
 from files import replacing
@@ -28,14 +29,14 @@ WEIGHTS = Path(__file__).parent / "dit.safetensors"
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the digits DiT.")
-    parser.add_argument("--iterations", type=int, default=7_000)
-    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--iterations", type=cli.positive_int, default=7_000)
+    parser.add_argument("--batch-size", type=cli.positive_int, default=128)
     parser.add_argument(
         "--lr", type=float, default=1e-3, help="peak; linear warm-up of 200, then cosine to 0"
     )
     parser.add_argument("--ema-decay", type=float, default=0.999)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save-every", type=int, default=500)
+    parser.add_argument("--save-every", type=cli.positive_int, default=500)
     parser.add_argument("--output", type=Path, default=WEIGHTS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
@@ -77,9 +78,20 @@ def main(args: argparse.Namespace) -> None:
     images, labels = (tensor.to(args.device) for tensor in digit_images())
 
     state_path = args.output.with_suffix(".training.pt")
+    settings = {
+        "iterations": args.iterations,
+        "batch_size": args.batch_size,
+        "lr": args.lr,
+        "seed": args.seed,
+    }
+    settings["ema_decay"] = args.ema_decay
     start, seconds = 0, 0.0
     if state_path.exists():
         state = torch.load(state_path, map_location=args.device, weights_only=True)
+        if state["settings"] != settings:
+            raise ValueError(
+                f"{state_path} is of a training with {state['settings']}; go on with those or remove it"
+            )
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         ema, start, seconds = state["ema"], state["iteration"], state["seconds"]
@@ -98,16 +110,16 @@ def main(args: argparse.Namespace) -> None:
             losses.clear()
             print(f"iteration {done}: loss {loss:.4f}, {seconds:.0f} s", flush=True)
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema}
+            state["settings"] = settings
             with replacing(state_path) as partial:
                 torch.save(state | {"iteration": done, "seconds": seconds}, partial)
 
     names = [name for name, _ in model.named_parameters()]
     weights = {name: tensor.cpu().contiguous() for name, tensor in zip(names, ema, strict=True)}
-    facts = {"iterations": args.iterations, "batch_size": args.batch_size, "lr": args.lr, "seed": args.seed}
     with replacing(args.output) as partial:
-        save_file(weights, partial, metadata={"training": json.dumps(facts | {"ema_decay": args.ema_decay})})
+        save_file(weights, partial, metadata={"training": json.dumps(settings)})
     print(f"wrote {args.output} after {seconds:.0f} s of training")
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    cli.run(main, parse_args())

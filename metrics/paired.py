@@ -12,10 +12,7 @@ def mse(samples: Tensor, reference: Tensor) -> float:
 
 
 def psnr(samples: Tensor, reference: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of two sets of uint8 images, from their overall MSE; inf where they
-
-    are equal.
-    """
+    """Peak signal-to-noise ratio in dB of two sets of uint8 images, from their overall MSE; inf if equal."""
     assert samples.dtype == reference.dtype == torch.uint8
     error = mse(samples, reference)
     return math.inf if error == 0 else 10 * math.log10(255**2 / error)

@@ -14,7 +14,8 @@ from unittest import mock
 import cli
 
 ROOT = Path(__file__).parents[1]
-ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
+ENVIRONMENT |= {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
 
 
 def run(script: str, *arguments, status: int = 0) -> str:

@@ -79,18 +79,21 @@ def naive_proxy(model, diffusion, router, noise, labels, cfg_scale, threshold, d
         passes = [(x0(set(range(last)) - {i}), x_0) for i in range(last)]
     else:
         passes = [(x0(set(range(i, last))), x0(set(range(i + 1, last)))) for i in range(last)]
-    return torch.stack([(a - b).square().mean() for a, b in passes] + [torch.tensor(0.0)])
+    return torch.stack([(a - b).square().mean() for a, b in passes] + [noise.new_zeros(())])
 
 
 @pytest.mark.parametrize("definition", PROXY_DEFINITIONS)
 @pytest.mark.parametrize("cfg_scale", [1.0, 2.5])
 def test_sharing_prefixes_changes_no_proxy(tiny_model, ten_steps, tiny_batch, definition, cfg_scale):
+    """In float64: the last steps change x_0 by less than float32 resolves."""
     noise, labels = tiny_batch
-    router = Router(10, 4, torch.Generator().manual_seed(3))
-    arguments = (tiny_model, ten_steps, router, noise, labels, cfg_scale, 0.4, definition)
+    router = Router(10, 4, torch.Generator().manual_seed(3)).double()
+    model = copy.deepcopy(tiny_model).double()
+    arguments = (model, ten_steps, router, noise.double(), labels, cfg_scale, 0.4, definition)
     with torch.no_grad():
         naive = naive_proxy(*arguments)
-    torch.testing.assert_close(image_error_proxy(*arguments), naive, rtol=1e-3, atol=1e-12)
+    assert (naive[:-1] > 1e-12).all()  # every step matters
+    torch.testing.assert_close(image_error_proxy(*arguments), naive, rtol=1e-6, atol=0)
 
 
 def test_prefix_sharing_halves_the_forwards(tiny_model, ten_steps, tiny_batch, monkeypatch):
@@ -125,10 +128,10 @@ def test_a_step_updates_its_own_row_only(tiny_model, ten_steps, tiny_batch):
 
 
 def test_gradient_of_a_row_equals_finite_differences(tiny_model, ten_steps, tiny_batch):
-    """In float64, the loss of one step as a function of that row's logits alone."""
+    """In float64 and without regularization: the blend's own derivative."""
     model = copy.deepcopy(tiny_model).double()
     noise, labels = tiny_batch
-    weights = torch.full((10,), 30.0, dtype=torch.float64)
+    weights = torch.ones(10, dtype=torch.float64)
 
     def first_update(logits, optimizer_of):
         router = Router.from_logits(logits).double()
@@ -144,7 +147,7 @@ def test_gradient_of_a_row_equals_finite_differences(tiny_model, ten_steps, tiny
                 1.5,
                 0.1,
                 weights,
-                1e-2,
+                0.0,
             )
         )
         return update, router
@@ -159,7 +162,7 @@ def test_gradient_of_a_row_equals_finite_differences(tiny_model, ten_steps, tiny
         high, low = (
             first_update(s, lambda r: torch.optim.SGD(r.parameters(), lr=0.0))[0].loss for s in shifted
         )
-        assert gradient[branch].item() == pytest.approx(((high - low) / 2e-5).item(), rel=1e-3, abs=1e-8)
+        assert gradient[branch].item() == pytest.approx(((high - low) / 2e-5).item(), rel=1e-5)
 
 
 def test_logits_stay_within_five(tiny_model, ten_steps, tiny_batch):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import error_line, run
 
 from router import Router, Schedule, find_router, load_router, save_router
 
@@ -34,7 +35,9 @@ def test_first_step_is_always_computed():
     assert schedule.cur == pytest.approx(9 / 12)
 
 
-@pytest.mark.parametrize("table", [torch.ones(3, 4), torch.ones(3, dtype=torch.bool)])
+@pytest.mark.parametrize(
+    "table", [torch.ones(3, 4), torch.ones(3, dtype=torch.bool), torch.ones(0, 4, dtype=torch.bool)]
+)
 def test_what_is_no_schedule_is_refused(table):
     with pytest.raises(ValueError, match="bool table"):
         Schedule(table)
@@ -128,6 +131,37 @@ def test_published_l2c_routers(steps, reused):
     schedule = router.schedule(0.1)
     assert int((~schedule.compute).sum()) == reused
     assert schedule.cur == pytest.approx(reused / (56 * steps))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"routers": {"0.prob": [1.0], "1.prob": [2.0]}},
+        {"routers": {"0.prob": torch.ones(2), "1.prob": torch.ones(3)}},
+        [torch.ones(2)],
+        torch.ones(2),
+    ],
+)
+def test_malformed_released_files_are_refused(tmp_path, content):
+    torch.save(content, tmp_path / "r.pt")
+    with pytest.raises(ValueError, match=r"r\.pt"):
+        load_router(tmp_path / "r.pt")
+
+
+def test_released_file_with_odd_args_is_read(tmp_path):
+    rows = {f"{i}.prob": torch.full((3,), 5.0) for i in range(4)}
+    torch.save({"routers": rows, "opt": {}, "args": "x"}, tmp_path / "r.pt")
+    assert load_router(tmp_path / "r.pt").info["method"] == "harmonica"
+
+
+def test_command_shows_and_exports(tmp_path):
+    save_router(tmp_path / "r.safetensors", Router(5, 3), method="harmonica", model="DiT-S/2", threshold=0.1)
+    output = run("router.py", tmp_path / "r.safetensors", "--export", tmp_path / "x.pt")
+    assert "DiT-S/2" in output
+    assert "/ 15 branches computed" in output
+    logits = load_router(tmp_path / "r.safetensors").logits
+    assert torch.equal(load_router(tmp_path / "x.pt", "DiT-S/2").logits, logits)
+    assert "does not end in .pt" in error_line("router.py", tmp_path, "--export", "x.bin")
 
 
 class Harmful:

@@ -92,14 +92,14 @@ def test_wrong_uses_end_in_one_line(tmp_path, router):
         ([*CACHED, "--path", other], "model DiT-XL/2, not DiT-digits/2"),
         ([*CACHED, "--path", tmp_path / "absent"], "absent does not exist"),
         ([*CACHED, "--path", evil], "was refused"),
-        ([*CACHED, "--path", router, "--thres", 1.5], "threshold 1.5 is outside"),
+        ([*CACHED, "--path", router, "--thres", 1.5], "1.5 is outside [0, 1)"),
         (CACHED, "needs --path"),
         ([*SAMPLE, "--accelerate-method", "magic"], "'magic' is unknown"),
         ([*SAMPLE, "--labels", 10], "--labels 10 is outside 0 .. 9"),
         ([*SAMPLE, "--compare"], "--compare needs a caching method"),
         ([*SAMPLE, "--output", "/proc/no/x.png"], "/proc/no"),
         (["sample.py", "--model", "DiT-S/2"], "no official checkpoint of DiT-S/2"),
-        ([*SAMPLE, "--output", tmp_path / "x.jpg.txt"], "x.jpg.txt"),
+        ([*SAMPLE, "--output", tmp_path / "x.psd"], "x.psd cannot be written: .psd is not of"),
     ]
     for arguments, words in cases:
         extra = [] if "--output" in arguments else ["--output", tmp_path / "never.png"]

@@ -61,18 +61,25 @@ def test_a_sample_depends_on_its_seed_and_index_alone(tiny_model, options):
     diffusion, labels = create_diffusion("5"), torch.tensor([0, 1, 2, 3, 4, 0])
     together = generate_seeded(tiny_model, diffusion, labels, seed=7, **options)
     in_batches = generate_seeded(tiny_model, diffusion, labels, seed=7, batch_size=4, **options)
-    torch.testing.assert_close(together, in_batches, atol=1e-5, rtol=1e-5)
+    assert relative_error(in_batches, together) < 1e-5
     assert not torch.allclose(together[0], together[5], atol=1e-2)  # same label, other index
     other = generate_seeded(tiny_model, diffusion, labels, seed=8, **options)
     assert not torch.allclose(together[0], other[0], atol=1e-2)
 
 
 def test_noise_is_standard_normal_and_labels_uniform(tiny_model):
-    generators = [sample_generator(3, k) for k in range(2000)]
+    generators = [sample_generator(3, 0, k) for k in range(2000)]
     noise, labels = draw_noise(tiny_model, generators), draw_labels(tiny_model, generators)
     assert abs(noise.mean()) < 0.02
     assert noise.std() == pytest.approx(1.0, abs=0.02)
     assert (torch.bincount(labels, minlength=5) > 300).all()
+
+
+def test_streams_of_randomness_never_meet():
+    """Sampling's k-th noise is not the training's of trajectory k, nor another seed's."""
+    keys = [(42, 0, 1), (42, 1, 1), (42, 1, 1, 0), (42, 0, 1, 0), (42, 1, 0, 1), (1, 0, 42), (0, 42, 1)]
+    heads = {tuple(torch.randn(4, generator=sample_generator(*key)).tolist()) for key in keys}
+    assert len(heads) == len(keys)
 
 
 @pytest.mark.parametrize(
@@ -81,6 +88,7 @@ def test_noise_is_standard_normal_and_labels_uniform(tiny_model):
         ({"sampler": "dpm"}, "sampler 'dpm' is unknown"),
         ({"schedule": Schedule(torch.ones(20, 4, dtype=torch.bool))}, "for 20 steps, the sampler takes 10"),
         ({"schedule": Schedule(torch.ones(10, 56, dtype=torch.bool))}, "for 56 branches, the model has 4"),
+        ({"eta": 1.5}, "eta 1.5 is outside"),
         ({"labels": torch.tensor([1])}, "1 labels for 3 noise samples"),
     ],
 )
@@ -97,7 +105,7 @@ def test_bf16_stays_close_to_fp32(tiny_model, ten_steps, tiny_batch):
     full = generate(tiny_model, ten_steps, labels, noise, 1.5)
     half = generate(copy.deepcopy(tiny_model).bfloat16(), ten_steps, labels, noise, 1.5)
     assert half.dtype == torch.float32
-    assert 0 < relative_error(half, full) < 0.05
+    assert 0 < relative_error(half, full) < 0.1
 
 
 def test_latent_model_works_on_an_eighth_of_the_pixels():

@@ -1,6 +1,7 @@
 """The training command on the digits model: processes, resuming, what it writes, how it fails."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,31 +14,18 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from distributed import Processes
-from models import DiT_models
-from router import find_router, load_router
-from sampling import randomize
+from router import Router, find_router, load_router, save_router
 
+DIGITS_WEIGHTS = ROOT / "digits" / "dit.safetensors"
 TRAIN = ["train_router.py", "--model", "DiT-digits/2", "--num-sampling-steps", 5, "--global-batch-size", 4]
-TRAIN += ["--lr", 0.05, "--l1", 1e-4, "--lambda-c", 10, "--log-every", 5]
+TRAIN += ["--lr", 0.05, "--l1", 1e-4, "--lambda-c", 7, "--log-every", 5]
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    model = DiT_models["DiT-digits/2"]()
-    randomize(model)
-    path = tmp_path_factory.mktemp("model") / "digits.safetensors"
-    save_file(model.state_dict(), path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(checkpoint, tmp_path_factory):
-    """Results folder of 23 train steps (four trajectories and a half) on one process, with checkpoints every
-
-    6.
-    """
+def uninterrupted(tmp_path_factory):
+    """Results of 23 train steps (four trajectories and a half) on one process, a checkpoint every 6."""
     results = tmp_path_factory.mktemp("results")
-    run(*TRAIN, "--ckpt", checkpoint, "--results-dir", results, "--max-steps", 23, "--ckpt-every", 6)
+    run(*TRAIN, "--results-dir", results, "--max-steps", 23, "--ckpt-every", 6)
     return results
 
 
@@ -49,7 +37,7 @@ def test_what_a_run_leaves(uninterrupted):
     (folder,) = uninterrupted.iterdir()
     assert folder.name == "000-DiT-digits-2-T5-seed42"
     files = sorted(path.name for path in (folder / "checkpoints").iterdir())
-    assert files == [f"{step:07d}.safetensors" for step in (6, 12, 18, 23)]
+    assert files == [f"{step:07d}.{suffix}" for step in (6, 12, 18, 23) for suffix in ("png", "safetensors")]
     info = load_router(folder).info
     wanted = {
         "method": "harmonica",
@@ -72,16 +60,16 @@ def test_what_a_run_leaves(uninterrupted):
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_more_processes_train_the_same_router(uninterrupted, checkpoint, tmp_path, processes):
-    arguments = ["--ckpt", checkpoint, "--results-dir", tmp_path, "--max-steps", 23, "--ckpt-every", 6]
+def test_more_processes_train_the_same_router(uninterrupted, tmp_path, processes):
+    arguments = ["--results-dir", tmp_path, "--max-steps", 23, "--ckpt-every", 6]
     torchrun(processes, *TRAIN, *arguments)
     assert (logits(tmp_path) - logits(uninterrupted)).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("stop", [6, 10, 17])
-def test_resumed_run_ends_bit_for_bit_the_same(uninterrupted, checkpoint, tmp_path, stop):
+def test_resumed_run_ends_bit_for_bit_the_same(uninterrupted, tmp_path, stop):
     """Stopped by --max-steps, within a trajectory or between two, then asked to go further."""
-    arguments = ["--ckpt", checkpoint, "--results-dir", tmp_path, "--ckpt-every", 6, "--resume", "auto"]
+    arguments = ["--results-dir", tmp_path, "--ckpt-every", 6, "--resume", "auto"]
     run(*TRAIN, *arguments, "--max-steps", stop)
     run(*TRAIN, *arguments, "--max-steps", 23)
     assert len(list(tmp_path.iterdir())) == 1
@@ -91,11 +79,9 @@ def test_resumed_run_ends_bit_for_bit_the_same(uninterrupted, checkpoint, tmp_pa
     assert [json.loads(line)["train_steps"] for line in metrics] == [5, 10, 15, 20]
 
 
-def test_killed_run_resumes_bit_for_bit(uninterrupted, checkpoint, tmp_path):
+def test_killed_run_resumes_bit_for_bit(uninterrupted, tmp_path):
     arguments = [
         *TRAIN,
-        "--ckpt",
-        checkpoint,
         "--results-dir",
         tmp_path,
         "--ckpt-every",
@@ -120,21 +106,19 @@ def test_killed_run_resumes_bit_for_bit(uninterrupted, checkpoint, tmp_path):
     assert torch.equal(logits(tmp_path), logits(uninterrupted))
 
 
-def test_resuming_a_finished_run_changes_nothing(checkpoint, tmp_path):
-    arguments = ["--ckpt", checkpoint, "--results-dir", tmp_path, "--max-steps", 10, "--resume", "auto"]
+def test_resuming_a_finished_run_changes_nothing(tmp_path):
+    arguments = ["--results-dir", tmp_path, "--max-steps", 10, "--resume", "auto"]
     run(*TRAIN, *arguments)
     file = find_router(next(tmp_path.iterdir()))
     before = file.read_bytes()
     run(*TRAIN, *arguments)
     assert file.read_bytes() == before
-    assert len(list(tmp_path.glob("*/checkpoints/*"))) == 1
+    assert len(list(tmp_path.glob("*/checkpoints/*.safetensors"))) == 1
 
 
-def test_resuming_with_other_settings_is_refused(uninterrupted, checkpoint):
+def test_resuming_with_other_settings_is_refused(uninterrupted):
     arguments = [
         *TRAIN,
-        "--ckpt",
-        checkpoint,
         "--results-dir",
         uninterrupted,
         "--resume",
@@ -143,38 +127,74 @@ def test_resuming_with_other_settings_is_refused(uninterrupted, checkpoint):
     assert "--lr 0.05, not 0.2" in error_line(*arguments, "--lr", 0.2)
 
 
-def test_resume_auto_starts_anew_where_no_run_is_like_this(checkpoint, tmp_path):
+def test_resume_auto_starts_anew_where_no_run_is_like_this(tmp_path):
     for seed in (1, 2):
-        arguments = ["--ckpt", checkpoint, "--results-dir", tmp_path, "--max-steps", 2, "--resume", "auto"]
+        arguments = ["--results-dir", tmp_path, "--max-steps", 2, "--resume", "auto"]
         run(*TRAIN, *arguments, "--global-seed", seed)
     assert sorted(path.name[:3] for path in tmp_path.iterdir()) == ["000", "001"]
 
 
-def test_nan_loss_stops_the_run_and_keeps_the_last_checkpoint(checkpoint, tmp_path):
-    run(*TRAIN, "--ckpt", checkpoint, "--results-dir", tmp_path, "--max-steps", 5)
+def test_nan_loss_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
+    run(*TRAIN, "--results-dir", tmp_path, "--max-steps", 5)
     (folder,) = tmp_path.iterdir()
     kept = {path: path.read_bytes() for path in (folder / "checkpoints").iterdir()}
-    state = load_file(checkpoint)
+    state = load_file(DIGITS_WEIGHTS)
     state["blocks.3.mlp.fc1.weight"][0, 0] = torch.nan
-    save_file(state, checkpoint.with_name("broken.safetensors"))
-    broken = ["--ckpt", checkpoint.with_name("broken.safetensors"), "--results-dir", tmp_path]
+    save_file(state, tmp_path / "broken.safetensors")
+    broken = ["--ckpt", tmp_path / "broken.safetensors", "--results-dir", tmp_path]
     line = error_line(*TRAIN, *broken, "--ckpt-every", 1, "--max-steps", 10)
     assert "loss is nan at train step 2 (denoising step 3)" in line
     assert all(path.read_bytes() == content for path, content in kept.items())
-    for path in tmp_path.glob("001-*/checkpoints/*"):
+    for path in tmp_path.glob("001-*/checkpoints/*.safetensors"):
         assert load_router(path).logits.isfinite().all()
 
 
-def test_wandb_without_network_logs_offline(checkpoint, tmp_path):
-    output = run(*TRAIN, "--ckpt", checkpoint, "--results-dir", tmp_path, "--max-steps", 5, "--wandb")
+def test_wandb_that_cannot_be_reached_logs_offline(tmp_path, monkeypatch):
+    monkeypatch.setattr("logs.WANDB_TIMEOUT_S", 1)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    output = run(*TRAIN, "--results-dir", tmp_path, "--max-steps", 5, "--wandb")
     assert "warning: --wandb" in output
+    assert "logging offline" in output
     assert list(tmp_path.glob("*/wandb/offline-run-*/*.wandb"))
 
 
-def test_paper_proxy_trains_another_router(uninterrupted, checkpoint, tmp_path):
-    arguments = ["--ckpt", checkpoint, "--results-dir", tmp_path, "--max-steps", 23, "--proxy", "paper"]
-    run(*TRAIN, *arguments)
-    assert not torch.equal(logits(tmp_path), logits(uninterrupted))
+@pytest.mark.parametrize(
+    "arguments", [["--global-seed", 43], ["--proxy", "paper"], ["--lambda-c", 100], ["--cfg-scale", 1]]
+)
+def test_what_should_change_the_router_does(uninterrupted, tmp_path, arguments):
+    """Noise and labels, lambda, its refreshes, guidance: far beyond the 1e-5 allowed to processes."""
+    run(*TRAIN, "--results-dir", tmp_path, "--max-steps", 23, *arguments)
+    assert (logits(tmp_path) - logits(uninterrupted))[:-1].abs().max() > 1e-3
+
+
+def test_resume_auto_steps_over_what_cannot_be_resumed(uninterrupted, tmp_path):
+    """A file half-written, a router without training state, a damaged file: each in a newer folder."""
+    shutil.copytree(next(uninterrupted.iterdir()), tmp_path / "000-DiT-digits-2-T5-seed42")
+    for number, name in enumerate(
+        ("0000006.77.part.safetensors", "router.safetensors", "damaged.safetensors"), 1
+    ):
+        folder = tmp_path / f"00{number}-DiT-digits-2-T5-seed42" / "checkpoints"
+        folder.mkdir(parents=True)
+        save_router(folder / name, Router(5, 24)) if number < 3 else (folder / name).write_bytes(b"x")
+    output = run(*TRAIN, "--results-dir", tmp_path, "--max-steps", 23, "--resume", "auto")
+    assert "resuming from" in output
+    assert "000-DiT-digits-2-T5-seed42" in output
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_checkpoint_outside_its_run_is_not_resumed(uninterrupted, tmp_path):
+    file = shutil.copy(find_router(next(uninterrupted.iterdir())), tmp_path)
+    line = error_line(*TRAIN, "--results-dir", tmp_path / "r", "--resume", file)
+    assert "not a checkpoint in its run's folder" in line
+
+
+def test_log_of_every_step_is_valid_json(tmp_path):
+    """The first denoising step of a trajectory trains nothing and has no loss."""
+    run(*TRAIN, "--results-dir", tmp_path, "--max-steps", 6, "--log-every", 1)
+    lines = next(tmp_path.glob("*/metrics.jsonl")).read_text().splitlines()
+    assert [("loss" in json.loads(line)) for line in lines] == [False, True, True, True, True, False]
 
 
 @pytest.mark.parametrize(
@@ -188,6 +208,8 @@ def test_paper_proxy_trains_another_router(uninterrupted, checkpoint, tmp_path):
         (["--precision", "int8"], "invalid choice: 'int8'"),
         (["--max-steps", "0"], "0 is not at least 1"),
         (["--resume", "nowhere", "--random-weights"], "nowhere does not exist"),
+        (["--ste-threshold", "1.5"], "1.5 is outside [0, 1)"),
+        (["--global-seed", "-1"], "-1 is negative"),
         (["--device", "cuda:7", "--random-weights"], "--device cuda:7 cannot be used"),
     ],
 )
