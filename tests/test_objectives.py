@@ -4,6 +4,8 @@ import pytest
 import torch
 from conftest import relative_error
 
+from diffusion import create_diffusion
+from models import DiT
 from objectives import PROXY_DEFINITIONS, image_error_proxy, train_trajectory
 from router import Router
 
@@ -11,7 +13,6 @@ from router import Router
 @pytest.fixture(scope="module")
 def training(case, expected, reference_model):
     """The reference training: what our code computes at every point that the reference states."""
-    from diffusion import create_diffusion
 
     diffusion = create_diffusion(str(case["num_sampling_steps"]))
     router = Router.from_logits(expected["train.init_prob"])
@@ -186,3 +187,44 @@ def test_no_gradient_reaches_the_backbone(tiny_model, ten_steps, tiny_batch):
         )
     )
     assert all(p.grad is None for p in tiny_model.parameters())
+
+
+@pytest.mark.parametrize("learn_sigma", [True, False])
+@pytest.mark.parametrize("cfg_scale", [1.0, 3.0])
+def test_first_update_is_the_blend_written_out(learn_sigma, cfg_scale):
+    """Store, teacher, blend of every branch, loss over all channels, without a cache policy."""
+    torch.manual_seed(0)
+    model = DiT(input_size=4, hidden_size=24, depth=1, num_heads=2, num_classes=5, learn_sigma=learn_sigma)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.eval().requires_grad_(False)
+    diffusion = create_diffusion("4", learn_sigma=learn_sigma)
+    noise, labels = torch.randn(2, 4, 4, 4), torch.tensor([1, 4])
+    router, stored = Router(4, 2), {}
+
+    def forward(x, step, policy=None):
+        t = torch.full((len(x),), diffusion.timestep_map[step])
+        if cfg_scale == 1:
+            return model(x, t, labels, policy)
+        return model.forward_with_cfg(x, t, torch.cat([labels, torch.tensor([5, 5])]), cfg_scale, policy)
+
+    def keep(branch, compute):
+        stored[branch] = compute()
+        return stored[branch]
+
+    def blend(branch, compute):
+        score = torch.sigmoid(router.logits[2, branch])
+        return score * compute() + (1 - score) * stored[branch]
+
+    x = noise if cfg_scale == 1 else torch.cat([noise, noise])
+    with torch.no_grad():
+        x = diffusion.ddim_step(forward(x, 3, keep), x, 3)
+        data_loss = (forward(x, 2) - forward(x, 2, blend)).square().mean()
+        score_sum = torch.sigmoid(router.logits[2]).sum()
+    weights, optimizer = torch.tensor([1.0, 1.0, 7.0, 1.0]), torch.optim.SGD(router.parameters(), lr=0.1)
+    update = next(
+        train_trajectory(model, diffusion, router, optimizer, noise, labels, cfg_scale, 0.1, weights, 0.5)
+    )
+    assert update.step == 2
+    torch.testing.assert_close(update.data_loss, data_loss)
+    torch.testing.assert_close(update.loss, 7 * data_loss + 0.5 * score_sum)

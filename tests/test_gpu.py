@@ -1,0 +1,47 @@
+"""What only a GPU shows: the same numbers as a CPU's, and training that repeats its bits."""
+
+import copy
+
+import pytest
+import torch
+from commands import run
+from conftest import relative_error
+
+from diffusion import create_diffusion
+from router import Schedule, find_router, load_router
+from sampling import generate_seeded, load_model
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+
+
+def test_cached_sampling_equals_the_cpus():
+    model, labels = load_model("DiT-digits/2"), torch.arange(10)
+    schedule = Schedule(torch.rand(10, 24, generator=torch.Generator().manual_seed(0)) > 0.4)
+    options = {"seed": 1, "cfg_scale": 1.5, "schedule": schedule}
+    on_cpu = generate_seeded(model, create_diffusion("10"), labels, **options)
+    on_gpu = generate_seeded(copy.deepcopy(model).cuda(), create_diffusion("10"), labels, **options)
+    assert relative_error(on_gpu.cpu(), on_cpu) < 1e-3
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_training_repeats_its_bits(tmp_path, precision):
+    logits = []
+    for name in ("one", "other"):
+        arguments = [
+            "--model",
+            "DiT-digits/2",
+            "--max-steps",
+            15,
+            "--num-sampling-steps",
+            5,
+            "--global-batch-size",
+            8,
+            "--lr",
+            0.05,
+        ]
+        run("train_router.py", "--precision", precision, "--results-dir", tmp_path / name, *arguments)
+        logits.append(load_router(find_router(next((tmp_path / name).iterdir()))).logits)
+    assert torch.equal(*logits)
