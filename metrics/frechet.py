@@ -16,7 +16,8 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
     matrix root of a non-symmetric product and stays real where a covariance is singular.
     """
     cross = np.linalg.svd(_symmetric_root(sigma1) @ _symmetric_root(sigma2), compute_uv=False).sum()
-    return float(np.sum((mu1 - mu2) ** 2) + np.trace(sigma1) + np.trace(sigma2) - 2 * cross)
+    distance = np.sum((mu1 - mu2) ** 2) + np.trace(sigma1) + np.trace(sigma2) - 2 * cross
+    return max(0.0, float(distance))  # rounding can leave equal sets just below zero
 
 
 def _symmetric_root(matrix: np.ndarray) -> np.ndarray:
