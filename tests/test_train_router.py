@@ -106,6 +106,18 @@ def test_killed_run_resumes_bit_for_bit(uninterrupted, tmp_path):
     assert torch.equal(logits(tmp_path), logits(uninterrupted))
 
 
+@pytest.mark.slow
+def test_resumed_run_on_two_processes_ends_bit_for_bit_the_same(tmp_path):
+    whole, parts = (
+        ["--results-dir", tmp_path / "whole"],
+        ["--results-dir", tmp_path / "parts", "--resume", "auto"],
+    )
+    torchrun(2, *TRAIN, *whole, "--max-steps", 18)
+    for stop in (8, 18):
+        torchrun(2, *TRAIN, *parts, "--max-steps", stop)
+    assert torch.equal(logits(tmp_path / "parts"), logits(tmp_path / "whole"))
+
+
 def test_resuming_a_finished_run_changes_nothing(tmp_path):
     arguments = ["--results-dir", tmp_path, "--max-steps", 10, "--resume", "auto"]
     run(*TRAIN, *arguments)
