@@ -120,7 +120,8 @@ def main(args: argparse.Namespace) -> None:
     router = train(args)
     model, judge = load_model(DIGITS_MODEL), Judge()
     schedule = router.schedule(THRESHOLD)
-    fewer_steps = math.ceil(NUM_STEPS / schedule.speedup_macs(model))  # as many MACs, or a few more
+    affordable = math.ceil(NUM_STEPS / schedule.speedup_macs(model))  # as many MACs, or a few more
+    fewer_steps = min(affordable, NUM_STEPS - 1)
     everything = partial(torch.ones, dtype=torch.bool)
     methods = {
         "uncached": Schedule(everything(NUM_STEPS, model.num_branches)),

@@ -10,7 +10,8 @@ from PIL import Image
 @pytest.mark.slow
 def test_demo_leaves_table_and_pictures_and_runs_again(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    arguments = ["--results-dir", "out", "--train-steps", 10, "--samples", 100]
+    monkeypatch.setattr("demo.BATCH_SIZE", 2)
+    arguments = ["--results-dir", "out", "--train-steps", 10, "--samples", 70]
     for _ in range(2):
         output = run("demo.py", *arguments)
         assert "speed-up of harmonica" in output
