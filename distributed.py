@@ -56,11 +56,6 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def from_main(value):
     """Rank 0's value of a small picklable object, on every rank."""
     if dist.is_initialized():

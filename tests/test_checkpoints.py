@@ -23,15 +23,15 @@ def target() -> DiT:
     return DiT(input_size=8, hidden_size=32, depth=2, num_heads=2, num_classes=7).eval()
 
 
+def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x, t and y: the first, a middle and the last timestep; the null label among the labels."""
+    x = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    return x, torch.tensor([0, 500, 999]), torch.tensor([0, 6, 7])
+
+
 def same_output(a, b) -> float:
-    generator = torch.Generator().manual_seed(0)
-    x, t, y = (
-        torch.randn(3, 4, 8, 8, generator=generator),
-        torch.tensor([0, 500, 999]),
-        torch.tensor([0, 6, 7]),
-    )
     with torch.no_grad():
-        return (a(x, t, y) - b(x, t, y)).abs().max().item()
+        return (a(*inputs()) - b(*inputs())).abs().max().item()
 
 
 def test_official_layouts_load(tmp_path, source, target):
@@ -67,14 +67,8 @@ def test_diffusers_checkpoint_gives_the_same_function(tmp_path, target):
     for block in theirs.transformer_blocks:
         block.norm1.emb.time_proj.downscale_freq_shift = 0
         block.norm1.norm.eps = block.norm3.eps = 1e-6
-    generator = torch.Generator().manual_seed(0)
-    x, t, y = (
-        torch.randn(3, 4, 8, 8, generator=generator),
-        torch.tensor([0, 500, 999]),
-        torch.tensor([0, 6, 7]),
-    )
     with torch.no_grad():
-        reference = theirs(x, t, y).sample
+        reference = theirs(*inputs()).sample
         for path in (
             "pipeline",
             "pipeline/transformer",
@@ -82,7 +76,7 @@ def test_diffusers_checkpoint_gives_the_same_function(tmp_path, target):
         ):
             model = copy.deepcopy(target)
             load_checkpoint(model, tmp_path / path)
-            assert (model(x, t, y) - reference).abs().max() < 1e-5 * reference.abs().max()
+            assert (model(*inputs()) - reference).abs().max() < 1e-5 * reference.abs().max()
 
 
 def test_diffusers_embedders_that_differ_are_refused(tmp_path, target):

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from commands import run
+from safetensors.torch import load_file
 
 from diffusion import create_diffusion
+from digits import train_dit
 from digits.classifier import Judge
 from digits.data import digit_images, train_test_indices
 from sampling import generate_seeded, load_model
@@ -43,3 +46,24 @@ def test_committed_model_draws_the_digit_asked_for(judge):
     x_0 = generate_seeded(model, create_diffusion("10"), labels, seed=0, cfg_scale=1.5)
     assert judge.accuracy(x_0, labels) >= 0.98
     assert judge.digits_fid(x_0) < judge.digits_fid(torch.randn_like(x_0)) / 10
+
+
+def test_interrupted_training_ends_in_the_same_weights(tmp_path, monkeypatch):
+    """Ctrl-C in the fourth iteration, a state saved after the second: the same command goes on from there."""
+    arguments = ["--iterations", 6, "--batch-size", 4, "--save-every", 2, "--device", "cpu", "--output"]
+    run("digits.train_dit.py", *arguments, tmp_path / "whole.safetensors")
+    iteration, calls = train_dit.train_iteration, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return iteration(*args)
+
+    monkeypatch.setattr(train_dit, "train_iteration", interrupted)
+    run("digits.train_dit.py", *arguments, tmp_path / "parts.safetensors", status=130)
+    assert not (tmp_path / "parts.safetensors").exists()
+    run("digits.train_dit.py", *arguments, tmp_path / "parts.safetensors")
+    assert len(calls) == 4 + 4
+    whole, parts = (load_file(tmp_path / f"{name}.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
