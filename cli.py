@@ -7,6 +7,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -51,6 +52,17 @@ def threshold(text: str) -> float:
     value = float(text)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{value} is outside [0, 1); the published one is 0.1")
+    return value
+
+
+def interval(text: str) -> Fraction:
+    """An argparse type: FORA's interval, such as 2, 1.5 or 4/3."""
+    try:
+        value = Fraction(text)
+    except ZeroDivisionError:
+        value = Fraction(0)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is below 1; 1 computes every step, 2 every other")
     return value
 
 

@@ -1,10 +1,13 @@
-"""What a router is trained on: step-wise denoising training (SDT) and the image error proxy (IEPO).
+"""What a router is trained on: HarmoniCa's trajectories and image error proxy, Learning-to-Cache's pairs.
 
-HarmoniCa (Huang et al., ICML 2025), sections 4.2 and 4.3. Pure mathematics: no processes, files or logging.
-The training trajectory is a generator that yields after every update; its caller logs, saves and stops.
+Step-wise denoising training (SDT) and the image error proxy (IEPO) are sections 4.2 and 4.3 of HarmoniCa
+(Huang et al., ICML 2025); the pair of steps is Learning-to-Cache's (Ma et al., NeurIPS 2024). Pure
+mathematics: no processes, files or logging. The training trajectory is a generator that yields after every
+update; its caller logs, saves and stops.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -17,6 +20,27 @@ from models import DiT
 from router import Router
 
 PROXY_DEFINITIONS = ("released", "paper")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What may differ from the published objective; the defaults are the published ones.
+
+    branch_costs: (B,) weights of the scores in the regularization, their mean 1; None counts all alike.
+    eps_only: leave the variance channels, which DDIM never reads, out of the data loss. straight_through:
+    train the thresholded router, see `SoftCache`.
+    """
+
+    branch_costs: Tensor | None = None
+    eps_only: bool = False
+    straight_through: bool = False
+
+    def compared(self, out: Tensor, model: DiT) -> Tensor:
+        """The channels of a model output that the data loss is about."""
+        return out[:, : model.in_channels] if self.eps_only else out
+
+    def score_sum(self, scores: Tensor) -> Tensor:
+        return scores.sum() if self.branch_costs is None else (self.branch_costs * scores).sum()
 
 
 class TrainStep(NamedTuple):
@@ -39,6 +63,7 @@ def train_trajectory(
     threshold: float,
     proxy_weights: Tensor,
     reg_weight: float,
+    variant: Variant | None = None,
 ) -> Iterator[TrainStep]:
     """Step-wise denoising training: one full run from `noise`, one update of row i at every step i < T-1.
 
@@ -46,9 +71,10 @@ def train_trajectory(
     Row i's loss is `lambda_i * mean((teacher - routed)^2) + reg_weight * sum_b score[i, b]`, over the whole
     guided output.
     """
+    variant = variant or Variant()
     denoise = Denoiser(model, diffusion, labels, cfg_scale)
     first_step = diffusion.num_timesteps - 1
-    cache = SoftCache(router.score_rows(), threshold)
+    cache = SoftCache(router.score_rows(), threshold, variant.straight_through)
     with torch.no_grad():
         x_t = denoise.start(noise)
         x_t = diffusion.ddim_step(denoise(x_t, first_step, cache), x_t, first_step)
@@ -56,15 +82,59 @@ def train_trajectory(
         with torch.no_grad():
             teacher = denoise(x_t, step)
         routed = denoise(x_t, step, cache)
-        data_loss = (teacher - routed).square().mean()
-        score_sum = cache.scores[step].sum()
-        loss = proxy_weights[step] * data_loss + reg_weight * score_sum
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        router.clamp_(step)
+        difference = variant.compared(teacher - routed, model)
+        losses = _losses(difference, cache.scores[step], proxy_weights[step], reg_weight, variant)
+        _update(router, optimizer, step, losses[0])
         x_t = diffusion.ddim_step(routed.detach(), x_t, step)
-        yield TrainStep(step, loss.detach(), data_loss.detach(), score_sum.detach())
+        yield TrainStep(step, *(loss.detach() for loss in losses))
+
+
+def train_pair(
+    model: DiT,
+    diffusion: GaussianDiffusion,
+    router: Router,
+    optimizer: torch.optim.Optimizer,
+    x_0: Tensor,
+    noise: Tensor,
+    labels: Tensor,
+    step: int,
+    threshold: float,
+    reg_weight: float,
+    variant: Variant | None = None,
+) -> TrainStep:
+    """Learning-to-Cache: one update of row `step - 1`, from data and without guidance.
+
+    x_0: (n, C, H, W) data, which `noise` brings to `step`; labels: (n,), null ones dropped by the caller. The
+    model computes `step` in full, which fills a fresh store, and goes one DDIM step down; there the row's
+    loss is `mean((plain - routed)^2) + reg_weight * sum_b score[step - 1, b]`.
+    """
+    variant = variant or Variant()
+    denoise = Denoiser(model, diffusion, labels, cfg_scale=1.0)
+    cache = SoftCache(router.score_rows(), threshold, variant.straight_through)
+    with torch.no_grad():
+        x_t = diffusion.add_noise(x_0, step, noise)
+        x_t = diffusion.ddim_step(denoise(x_t, step, cache), x_t, step)
+        plain = denoise(x_t, step - 1)
+    difference = variant.compared(plain - denoise(x_t, step - 1, cache), model)
+    losses = _losses(difference, cache.scores[step - 1], 1.0, reg_weight, variant)
+    _update(router, optimizer, step - 1, losses[0])
+    return TrainStep(step - 1, *(loss.detach() for loss in losses))
+
+
+def _losses(
+    difference: Tensor, scores: Tensor, proxy_weight: Tensor | float, reg_weight: float, variant: Variant
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, data loss and score sum of one step."""
+    data_loss, score_sum = difference.square().mean(), variant.score_sum(scores)
+    return proxy_weight * data_loss + reg_weight * score_sum, data_loss, score_sum
+
+
+def _update(router: Router, optimizer: torch.optim.Optimizer, step: int, loss: Tensor) -> None:
+    """Descend on row `step` alone: no other row has a gradient."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    router.clamp_(step)
 
 
 @torch.no_grad()
@@ -77,13 +147,15 @@ def image_error_proxy(
     cfg_scale: float,
     threshold: float,
     definition: str = "released",
+    thresholded: bool = False,
 ) -> Tensor:
     """Proxy weights lambda (T,): how much the final image changes with the router's work at each step.
 
     Mean squared change of x_0 per element, over the whole guided batch, with the soft blend of training.
     `"paper"` (eq. 9) computes step i alone in full where all others are routed; `"released"` switches steps
     to the router one after the other, noisiest first, and takes each one's change. The last entry belongs to
-    the first step, never routed: 0.
+    the first step, never routed: 0. thresholded: scores become 0 or 1 first, as straight-through training and
+    sampling have them.
     Raises ValueError for another `definition`.
     """
     if definition not in PROXY_DEFINITIONS:
@@ -98,7 +170,9 @@ def image_error_proxy(
             x_t = diffusion.ddim_step(denoise(x_t, step, cache), x_t, step)
         return x_t
 
-    return proxy(advance, denoise.start(noise), router.scores(), threshold)
+    scores = router.scores()
+    scores = (scores > threshold).to(scores.dtype) if thresholded else scores
+    return proxy(advance, denoise.start(noise), scores, threshold)
 
 
 def _released_proxy(advance: Callable[..., Tensor], x_t: Tensor, scores: Tensor, threshold: float) -> Tensor:

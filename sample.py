@@ -6,8 +6,9 @@
     python sample.py --model DiT-digits/2 --num-sampling-steps 10 --accelerate-method dynamiclayer \\
         --path ROUTER --compare
 
-`--path` is a router file or a folder that holds one (a training's results folder). `--compare` draws the same
-noise with and without the router. Latency is that of the denoising loop of one batch, without decoding.
+`--path` is a router file or a folder that holds one (a training's results folder); `methods.py` lists the
+other values of `--accelerate-method`. `--compare` draws the same noise with and without the method. Latency
+is that of the denoising loop of one batch, without decoding.
 """
 
 import argparse
@@ -24,13 +25,14 @@ from PIL import Image
 from torch import Tensor
 
 import cli
-from diffusion import GaussianDiffusion, create_diffusion
+import methods
 from files import replacing
+from methods import Method
 from metrics.paired import mse, psnr
 from models import DiT
 from pictures import branch_types, comparison, sheet
-from router import Schedule, load_router
-from sampling import decode, generate_seeded, is_latent, load_model, load_vae, pixels_of, timed
+from router import Schedule
+from sampling import decode, generate_seeded, is_latent, load_model, load_vae, timed
 
 PUBLISHED_LABELS = [207, 360, 387, 974, 88, 979, 417, 279]
 
@@ -56,12 +58,7 @@ def parse_args() -> argparse.Namespace:
     sampling.add_argument("--seed", type=cli.non_negative_int, default=0)
     sampling.add_argument("--labels", type=int, nargs="+", help="one image per label")
     sampling.add_argument("--batch-size", type=cli.positive_int, help="images at once (default: all)")
-    caching = parser.add_argument_group("caching")
-    caching.add_argument("--accelerate-method", default="none", help="none (default) or dynamiclayer")
-    caching.add_argument("--path", help="router file, or a folder that holds one")
-    caching.add_argument(
-        "--thres", type=cli.threshold, help="compute where score > thres (default: the router's, else 0.1)"
-    )
+    methods.add_arguments(parser)
     output = parser.add_argument_group("output")
     output.add_argument("--output", type=Path, default=Path("sample.png"))
     output.add_argument(
@@ -78,37 +75,10 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.ddim_sample and args.p_sample:
         parser.error("--ddim-sample and --p-sample exclude each other; give one")
-    if args.accelerate_method not in ("none", "dynamiclayer"):
-        parser.error(
-            f"--accelerate-method {args.accelerate_method!r} is unknown; choose none or dynamiclayer"
-        )
-    if args.accelerate_method == "dynamiclayer" and not args.path:
-        parser.error(
-            "--accelerate-method dynamiclayer needs --path, a router file or a folder that holds one"
-        )
+    methods.check_arguments(parser, args)
     if args.compare and args.accelerate_method == "none":
         parser.error("--compare needs a caching method; add --accelerate-method dynamiclayer --path ROUTER")
     return args
-
-
-def load_schedule(args: argparse.Namespace, model: DiT, diffusion: GaussianDiffusion) -> Schedule | None:
-    """The schedule that the arguments ask for; None samples uncached."""
-    if args.accelerate_method == "none":
-        if args.path or args.thres is not None:
-            warnings.warn("--path and --thres have no effect without --accelerate-method dynamiclayer")
-        return None
-    router = load_router(args.path, args.model, diffusion.num_timesteps, model.num_branches)
-    threshold = args.thres if args.thres is not None else router.info.get("threshold", 0.1)
-    sampled_at = {
-        "cfg_scale": args.cfg_scale,
-        "image_size": pixels_of(model),
-        "respacing": args.num_sampling_steps,
-    }
-    for fact, here in sampled_at.items():
-        if str(router.info.get(fact, here)) != str(here):
-            print(f"note: the router was trained at {fact} {router.info[fact]}, this samples at {here}")
-    print(f"router {router.info['path']}")
-    return router.schedule(threshold)
 
 
 def describe_schedule(schedule: Schedule, model: DiT, passes: int) -> str:
@@ -139,17 +109,13 @@ def choose_labels(args: argparse.Namespace, model: DiT) -> Tensor:
 
 
 def report_latency(
-    draw: Callable[..., Tensor],
-    labels: Tensor,
-    schedules: dict[str, Schedule | None],
-    repeats: int,
-    device: torch.device,
+    draw: Callable[..., Tensor], labels: Tensor, chosen: dict[str, Method], repeats: int, device: torch.device
 ) -> None:
-    """Time one batch of every schedule in turn (A B A B); drawing the images has been the warm-up."""
-    seconds: dict[str, list[float]] = {name: [] for name in schedules}
+    """Time one batch of every method in turn (A B A B); drawing the images has been the warm-up."""
+    seconds: dict[str, list[float]] = {name: [] for name in chosen}
     for _ in range(repeats):
-        for name, schedule in schedules.items():
-            seconds[name].append(timed(lambda s=schedule: draw(labels, schedule=s), device)[1])
+        for name, method in chosen.items():
+            seconds[name].append(timed(partial(draw, method, labels), device)[1])
     for name, times in seconds.items():
         middle, low, high = (1000 * f(times) for f in (statistics.median, min, max))
         print(
@@ -157,8 +123,8 @@ def report_latency(
             f"(median of {repeats} after a warm-up, {low:,.1f} to {high:,.1f})"
         )
     if len(seconds) == 2:
-        uncached, cached = (statistics.median(times) for times in seconds.values())
-        print(f"measured speed-up {uncached / cached:.3f}x")
+        uncached, faster = (statistics.median(times) for times in seconds.values())
+        print(f"measured speed-up {uncached / faster:.3f}x")
 
 
 def picture_suffixes() -> list[str]:
@@ -201,8 +167,7 @@ def main(args: argparse.Namespace) -> None:
     model = load_model(
         args.model, args.ckpt, args.image_size, args.num_classes, device, dtype, args.random_weights
     )
-    diffusion = create_diffusion(args.num_sampling_steps, learn_sigma=model.learn_sigma)
-    schedule = load_schedule(args, model, diffusion)
+    method = methods.load_method(args, model)
     labels = choose_labels(args, model)
     vae = choose_vae(args, model, device)
     sampler = "ddpm" if args.p_sample else "ddim"
@@ -210,46 +175,52 @@ def main(args: argparse.Namespace) -> None:
     default = "" if args.ddim_sample or args.p_sample else " (the default)"
     print(f"{args.model}, {parameters:,.2f} M parameters, {precision} on {cli.hardware(device)}")
     print(
-        f"{sampler.upper()}{default}, {diffusion.num_timesteps} steps, guidance {args.cfg_scale:g}, "
+        f"{sampler.upper()}{default}, {method.diffusion.num_timesteps} steps, guidance {args.cfg_scale:g}, "
         f"seed {args.seed}"
     )
-    if schedule is not None:
-        print(describe_schedule(schedule, model, passes=1 if args.cfg_scale == 1 else 2))
+    if method.schedule is not None:
+        print(describe_schedule(method.schedule, model, passes=1 if args.cfg_scale == 1 else 2))
+    if method.forecast_order:
+        print(f"reused branches are forecast, order {method.forecast_order}")
 
     batch_size = args.batch_size or len(labels)
-    draw = partial(
-        generate_seeded, model, diffusion, seed=args.seed, batch_size=batch_size,
-        cfg_scale=args.cfg_scale, sampler=sampler,
-    )  # fmt: skip
-    schedules = {"uncached" if schedule is None else "cached": schedule}
+
+    def draw(method: Method, labels: Tensor, progress: bool = False) -> Tensor:
+        return generate_seeded(
+            model, method.diffusion, labels, args.seed, batch_size, progress,
+            cfg_scale=args.cfg_scale, sampler=sampler, **method.options,
+        )  # fmt: skip
+
+    own_name = "uncached" if method.name == "none" else "cached" if method.schedule else method.name
+    chosen = {own_name: method}
     if args.compare:
-        schedules = {"uncached": None, "cached": schedule}
-    x_0 = {name: draw(labels, schedule=s, progress=True) for name, s in schedules.items()}
+        chosen = {"uncached": methods.uncached(args, model)} | chosen
+    x_0 = {name: draw(one, labels, progress=True) for name, one in chosen.items()}
     images = {name: decode(latents, vae) for name, latents in x_0.items()}
     if args.repeats:
-        report_latency(draw, labels[:batch_size], schedules, args.repeats, device)
+        report_latency(draw, labels[:batch_size], chosen, args.repeats, device)
     if args.compare:
-        error = mse(x_0["cached"], x_0["uncached"])
-        ratio = psnr(images["cached"], images["uncached"])
-        print(f"cached against uncached: MSE of x_0 {error:.3e}, PSNR of the images {ratio:.2f} dB")
-    save(args, x_0, images, schedule)
+        error = mse(x_0[own_name], x_0["uncached"])
+        ratio = psnr(images[own_name], images["uncached"])
+        print(f"{own_name} against uncached: MSE of x_0 {error:.3e}, PSNR of the images {ratio:.2f} dB")
+    save(args, x_0, images, method)
 
 
-def save(
-    args: argparse.Namespace, x_0: dict[str, Tensor], images: dict[str, Tensor], schedule: Schedule | None
-) -> None:
+def save(args: argparse.Namespace, x_0: dict[str, Tensor], images: dict[str, Tensor], method: Method) -> None:
+    *_, own_name = x_0
     if args.compare:
-        cached = f"cached, same noise: CUR {100 * schedule.cur:.1f} %, {schedule.source}"
-        picture = comparison([("uncached", images["uncached"]), (cached, images["cached"])])
+        caption = f"{own_name}, same noise"
+        if method.schedule is not None:
+            caption += f": CUR {100 * method.schedule.cur:.1f} %, {method.schedule.source}"
+        picture = comparison([("uncached", images["uncached"]), (caption, images[own_name])])
     else:
-        picture = sheet(*images.values())
+        picture = sheet(images[own_name])
     with replacing(args.output) as temporary:
         picture.save(temporary)
     print(f"wrote {args.output}")
     if args.save_latents:
-        latents = x_0.get("cached", x_0.get("uncached"))
         with replacing(args.save_latents) as temporary:
-            np.savez(temporary, latents=latents.cpu().numpy())
+            np.savez(temporary, latents=x_0[own_name].cpu().numpy())
         print(f"wrote {args.save_latents}")
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import download
-from cache import StaticCache
+from cache import sampling_cache
 from checkpoints import load_checkpoint
 from denoiser import Denoiser
 from diffusion import GaussianDiffusion
@@ -21,7 +21,7 @@ from router import Schedule
 
 SAMPLERS = ("ddim", "ddpm")
 # Streams of randomness that never meet, whatever the seed.
-SAMPLING_STREAM, TRAINING_STREAM = 0, 1
+SAMPLING_STREAM, TRAINING_STREAM, DATA_STREAM = 0, 1, 2
 VAE_SCALE = 0.18215
 DIGITS_MODEL = "DiT-digits/2"
 _DIGITS_WEIGHTS = Path(__file__).parent / "digits" / "dit.safetensors"
@@ -158,11 +158,12 @@ def sample_loop(
     schedule: Schedule | None = None,
     eta: float = 0.0,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    forecast_order: int = 0,
 ) -> Iterator[tuple[int, Tensor]]:
     """Denoise step by step; yields (step, x after it), at last x_0. Arguments as in `generate`."""
     _check_arguments(model, diffusion, labels, noise, sampler, schedule, eta)
     denoise = Denoiser(model, diffusion, labels, cfg_scale)
-    cache = None if schedule is None else StaticCache(schedule)
+    cache = None if schedule is None else sampling_cache(schedule, forecast_order)
     x_t = denoise.start(noise)
     for step in reversed(range(diffusion.num_timesteps)):
         out = denoise(x_t, step, cache)
@@ -185,15 +186,19 @@ def generate(
     eta: float = 0.0,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     progress: bool = False,
+    forecast_order: int = 0,
 ) -> Tensor:
     """Denoise `noise` (n, C, H, W) under `labels` (n,) to x_0 (n, C, H, W).
 
     cfg_scale: guidance, 1 = off. sampler: "ddim" (with `eta`) or "ddpm". schedule: which branches to compute;
     None computes all. generator: of the noise that DDPM and eta > 0 add: one for the batch (None: torch's
-    global one), or one per sample, so that a sample does not depend on its batch.
+    global one), or one per sample, so that a sample does not depend on its batch. forecast_order: 0 reuses
+    stored outputs as they are; 1 or 2 extrapolates them (`cache.ForecastCache`).
     Raises ValueError where the schedule, labels or sampler do not fit the model or the chain.
     """
-    steps = sample_loop(model, diffusion, labels, noise, cfg_scale, sampler, schedule, eta, generator)
+    steps = sample_loop(
+        model, diffusion, labels, noise, cfg_scale, sampler, schedule, eta, generator, forecast_order
+    )
     bar = tqdm(
         steps,
         total=diffusion.num_timesteps,
@@ -212,19 +217,20 @@ def generate_seeded(
     seed: int,
     batch_size: int | None = None,
     progress: bool = False,
+    first: int = 0,
     **options,
 ) -> Tensor:
-    """x_0 (n, C, H, W) for labels (n,), where sample k depends on (seed, k) alone.
+    """x_0 (n, C, H, W) for labels (n,), those of samples first .. first + n; k depends on (seed, k) alone.
 
     So methods are compared on the same noise, whatever their batch size. options: those of `generate`
-    (cfg_scale, sampler, schedule, eta). Works on the model's device.
+    (cfg_scale, sampler, schedule, eta, forecast_order). Works on the model's device.
     """
     device = next(model.parameters()).device
     batch_size = batch_size or len(labels)
     parts = []
     for start in tqdm(range(0, len(labels), batch_size), desc="batches", disable=None if progress else True):
         y = labels[start : start + batch_size].to(device)
-        generators = [sample_generator(seed, SAMPLING_STREAM, start + k) for k in range(len(y))]
+        generators = [sample_generator(seed, SAMPLING_STREAM, first + start + k) for k in range(len(y))]
         noise = draw_noise(model, generators).to(device)
         parts.append(generate(model, diffusion, y, noise, generator=generators, **options))
     return torch.cat(parts)

@@ -1,6 +1,6 @@
-"""Train a caching router for a frozen DiT with HarmoniCa (step-wise denoising, image error proxy).
+"""Train a caching router for a frozen DiT: HarmoniCa, or Learning-to-Cache for comparison.
 
-The published run (no images are needed):
+The published HarmoniCa run (no images are needed):
 
     torchrun --nnodes=1 --nproc_per_node=4 --master_port 12345 train_router.py --results-dir results \\
         --model DiT-XL/2 --image-size 256 --num-classes 1000 --epochs 2000 --global-batch-size 64 \\
@@ -11,16 +11,19 @@ The published run (no images are needed):
 Plain `python train_router.py ...` is the same on one process. Everything lands in RESULTS_DIR/NNN-MODEL-...:
 checkpoints (each a router that sample.py reads), log.txt, metrics.jsonl, schedule.png. To go on after an
 interruption, run the same command with `--resume auto`: the logits come out the same, bit for bit.
+
+Instead of a regularization weight one can ask for a speed: `--target-cur 0.4` or `--target-speedup 1.6`.
+Learning-to-Cache needs images: `--method l2c --data FOLDER` (one folder a class, encoded by the VAE).
 """
 
 import argparse
 import math
 import os
 import time
+import warnings
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 import cli
@@ -30,56 +33,70 @@ from distributed import Processes
 from files import replacing
 from logs import RunLog
 from models import DiT
-from objectives import PROXY_DEFINITIONS, TrainStep, image_error_proxy, train_trajectory
+from objectives import PROXY_DEFINITIONS, TrainStep
 from pictures import schedule_heat_map
-from router import Router
-from sampling import (
-    TRAINING_STREAM,
-    draw_labels,
-    draw_noise,
-    find_checkpoint,
-    load_model,
-    pixels_of,
-    sample_generator,
-    weights_fingerprint,
-)
+from rounds import METHODS
+from sampling import find_checkpoint, load_model, pixels_of, weights_fingerprint
+from target import EXTRA_STEPS, Target
 from training import Training, find_resumable, new_run_folder, read_checkpoint
 
 # The arguments that decide the numbers: a resumed run must have the same.
 SETTINGS = (
-    "model", "image_size", "num_classes", "num_sampling_steps", "cfg_scale",
-    "ste_threshold", "l1", "lambda_c", "proxy", "lr", "global_batch_size", "global_seed", "precision",
+    "method", "model", "image_size", "num_classes", "num_sampling_steps", "cfg_scale",
+    "ste_threshold", "l1", "target_cur", "target_speedup", "cost", "lambda_c", "proxy", "data_loss",
+    "router_train", "data", "every_row", "lr", "global_batch_size", "global_seed", "precision",
 )  # fmt: skip
+PUBLISHED = {"harmonica": {"lr": 0.01, "l1": 7e-8}, "l2c": {"lr": 0.001, "l1": 5e-6}}
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train a caching router for a frozen DiT (HarmoniCa).")
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train a caching router for a frozen DiT.")
     model = parser.add_argument_group("model")
     model.add_argument("--model", default="DiT-XL/2", help="DiT-XL/2 and its family, or DiT-digits/2")
     model.add_argument("--ckpt", help="checkpoint file or diffusers folder (default: the official one)")
     model.add_argument("--random-weights", action="store_true", help="no checkpoint: for dry runs")
     model.add_argument("--image-size", type=cli.positive_int, help="pixels (default 256)")
     model.add_argument("--num-classes", type=cli.positive_int, help="default 1000")
-    model.add_argument("--vae", help="has no effect: training needs no images")
-    model.add_argument(
-        "--num-works", "--num-workers", type=int, help="has no effect: training needs no images"
-    )
     method = parser.add_argument_group("method (defaults: the published ones for T = 10)")
+    method.add_argument("--method", choices=METHODS, default="harmonica", help="default harmonica")
     method.add_argument("--num-sampling-steps", default="10", help="T, or a respacing such as ddim50")
-    method.add_argument("--cfg-scale", type=float, default=1.5, help="guidance, 1 = off")
+    method.add_argument("--cfg-scale", type=float, help="harmonica: guidance, 1 = off (default 1.5)")
     method.add_argument(
         "--ste-threshold", type=cli.threshold, default=0.1, help="compute where score > threshold"
     )
     method.add_argument(
-        "--l1", type=float, default=7e-8, help="regularization weight beta of the scores' sum"
-    )
-    method.add_argument(
         "--lambda-c", type=cli.positive_int, default=500, help="train steps between proxy refreshes"
     )
-    method.add_argument("--proxy", choices=PROXY_DEFINITIONS, default="released", help="definition of lambda")
+    method.add_argument(
+        "--proxy", choices=(*PROXY_DEFINITIONS, "none"), default="released", help="lambda; none: all ones"
+    )
+    method.add_argument(
+        "--data-loss", choices=("all", "eps"), default="all", help="compare all channels, or eps alone"
+    )
+    method.add_argument(
+        "--router-train", choices=("soft", "ste"), default="soft",
+        help="blend by the scores, or threshold them and pass the gradient straight through",
+    )  # fmt: skip
+    speed = parser.add_argument_group("speed: a weight, or the target that it is adjusted to")
+    speed.add_argument("--l1", type=float, help="regularization weight beta (7e-8, l2c 5e-6); or its start")
+    target = speed.add_mutually_exclusive_group()
+    target.add_argument("--target-cur", type=float, metavar="X", help="share of branches reused, 0 .. 1")
+    target.add_argument("--target-speedup", type=float, metavar="X", help="speed-up by MACs")
+    speed.add_argument(
+        "--cost", choices=("count", "macs"), default="count", help="what beta weighs a branch by"
+    )
+    data = parser.add_argument_group("data (l2c)")
+    data.add_argument("--data", help="an image folder, an .npz of latents and labels, or `digits`")
+    data.add_argument(
+        "--every-row", action="store_true", help="train all rows, not the even ones alone (not in the paper)"
+    )
+    data.add_argument("--vae", help="of an image folder (default ema)")
+    data.add_argument("--num-works", "--num-workers", type=cli.non_negative_int, help="loading processes")
     training = parser.add_argument_group("training")
-    training.add_argument("--lr", type=float, default=0.01)
-    training.add_argument("--epochs", type=cli.positive_int, default=2000, help="trajectories")
+    training.add_argument("--lr", type=float, help="default 0.01, l2c 0.001")
+    training.add_argument(
+        "--epochs", type=cli.positive_int, default=2000, help="trajectories; l2c: passes of the data"
+    )
     training.add_argument(
         "--max-steps", type=cli.positive_int, default=20000, help="train steps; ends the run"
     )
@@ -96,7 +113,36 @@ def parse_args() -> argparse.Namespace:
     )
     output.add_argument("--wandb", action="store_true", help="log to Weights & Biases too")
     cli.add_device_arguments(parser)
-    return parser.parse_args()
+    args = parser.parse_args(arguments)
+    complete_arguments(parser, args)
+    return args
+
+
+def complete_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Fill in what the method decides, refuse what it cannot do, warn of what it does not read."""
+    unread = ["data", "every_row", "vae", "num_works"]
+    if args.method == "l2c":
+        unread = [
+            name
+            for name in ("cfg_scale", "proxy", "lambda_c")
+            if getattr(args, name) != parser.get_default(name)
+        ]
+        if not args.data:
+            parser.error("--method l2c needs --data, an image folder, an .npz of latents or `digits`")
+    for name in unread:
+        if getattr(args, name):
+            warnings.warn(f"--{name.replace('_', '-')} has no effect with --method {args.method}")
+    if args.l1 is not None and not 0 <= args.l1 < math.inf:
+        parser.error(f"--l1 {args.l1:g} is no weight; give 0 or more")
+    for name, value in PUBLISHED[args.method].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.l1 == 0 and (args.target_cur is not None or args.target_speedup is not None):
+        parser.error("--l1 0 cannot be adjusted to a target; leave it out")
+    if args.method == "l2c":
+        args.cfg_scale, args.vae, args.num_works = 1.0, args.vae or "ema", args.num_works or 0
+    elif args.cfg_scale is None:
+        args.cfg_scale = 1.5
 
 
 LOSSES = ("loss", "data_loss", "score_sum")
@@ -139,7 +185,7 @@ class Window:
 
 
 class Run:
-    """One training: the loop over trajectories, and what it leaves behind every so many train steps."""
+    """One training: the loop over rounds, and what it leaves behind every so many train steps."""
 
     def __init__(
         self,
@@ -151,10 +197,14 @@ class Run:
     ):
         self.args, self.processes, self.settings = args, processes, settings
         self.model, self.diffusion = model, diffusion
-        generator = torch.Generator().manual_seed(args.global_seed)
-        router = Router(diffusion.num_timesteps, model.num_branches, generator)
-        self.training = Training(router, args.lr, processes.device)
-        self.total = min(args.epochs * diffusion.num_timesteps, args.max_steps)
+        self.rounds = METHODS[args.method](args, processes, model, diffusion)
+        per_round, target = self.rounds.steps_per_round, choose_target(args, model, diffusion)
+        router = self.rounds.new_router()
+        self.training = Training(
+            router, args.lr, processes.device, per_round, args.ste_threshold, args.l1, target
+        )
+        self.total = min(args.epochs * self.rounds.steps_per_epoch, args.max_steps)
+        self.last = self.total + (int(self.total * EXTRA_STEPS) if target else 0)
         self.window = Window()
         self.folder: Path | None = None  # rank 0's alone
 
@@ -168,6 +218,7 @@ class Run:
                 checkpoint, self.folder = read_checkpoint(path, self.settings), path.parent.parent
             else:
                 name = f"{args.model.replace('/', '-')}-T{self.diffusion.num_timesteps}"
+                name += "" if args.method == "harmonica" else f"-{self.rounds.name}"
                 self.folder = new_run_folder(args.results_dir, f"{name}-seed{args.global_seed}")
         checkpoint = distributed.from_main(checkpoint)
         if checkpoint is not None:
@@ -179,54 +230,41 @@ class Run:
         self.log.forget_after(self.training.train_steps)
         self.started, self.start_step = time.monotonic(), self.training.train_steps
 
-    def draw(self) -> tuple[Tensor, Tensor]:
-        """This rank's share of the trajectory's noise (n, C, H, W) and labels (n,)."""
-        local = self.args.global_batch_size // self.processes.world_size
-        indices = range(self.processes.rank * local, (self.processes.rank + 1) * local)
-        seed, trajectory = self.args.global_seed, self.training.trajectory
-        generators = [sample_generator(seed, TRAINING_STREAM, trajectory, index) for index in indices]
-        noise, labels = draw_noise(self.model, generators), draw_labels(self.model, generators)
-        return noise.to(self.processes.device), labels.to(self.processes.device)
-
-    def refresh_due(self) -> bool:
-        """Whether a multiple of --lambda-c train steps was passed since the last trajectory began."""
-        now, before = self.training.train_steps, self.training.train_steps - self.diffusion.num_timesteps
-        return now // self.args.lambda_c > before // self.args.lambda_c
+    @property
+    def finished(self) -> bool:
+        """At the total; with a target, from then on when it is met, at the latest after the extra steps."""
+        steps = self.training.train_steps
+        return steps >= self.last or (steps >= self.total and self.training.target_met)
 
     def train(self) -> None:
         training, args = self.training, self.args
         hidden = None if self.processes.is_main else True  # None: shown on a terminal
         with tqdm(total=self.total, initial=training.train_steps, unit="step", disable=hidden) as bar:
-            while training.train_steps < self.total:
+            while not self.finished:
                 training.mark_boundary()
-                noise, labels = self.draw()
-                if self.refresh_due():
-                    weights = image_error_proxy(
-                        self.model, self.diffusion, training.router, noise, labels,
-                        args.cfg_scale, args.ste_threshold, args.proxy,
-                    )  # fmt: skip
-                    training.proxy_weights = distributed.mean(weights)
-                self.run_trajectory(noise, labels, bar)
+                self.run_round(bar)
                 self.window.settle()
+                if training.between_rounds:
+                    training.round_done(self.total)
         if training.train_steps > self.start_step and training.train_steps % args.ckpt_every:
             self.checkpoint()
+        if not training.target_met:
+            missing = 100 * training.target.missing(training.schedule)
+            self.log.info(
+                f"warning: the target was not met, the schedule is {missing:.1f} points short of it; "
+                "train longer (--max-steps) or with a higher --lr"
+            )
         self.log.info(
             f"finished {training.train_steps} train steps; the router is in {self.folder}/checkpoints"
         )
         self.log.close()
 
-    def run_trajectory(self, noise: Tensor, labels: Tensor, bar: tqdm) -> None:
-        """The first denoising step, which counts but trains nothing, then one update a step, to the total."""
-        training, args = self.training, self.args
-        updates = train_trajectory(
-            self.model, self.diffusion, training.router, training.optimizer, noise, labels,
-            args.cfg_scale, args.ste_threshold, training.proxy_weights, args.l1,
-        )  # fmt: skip
-        self.step_done(bar)
-        for update in updates if training.train_steps < self.total else ():
-            self.window.add(training.train_steps + 1, update)
+    def run_round(self, bar: tqdm) -> None:
+        for update in self.rounds.run(self.training):
+            if update is not None:
+                self.window.add(self.training.train_steps + 1, update)
             self.step_done(bar)
-            if training.train_steps == self.total:
+            if self.finished:
                 return
 
     def step_done(self, bar: tqdm) -> None:
@@ -239,7 +277,7 @@ class Run:
 
     def log_line(self) -> None:
         values, steps = self.window.summary(), self.training.train_steps
-        values["cur"] = self.training.router.schedule(self.args.ste_threshold).cur
+        values["cur"], values["reg_weight"] = self.training.schedule.cur, self.training.reg_weight
         values["steps_per_second"] = (steps - self.start_step) / (time.monotonic() - self.started)
         left = (self.total - steps) / values["steps_per_second"]
         losses = "".join(f"{k.replace('_', ' ')} {values[k]:.4e}  " for k in LOSSES if k in values)
@@ -254,13 +292,13 @@ class Run:
         self.window.settle()
         if not self.processes.is_main:
             return
-        args, router = self.args, self.training.router
-        schedule = router.schedule(args.ste_threshold)
+        args, router, schedule = self.args, self.training.router, self.training.schedule
+        facts = {"proxy": args.proxy} if args.method == "harmonica" else {}
         path = self.training.save(
-            self.folder / "checkpoints", self.settings, method="harmonica", model=args.model,
+            self.folder / "checkpoints", self.settings, method=self.rounds.name, model=args.model,
             image_size=pixels_of(self.model), cfg_scale=args.cfg_scale, threshold=args.ste_threshold,
-            cur=round(schedule.cur, 6), reg_weight=args.l1, proxy=args.proxy,
-            respacing=args.num_sampling_steps,
+            cur=round(schedule.cur, 6), speedup_macs=round(schedule.speedup_macs(self.model), 6),
+            reg_weight=self.training.reg_weight, respacing=args.num_sampling_steps, **facts,
         )  # fmt: skip
         steps = self.training.train_steps
         title = f"{args.model}, T = {router.num_steps}, train step {steps}, CUR {100 * schedule.cur:.1f} %"
@@ -269,6 +307,13 @@ class Run:
         with replacing(path.with_suffix(".png")) as temporary:
             heat_map.save(temporary)
         self.log.info(f"saved {path}")
+
+
+def choose_target(args: argparse.Namespace, model: DiT, diffusion: GaussianDiffusion) -> Target | None:
+    for kind, value in (("cur", args.target_cur), ("speedup", args.target_speedup)):
+        if value is not None:
+            return Target(kind, value, model, diffusion.num_timesteps)
+    return None
 
 
 def main(args: argparse.Namespace) -> None:
@@ -295,9 +340,6 @@ def main(args: argparse.Namespace) -> None:
     run.open()
     if args.ckpt and args.random_weights:
         run.log.info(f"note: --ckpt {args.ckpt} has no effect with --random-weights")
-    for flag, value in (("--vae", args.vae), ("--num-works", args.num_works)):
-        if value is not None:
-            run.log.info(f"note: {flag} {value} has no effect, training needs no images")
     run.train()
     distributed.stop()
 

@@ -1,12 +1,13 @@
 """A router training's state, its checkpoints, and the folder of a run.
 
 A checkpoint is a router file (`0001000.safetensors`, readable by every command) that carries beside its
-logits the state at the start of the trajectory in which it was written, under `resume.*`. Noise and labels
-are drawn from (seed, trajectory, sample index), so replaying that trajectory gives the same logits bit for
-bit.
+logits the state at the start of the round (for HarmoniCa a trajectory) in which it was written, under
+`resume.*`. Noise, labels and data are drawn from (seed, round, sample index), so replaying that round gives
+the same logits bit for bit.
 """
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -15,14 +16,31 @@ import torch
 from torch import Tensor
 
 import distributed
-from router import Router, find_router, save_router
+from router import Router, Schedule, find_router, save_router
+from target import RegWeightControl, Target
 
 
 class Training:
-    """A router, its optimizer and lambda, after `train_steps` denoising steps of training."""
+    """A router, its optimizer, lambda and beta, after `train_steps` steps of training.
 
-    def __init__(self, router: Router, lr: float, device: torch.device):
+    steps_per_round: a round is what a resumed run repeats as a whole, a trajectory for HarmoniCa. target:
+    where given, beta starts at `reg_weight` and is moved until the schedule at `threshold` meets it.
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        lr: float,
+        device: torch.device,
+        steps_per_round: int,
+        threshold: float,
+        reg_weight: float,
+        target: Target | None = None,
+    ):
         self.router = router.to(device)
+        self.steps_per_round, self.threshold, self.target = steps_per_round, threshold, target
+        self._fixed_reg_weight = reg_weight
+        self._control = target and RegWeightControl(target, threshold, math.log(reg_weight))
         self.optimizer = torch.optim.AdamW(self.router.parameters(), lr=lr, weight_decay=0.0)
         distributed.average_gradients(self.optimizer)
         self.proxy_weights = torch.ones(router.num_steps, device=device)
@@ -30,30 +48,55 @@ class Training:
         self.mark_boundary()
 
     @property
-    def trajectory(self) -> int:
-        """The trajectory that the next train step belongs to."""
-        return self.train_steps // self.router.num_steps
+    def round(self) -> int:
+        """The round that the next train step belongs to."""
+        return self.train_steps // self.steps_per_round
 
     @property
-    def between_trajectories(self) -> bool:
-        return self.train_steps % self.router.num_steps == 0
+    def reg_weight(self) -> float:
+        """beta"""
+        return self._control.reg_weight if self._control else self._fixed_reg_weight
+
+    @property
+    def schedule(self) -> Schedule:
+        """What sampling would compute now."""
+        return self.router.schedule(self.threshold)
+
+    @property
+    def target_met(self) -> bool:
+        return self.target is None or self.target.met(self.schedule)
+
+    @property
+    def between_rounds(self) -> bool:
+        return self.train_steps % self.steps_per_round == 0
+
+    def round_done(self, total_steps: int) -> None:
+        """Between two rounds of a run of `total_steps`: move beta towards the target."""
+        if self._control:
+            per_row = [
+                steps / self.router.num_steps
+                for steps in (self.steps_per_round, total_steps - self.train_steps)
+            ]
+            self._control.update(self.router, self.optimizer, *per_row)
 
     def mark_boundary(self) -> None:
-        """A trajectory begins: this is the state that the checkpoints written during it resume from."""
+        """A round begins: this is the state that the checkpoints written during it resume from."""
         self._boundary = self._state()
 
     def _state(self) -> dict[str, Tensor]:
-        """Copies on the host of everything that the coming trajectory depends on."""
+        """Copies on the host of everything that the coming round depends on."""
         rows = list(self.router.rows)
         moments = [self.optimizer.state.get(row) or _fresh_moments(row) for row in rows]
         state = {key: torch.stack([m[key] for m in moments]) for key in _fresh_moments(rows[0])}
         state |= {"logits": self.router.logits, "proxy_weights": self.proxy_weights}
         state["train_steps"] = torch.tensor(self.train_steps)
+        if self._control:
+            state["log_reg_weight"] = torch.tensor(self._control.log_weight, dtype=torch.float64)
         return {f"resume.{name}": tensor.detach().clone().cpu() for name, tensor in state.items()}
 
     def save(self, folder: Path, settings: dict, **facts) -> Path:
         """Write the checkpoint of this train step; `facts` go into the router file's metadata."""
-        if self.between_trajectories:
+        if self.between_rounds:
             self.mark_boundary()
         path = folder / f"{self.train_steps:07d}.safetensors"
         facts |= {"train_steps": self.train_steps, "settings": settings}
@@ -69,6 +112,8 @@ class Training:
             self.optimizer.state[row] = {k: m if k == "step" else m.to(device) for k, m in moments.items()}
         self.proxy_weights = state["resume.proxy_weights"].to(device)
         self.train_steps = int(state["resume.train_steps"])
+        if self._control:
+            self._control.log_weight = state["resume.log_reg_weight"].item()
 
 
 def _fresh_moments(row: Tensor) -> dict[str, Tensor]:

@@ -90,8 +90,8 @@ class GaussianDiffusion:
             return posterior.mean
         return posterior.mean + torch.exp(0.5 * posterior.log_variance) * noise
 
-    def add_noise(self, x_0: Tensor, steps: Tensor, noise: Tensor) -> Tensor:
-        """x_t of q(x_t | x_0) at a tensor of steps (N,)."""
+    def add_noise(self, x_0: Tensor, steps: int | Tensor, noise: Tensor) -> Tensor:
+        """x_t of q(x_t | x_0) at one step, or at a tensor of steps (N,)."""
         signal = _at(np.sqrt(self.alphas_cumprod), steps)
         return signal * x_0 + _at(np.sqrt(1.0 - self.alphas_cumprod), steps) * noise
 

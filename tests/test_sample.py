@@ -78,7 +78,7 @@ def test_samplers(tmp_path):
 
 def test_option_without_effect_is_said(tmp_path):
     output = run(*SAMPLE, "--thres", 0.2, "--vae", "ema", "--repeats", 0, "--output", tmp_path / "x.png")
-    assert "warning: --path and --thres have no effect" in output
+    assert "warning: --thres has no effect with --accelerate-method none" in output
     assert "warning: --vae ema has no effect" in output
 
 

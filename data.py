@@ -1,0 +1,129 @@
+"""Images that Learning-to-Cache trains on: a folder of pictures through the VAE, latents, or the digits.
+
+`numbered_batches` hands out the samples of any process and any moment of a training by their number alone, so
+a resumed run, or one on more processes, sees the same ones.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from digits.data import digit_images
+from models import DiT
+from sampling import DATA_STREAM, VAE_SCALE, is_latent, pixels_of, sample_generator
+
+
+def open_data(spec: str, model: DiT) -> Dataset:
+    """Samples (x, label) for `digits`, an image folder with one folder a class, or an .npz of latents.
+
+    x is uint8 (3, H, W) from a folder, which `to_model_space` brings to the model, else what the model
+    denoises, (C, H, W). An .npz holds `latents` (n, C, H, W), scaled as the model has them, and `labels`
+    (n,). Raises FileNotFoundError or ValueError where the data are absent or not of the model's shape.
+    """
+    path = Path(spec)
+    if spec == "digits":
+        data = TensorDataset(*digit_images())
+    elif path.suffix == ".npz" and path.is_file():
+        data = _read_latents(path)
+    elif path.is_dir():
+        data = _image_folder(path, pixels_of(model))
+        if not is_latent(model):
+            raise ValueError(
+                f"--data {spec}: this model draws {model.in_channels}-channel pixels; use digits"
+            )
+        return data
+    else:
+        raise FileNotFoundError(f"--data {spec} does not exist; give an image folder, an .npz or `digits`")
+    shape, wanted = tuple(data[0][0].shape), (model.in_channels, model.input_size, model.input_size)
+    if shape != wanted:
+        raise ValueError(f"--data {spec} holds samples of shape {shape}, the model denoises {wanted}")
+    return data
+
+
+def _read_latents(path: Path) -> TensorDataset:
+    with np.load(path, allow_pickle=False) as file:
+        if not {"latents", "labels"} <= set(file.files):
+            raise ValueError(
+                f"--data {path} holds {', '.join(file.files)}; `latents` and `labels` are needed"
+            )
+        return TensorDataset(
+            torch.from_numpy(file["latents"]).float(), torch.from_numpy(file["labels"]).long()
+        )
+
+
+def _image_folder(path: Path, size: int) -> Dataset:
+    from torchvision.datasets import ImageFolder  # slow to import, and only this needs it
+
+    def load(image: Image.Image) -> Tensor:
+        return torch.from_numpy(np.array(center_crop(image.convert("RGB"), size))).permute(2, 0, 1)
+
+    return ImageFolder(str(path), transform=load)
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """The middle square of an image at `size` pixels: halved while twice too large, then resized, then cut.
+
+    The preprocessing of ADM and DiT, with which their models were trained.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+class _Numbered(Dataset):
+    """Sample number k of an endless stream that passes the data in a new order every epoch."""
+
+    def __init__(self, data: Dataset, seed: int):
+        self.data, self.seed = data, seed
+        self._order: tuple[int, Tensor | None] = (-1, None)
+
+    def __getitem__(self, number: int):
+        epoch, position = divmod(number, len(self.data))
+        if self._order[0] != epoch:
+            generator = sample_generator(self.seed, DATA_STREAM, epoch)
+            self._order = epoch, torch.randperm(len(self.data), generator=generator)
+        return self.data[int(self._order[1][position])]
+
+
+class _Batches:
+    """The sample numbers of one process, batch after batch, from a given one on, without an end."""
+
+    def __init__(self, first: int, global_batch_size: int, rank: int, world_size: int):
+        self.first, self.global_batch_size = first, global_batch_size
+        self.local = global_batch_size // world_size
+        self.offset = rank * self.local
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batch = self.first
+        while True:
+            start = batch * self.global_batch_size + self.offset
+            yield list(range(start, start + self.local))
+            batch += 1
+
+
+def numbered_batches(
+    data: Dataset, seed: int, first: int, global_batch_size: int, rank: int, world_size: int, num_workers: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches (x, labels) of this process from number `first` on; what is in them depends on the seed."""
+    batches = _Batches(first, global_batch_size, rank, world_size)
+    return iter(DataLoader(_Numbered(data, seed), batch_sampler=batches, num_workers=num_workers))
+
+
+@torch.no_grad()
+def to_model_space(x: Tensor, vae, generators: list[torch.Generator]) -> Tensor:
+    """What the model denoises: uint8 pictures are flipped at random and encoded, all else is left alone."""
+    if x.dtype != torch.uint8:
+        return x
+    flipped = torch.tensor([bool(torch.rand((), generator=one) < 0.5) for one in generators], device=x.device)
+    x = torch.where(flipped[:, None, None, None], x.flip(-1), x)
+    posterior = vae.encode(x.float() / 127.5 - 1).latent_dist
+    noise = [torch.randn(posterior.mean.shape[1:], generator=one) for one in generators]
+    return VAE_SCALE * (posterior.mean + posterior.std * torch.stack(noise).to(x.device))

@@ -1,0 +1,136 @@
+"""The values of `--accelerate-method`: their flags, and the schedule and reuse that each one means.
+
+| value | schedule | flags |
+|---|---|---|
+| `none` | every branch computed | |
+| `fewer-steps` | every branch computed, of a shorter chain | `--steps N` |
+| `fora` | every N-th step computed | `--interval N` |
+| `random` | a random share reused | `--cur X`, `--schedule-seed S` |
+| `dynamiclayer` | a router's, whatever trained it | `--path ROUTER`, `--thres X` |
+| `l2c` | a Learning-to-Cache router's | `--path ROUTER`, `--thres X` |
+| `taylor-` and one of the last four | the same, reused branches extrapolated | and `--order 1` or `2` |
+"""
+
+import argparse
+import warnings
+from dataclasses import dataclass
+
+import cli
+from baselines import fora_schedule, random_schedule
+from diffusion import GaussianDiffusion, create_diffusion
+from models import DiT
+from router import Schedule, load_router
+from sampling import pixels_of
+
+_FLAGS = {
+    "none": (),
+    "fewer-steps": ("steps",),
+    "fora": ("interval",),
+    "random": ("cur", "schedule_seed"),
+    "dynamiclayer": ("path", "thres"),
+    "l2c": ("path", "thres"),
+}
+_OPTIONAL = ("schedule_seed", "thres", "order")
+_CACHING = ("fora", "random", "dynamiclayer", "l2c")
+METHODS = (*_FLAGS, *(f"taylor-{name}" for name in _CACHING))
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a sampler needs to know: the chain, which branches to compute, how to reuse the others.
+
+    schedule None: all are computed. options: of `sampling.generate`.
+    """
+
+    name: str
+    diffusion: GaussianDiffusion
+    schedule: Schedule | None
+    forecast_order: int = 0
+
+    @property
+    def options(self) -> dict:
+        return {"schedule": self.schedule, "forecast_order": self.forecast_order}
+
+    def speedup_macs(self, model: DiT, num_steps: int) -> float:
+        """MACs of the uncached chain of `num_steps` over this method's."""
+        cached = 1.0 if self.schedule is None else self.schedule.speedup_macs(model)
+        return cached * num_steps / self.diffusion.num_timesteps
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("caching")
+    group.add_argument("--accelerate-method", default="none", help=f"one of {', '.join(METHODS)}")
+    group.add_argument("--path", help="dynamiclayer, l2c: router file, or a folder that holds one")
+    group.add_argument(
+        "--thres", type=cli.threshold, help="compute where score > thres (default: the router's, else 0.1)"
+    )
+    group.add_argument(
+        "--interval", type=cli.interval, help="fora: compute every N-th step; 3/2 is two of three"
+    )
+    group.add_argument("--cur", type=float, help="random: share of branches reused, 0 .. 1")
+    group.add_argument("--schedule-seed", type=cli.non_negative_int, help="random: of the draw (default 0)")
+    group.add_argument("--steps", type=cli.positive_int, help="fewer-steps: denoising steps instead")
+    group.add_argument("--order", type=int, choices=(1, 2), help="taylor-*: of the forecast (default 1)")
+
+
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse an unknown method and a missing flag; warn of flags that the method does not read."""
+    name = args.accelerate_method
+    if name not in METHODS:
+        parser.error(f"--accelerate-method {name!r} is unknown; choose one of {', '.join(METHODS)}")
+    read = _FLAGS[name.removeprefix("taylor-")] + (("order",) if name.startswith("taylor-") else ())
+    for flag in read:
+        if flag not in _OPTIONAL and getattr(args, flag) is None:
+            what = "a router file or a folder that holds one" if flag == "path" else "a number"
+            parser.error(f"--accelerate-method {name} needs --{flag}, {what}")
+    for flag in {flag for flags in _FLAGS.values() for flag in flags} | {"order"}:
+        if flag not in read and getattr(args, flag) is not None:
+            warnings.warn(f"--{flag.replace('_', '-')} has no effect with --accelerate-method {name}")
+
+
+def uncached(args: argparse.Namespace, model: DiT) -> Method:
+    """What every method is compared with."""
+    return Method("none", create_diffusion(args.num_sampling_steps, learn_sigma=model.learn_sigma), None)
+
+
+def load_method(args: argparse.Namespace, model: DiT) -> Method:
+    """Resolve the arguments (`num_sampling_steps`, `cfg_scale` and those above) for a model.
+
+    Raises ValueError or FileNotFoundError where they do not fit it, in one line.
+    """
+    name, base = args.accelerate_method, args.accelerate_method.removeprefix("taylor-")
+    diffusion = uncached(args, model).diffusion
+    size, schedule = (diffusion.num_timesteps, model.num_branches), None
+    if base == "fewer-steps":
+        if args.steps > diffusion.num_timesteps:
+            raise ValueError(
+                f"--steps {args.steps} is more than --num-sampling-steps {diffusion.num_timesteps}"
+            )
+        diffusion = create_diffusion(str(args.steps), learn_sigma=model.learn_sigma)
+    elif base == "fora":
+        schedule = fora_schedule(*size, args.interval)
+    elif base == "random":
+        schedule = random_schedule(*size, args.cur, args.schedule_seed or 0)
+    elif base in ("dynamiclayer", "l2c"):
+        schedule = _router_schedule(args, model, diffusion, base)
+    order = (args.order or 1) if name.startswith("taylor-") else 0
+    return Method(name, diffusion, schedule, order)
+
+
+def _router_schedule(
+    args: argparse.Namespace, model: DiT, diffusion: GaussianDiffusion, base: str
+) -> Schedule:
+    router = load_router(args.path, args.model, diffusion.num_timesteps, model.num_branches)
+    trained_by = router.info.get("method", "")
+    if base == "l2c" and not trained_by.startswith("l2c"):
+        raise ValueError(
+            f"{router.info['path']} was trained by {trained_by or 'an unknown method'}, not l2c; "
+            "use --accelerate-method dynamiclayer"
+        )
+    here = {"image_size": pixels_of(model), "cfg_scale": args.cfg_scale}
+    here["respacing"] = args.num_sampling_steps
+    for fact, value in here.items():
+        if str(router.info.get(fact, value)) != str(value):
+            print(f"note: the router was trained at {fact} {router.info[fact]}, this samples at {value}")
+    print(f"router {router.info['path']}")
+    return router.schedule(args.thres if args.thres is not None else router.info.get("threshold", 0.1))

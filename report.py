@@ -1,0 +1,2 @@
+def write_study(folder, rows):
+    pass

@@ -1,0 +1,157 @@
+"""One round of router training, per method: what is drawn, and the updates that follow.
+
+| `--method` | a round | train steps |
+|---|---|---|
+| `harmonica` | a trajectory from fresh noise (SDT), lambda refreshed before it where due | T |
+| `l2c` | a pair of steps on a batch of data | 1 |
+
+A round's noise, labels and data depend on the seed, the round's number and the sample's index alone: not on
+the number of processes, nor on interruptions.
+"""
+
+import argparse
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+import distributed
+from data import numbered_batches, open_data, to_model_space
+from diffusion import GaussianDiffusion
+from distributed import Processes
+from models import DiT
+from objectives import TrainStep, Variant, image_error_proxy, train_pair, train_trajectory
+from router import Router
+from sampling import TRAINING_STREAM, draw_labels, draw_noise, load_vae, sample_generator
+from training import Training
+
+LABEL_DROPOUT = 0.1  # Learning-to-Cache trains on null labels too, as the DiT was trained
+
+
+class Rounds:
+    """What both methods share: the model, and this process's samples."""
+
+    steps_per_round: int
+    steps_per_epoch: int  # what --epochs counts
+
+    def __init__(
+        self, args: argparse.Namespace, processes: Processes, model: DiT, diffusion: GaussianDiffusion
+    ):
+        self.args, self.processes, self.model, self.diffusion = args, processes, model, diffusion
+        costs = torch.tensor(model.branch_macs, dtype=torch.float32, device=processes.device)
+        self.variant = Variant(
+            branch_costs=costs / costs.mean() if args.cost == "macs" else None,
+            eps_only=args.data_loss == "eps",
+            straight_through=args.router_train == "ste",
+        )
+
+    @property
+    def name(self) -> str:
+        """What a router file calls the method."""
+        return self.args.method
+
+    def new_router(self) -> Router:
+        """The router that training starts from, a function of the seed."""
+        generator = torch.Generator().manual_seed(self.args.global_seed)
+        return Router(self.diffusion.num_timesteps, self.model.num_branches, generator)
+
+    def run(self, training: Training) -> Iterator[TrainStep | None]:
+        """The train steps of round `training.round`; None for one that trains nothing."""
+        raise NotImplementedError
+
+    def generators(self, number: int) -> list[torch.Generator]:
+        """One per sample of this process in round `number`."""
+        local = self.args.global_batch_size // self.processes.world_size
+        indices = range(self.processes.rank * local, (self.processes.rank + 1) * local)
+        return [sample_generator(self.args.global_seed, TRAINING_STREAM, number, index) for index in indices]
+
+
+class Trajectories(Rounds):
+    """HarmoniCa. Needs no images."""
+
+    def __init__(
+        self, args: argparse.Namespace, processes: Processes, model: DiT, diffusion: GaussianDiffusion
+    ):
+        super().__init__(args, processes, model, diffusion)
+        self.steps_per_round = self.steps_per_epoch = diffusion.num_timesteps
+
+    def run(self, training: Training) -> Iterator[TrainStep | None]:
+        args, generators = self.args, self.generators(training.round)
+        noise = draw_noise(self.model, generators).to(self.processes.device)
+        labels = draw_labels(self.model, generators).to(self.processes.device)
+        setting = noise, labels, args.cfg_scale, args.ste_threshold
+        if args.proxy != "none" and self._refresh_due(training.train_steps):
+            weights = image_error_proxy(
+                self.model,
+                self.diffusion,
+                training.router,
+                *setting,
+                args.proxy,
+                self.variant.straight_through,
+            )
+            training.proxy_weights = distributed.mean(weights)
+        updates = train_trajectory(
+            self.model, self.diffusion, training.router, training.optimizer, *setting,
+            training.proxy_weights, training.reg_weight, self.variant,
+        )  # fmt: skip
+        yield None
+        yield from updates
+
+    def _refresh_due(self, train_steps: int) -> bool:
+        """Whether a multiple of --lambda-c train steps was passed since the last trajectory began."""
+        return train_steps // self.args.lambda_c > (train_steps - self.steps_per_round) // self.args.lambda_c
+
+
+class Pairs(Rounds):
+    """Learning-to-Cache: a full step on noised data, then a routed one. All ranks train the same row."""
+
+    steps_per_round = 1
+
+    def __init__(
+        self, args: argparse.Namespace, processes: Processes, model: DiT, diffusion: GaussianDiffusion
+    ):
+        super().__init__(args, processes, model, diffusion)
+        self.data = open_data(args.data, model)
+        is_folder = self.data[0][0].dtype == torch.uint8
+        self.vae = load_vae(args.vae, processes.device) if is_folder else None
+        self.steps_per_epoch = max(1, len(self.data) // args.global_batch_size)
+        self._batches: Iterator[tuple[Tensor, Tensor]] | None = None  # begins with the first round
+
+    @property
+    def name(self) -> str:
+        return "l2c-every-row" if self.args.every_row else "l2c"
+
+    def new_router(self) -> Router:
+        router = super().new_router()
+        if not self.args.every_row:
+            logits = router.logits.detach()
+            logits[1::2] = torch.inf  # odd steps compute everything, whatever the threshold
+            router.set_logits(logits)
+        return router
+
+    def run(self, training: Training) -> Iterator[TrainStep | None]:
+        args, device, number = self.args, self.processes.device, training.round
+        if self._batches is None:
+            self._batches = numbered_batches(
+                self.data, args.global_seed, number, args.global_batch_size,
+                self.processes.rank, self.processes.world_size, args.num_works,
+            )  # fmt: skip
+        generators, (x, labels) = self.generators(number), next(self._batches)
+        x_0 = to_model_space(x.to(device), self.vae, generators)
+        noise = draw_noise(self.model, generators).to(device)
+        if self.model.has_null_label:
+            dropped = [bool(torch.rand((), generator=one) < LABEL_DROPOUT) for one in generators]
+            labels = torch.where(torch.tensor(dropped), self.model.num_classes, labels)
+        yield train_pair(
+            self.model, self.diffusion, training.router, training.optimizer, x_0, noise, labels.to(device),
+            self._draw_step(number), args.ste_threshold, training.reg_weight, self.variant,
+        )  # fmt: skip
+
+    def _draw_step(self, number: int) -> int:
+        """The step computed in full: odd, or with --every-row any that has one after it."""
+        steps = range(1, self.diffusion.num_timesteps, 1 if self.args.every_row else 2)
+        generator = sample_generator(self.args.global_seed, TRAINING_STREAM, number)
+        return steps[int(torch.randint(len(steps), (), generator=generator))]
+
+
+METHODS = {"harmonica": Trajectories, "l2c": Pairs}

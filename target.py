@@ -1,0 +1,94 @@
+"""Asking for a speed instead of a coefficient: the regularization weight that meets a target.
+
+A larger beta makes branches dearer and the schedule faster, so beta is raised while the schedule saves too
+little and lowered while it saves too much: dual ascent on the constraint "this much is saved". A schedule
+follows beta with a long delay (a logit moves by at most about the learning rate an update), and a logit that
+has reached its limit hardly comes back. So what counts is not the schedule of now but the one that the logits
+are heading for, as Adam's moments tell.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models import DiT
+from router import LOGIT_LIMIT, Router, Schedule
+
+TOLERANCE = 0.01  # of what is saved: one point of CUR, or of the share of MACs
+EXTRA_STEPS = 0.25  # a run that has not met its target at its end goes on for this share of its steps
+_GAIN = 0.3  # e-folds of beta per update and unit of what is missing
+_LEAST_HORIZON = 10  # updates: the memory of Adam's first moment
+
+
+@dataclass(frozen=True)
+class Target:
+    """A CUR, or a speed-up by MACs. Raises ValueError for what no schedule of T steps reaches."""
+
+    kind: str  # "cur" or "speedup"
+    value: float
+    model: DiT
+    num_steps: int
+
+    def __post_init__(self) -> None:
+        most = (self.num_steps - 1) / self.num_steps
+        if self.kind == "cur" and not 0 < self.value < most:
+            raise ValueError(
+                f"--target-cur {self.value:g} is outside 0 .. {most:.3g}: the first of "
+                f"{self.num_steps} steps is never reused"
+            )
+        per_step = sum(self.model.branch_macs) + self.model.other_macs
+        most = 1 / (1 - most * sum(self.model.branch_macs) / per_step)
+        if self.kind == "speedup" and not 1 < self.value < most:
+            raise ValueError(
+                f"--target-speedup {self.value:g} is outside 1 .. {most:.3g}, what "
+                f"{self.num_steps} steps allow"
+            )
+
+    @property
+    def saved(self) -> float:
+        """The share that is to be saved."""
+        return self.value if self.kind == "cur" else 1 - 1 / self.value
+
+    def missing(self, schedule: Schedule) -> float:
+        """The share that the schedule still has to save; negative where it saves too much."""
+        saved = schedule.cur if self.kind == "cur" else 1 - 1 / schedule.speedup_macs(self.model)
+        return self.saved - saved
+
+    def met(self, schedule: Schedule) -> bool:
+        return abs(self.missing(schedule)) <= TOLERANCE
+
+
+class RegWeightControl:
+    """Beta, moved after every round of training. `log_weight` is all that it remembers."""
+
+    def __init__(self, target: Target, threshold: float, log_weight: float):
+        self.target, self.threshold, self.log_weight = target, threshold, log_weight
+
+    def update(
+        self, router: Router, optimizer: torch.optim.AdamW, updates: float, updates_left: float
+    ) -> None:
+        """After a round with `updates` of every row on average; `updates_left` are to come."""
+        coming = Router.from_logits(_extrapolated(router, optimizer, updates_left))
+        missing = self.target.missing(coming.schedule(self.threshold))
+        self.log_weight += _GAIN * updates * missing
+
+    @property
+    def reg_weight(self) -> float:
+        return math.exp(self.log_weight)
+
+
+def _extrapolated(router: Router, optimizer: torch.optim.AdamW, updates_left: float) -> Tensor:
+    """The logits (T, B) if every one went on as it moves now: to its limit, or to the end of the training."""
+    (group,) = optimizer.param_groups
+    (beta1, beta2), lr = group["betas"], group["lr"]
+    horizon = min(LOGIT_LIMIT / lr, max(updates_left, _LEAST_HORIZON))
+    logits = router.logits.detach().clone()
+    for row, parameter in enumerate(router.rows):
+        state = optimizer.state.get(parameter)
+        if state and state["step"] > 0:
+            count = float(state["step"])
+            mean, square = state["exp_avg"] / (1 - beta1**count), state["exp_avg_sq"] / (1 - beta2**count)
+            logits[row] -= horizon * lr * mean / (square.sqrt() + group["eps"])
+    return logits.clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
