@@ -1,2 +1,397 @@
-def write_study(folder, rows):
-    pass
+"""One HTML file, and PNGs, of what a study left: opens from disk, needs no network.
+
+    python report.py results/digits        # writes report.html, table.md and pictures/ there
+
+Reads of the folder: study.json (rows, see digits/study.py), rows/ (sample pictures), routers/ (schedules) and
+curves/ (the trainings' metrics.jsonl). What is absent is left out of the report.
+"""
+
+import argparse
+import base64
+import html
+import json
+from pathlib import Path
+
+import numpy as np
+
+import charts
+import cli
+from files import replacing
+from router import load_router
+
+MAIN_SPEED = "1.96"
+# DiT-XL/2 on ImageNet 256 px, guidance 1.5, 50,000 samples, H800, as the HarmoniCa paper reports it:
+# T, method, CUR in %, latency in s at batch 8, FID. Steps of DDIM are its own number.
+PUBLISHED = [
+    (50, "uncached", 0, 1.767, 2.27), (50, "fewer-steps", 0, 1.379, 2.37), (50, "l2c", 23.39, 1.419, 2.62),
+    (50, "harmonica", 23.68, 1.361, 2.36),
+
+    (20, "uncached", 0, 0.658, 3.52), (20, "fewer-steps", 0, 0.466, 5.77),
+    (20, "l2c", 35.60, 0.468, 5.34), (20, "harmonica", 37.50, 0.456, 4.88),
+    (10, "uncached", 0, 0.332, 12.16), (10, "fewer-steps", 0, 0.299, 16.54), (10, "l2c", 19.11, 0.279, 14.59),
+    (10, "harmonica", 22.86, 0.270, 13.35),
+]  # fmt: skip
+FIGURES = (
+    "cur",
+    "speedup_macs",
+    "speedup_latency",
+    "digits_fid",
+    "fd_uncached",
+    "accuracy",
+    "mse",
+    "psnr",
+    "ssim",
+)
+# Head of a column, the figure it shows, and how.
+COLUMNS = [
+    ("CUR", "cur", lambda v: f"{100 * v:.1f} %"),
+    ("by MACs", "speedup_macs", lambda v: f"{v:.2f}x"),
+    ("measured", "speedup_latency", lambda v: f"{v:.2f}x"),
+    ("digits-FID", "digits_fid", lambda v: f"{v:.3f}"),
+    ("FD to uncached", "fd_uncached", lambda v: f"{v:.3f}"),
+    ("recognised", "accuracy", lambda v: f"{100 * v:.2f} %"),
+    ("PSNR", "psnr", lambda v: f"{v:.1f} dB"),
+    ("MSE", "mse", lambda v: f"{v:.2e}"),
+]
+
+
+# ---- numbers ---------------------------------------------------------------------------------------
+
+
+def is_main(row: dict) -> bool:
+    """Whether a row belongs to the comparison rather than to an ablation."""
+    return not row.get("group") and row["sampler"] == "ddim" and row["cfg_scale"] == 1
+
+
+def grouped(rows: list[dict]) -> list[dict]:
+    """Rows that differ in their training seed alone, as one: mean, least and greatest of every figure."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        key = ("method", "num_steps", "speed", "cfg_scale", "sampler", "group", "variant")
+        groups.setdefault(tuple(row.get(name) for name in key), []).append(row)
+    result = []
+    for members in groups.values():
+        values = {name: [m[name] for m in members if m[name] is not None] for name in FIGURES}
+        values = {name: found for name, found in values.items() if found}
+        group = {
+            k: members[0].get(k) for k in ("method", "num_steps", "speed", "cfg_scale", "group", "variant")
+        }
+        group |= {"sampler": members[0]["sampler"], "seeds": len(members), "rows": members}
+        for name, function in (("mean", np.mean), ("least", min), ("greatest", max)):
+            group[name] = {figure: float(function(found)) for figure, found in values.items()}
+        result.append(group)
+    return result
+
+
+def cells(group: dict) -> list[str]:
+    """The figures of a group as text; MSE with its range where there are several seeds."""
+    shown = []
+    for _, figure, show in COLUMNS:
+        text = show(group["mean"][figure]) if figure in group["mean"] else "-"
+        if figure == "mse" and group["seeds"] > 1:
+            text += f" ({show(group['least'][figure])} to {show(group['greatest'][figure])})"
+        shown.append(text)
+    return shown
+
+
+HEADS = [head for head, _, _ in COLUMNS]
+
+
+def comparison_table(rows: list[dict], num_steps: int, speed: str | None = None) -> list[list[str]]:
+    groups = [g for g in grouped([row for row in rows if is_main(row)]) if g["num_steps"] == num_steps]
+    groups = [g for g in groups if speed is None or g["speed"] in (None, speed)]
+    groups.sort(key=lambda g: (float(g["speed"] or 0), g["mean"]["mse"]))
+    table = [["method", "speed asked", "seeds", *HEADS]]
+    for group in groups:
+        asked = f"{group['speed']}x" if group["speed"] else "-"
+        table.append([group["method"], asked, str(group["seeds"]), *cells(group)])
+    return table
+
+
+def ablation_table(rows: list[dict]) -> list[list[str]]:
+    table = [["of", "method", "variant", "steps", "guidance", "sampler", "seeds", *HEADS]]
+    for group in grouped([row for row in rows if not is_main(row) and row.get("group") != "target-cur"]):
+        of = group["group"] or ("guidance" if group["cfg_scale"] != 1 else "sampler")
+        variant = "-" if group["variant"] is None else str(group["variant"])
+        name = [of, group["method"], variant, str(group["num_steps"]), f"{group['cfg_scale']:g}"]
+        table.append([*name, group["sampler"].upper(), str(group["seeds"]), *cells(group)])
+    return table
+
+
+def target_table(rows: list[dict]) -> list[list[str]]:
+    table = [["asked CUR", "train seed", "reached CUR", "by MACs", "MSE"]]
+    for row in (row for row in rows if row.get("group") == "target-cur"):
+        reached = [f"{100 * row['cur']:.2f} %", f"{row['speedup_macs']:.2f}x", f"{row['mse']:.2e}"]
+        table.append([f"{100 * row['variant']:.0f} %", str(row["train_seed"]), *reached])
+    return table
+
+
+def published_table(rows: list[dict]) -> list[list[str]]:
+    """The paper's DiT-XL/2 beside our digits, as ratios to uncached: those can be put side by side."""
+    table = [
+        [
+            "steps",
+            "method",
+            "paper: CUR",
+            "speed-up",
+            "FID / uncached",
+            "ours: CUR",
+            "speed-up",
+            "digits-FID / uncached",
+        ]
+    ]
+    groups = grouped([row for row in rows if is_main(row)])
+    for num_steps, method, cur, latency, fid in PUBLISHED:
+        base = next(row for row in PUBLISHED if row[0] == num_steps)
+        ours = [g for g in groups if g["num_steps"] == num_steps]
+        plain = next((g for g in ours if g["method"] == "uncached"), None)
+        candidates = [g for g in ours if g["method"] == method]
+        line = [str(num_steps), method, f"{cur:.2f} %" if cur else "-"]
+        line += [f"{base[3] / latency:.2f}x", f"{fid / base[4]:.3f}"]
+        if plain and candidates:
+            near = min(candidates, key=lambda g: abs(g["mean"]["speedup_macs"] - base[3] / latency))
+            ratio = near["mean"]["digits_fid"] / plain["mean"]["digits_fid"]
+            mean = near["mean"]
+            line += [f"{100 * mean['cur']:.1f} %", f"{mean['speedup_latency']:.2f}x", f"{ratio:.3f}"]
+        else:
+            line += ["-"] * 3
+        table.append(line)
+    return table
+
+
+def markdown(table: list[list[str]]) -> str:
+    head, *body = table
+    lines = ["| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *body)]
+    return "\n".join(lines) + "\n"
+
+
+# ---- pictures --------------------------------------------------------------------------------------
+
+
+def trade_offs(folder: Path, rows: list[dict]) -> list[tuple[str, dict]]:
+    axes = [
+        ("speedup_macs", "mse", ("speed-up by MACs", "MSE of x_0 to uncached")),
+        ("speedup_macs", "fd_uncached", ("speed-up by MACs", "Frechet distance to uncached")),
+        ("speedup_latency", "mse", ("measured speed-up", "MSE of x_0 to uncached")),
+    ]
+    found = []
+    for num_steps in sorted({row["num_steps"] for row in rows}, reverse=True):
+        chosen = [row for row in rows if is_main(row) and row["num_steps"] == num_steps]
+        groups = [g for g in grouped(chosen) if g["method"] != "uncached"]
+        for x, y, labels in axes if groups else ():
+            caption = f"T = {num_steps}: {labels[1]} against {labels[0]}"
+            draw = charts.trade_off(groups, x, y, labels)
+            found.append((caption, charts.save(folder, f"{y}-{x}-T{num_steps}", draw, (6.6, 4.6))))
+    return found
+
+
+def schedule_pictures(study: Path, folder: Path, rows: list[dict]) -> list[tuple[str, dict]]:
+    found = []
+    for num_steps in sorted({row["num_steps"] for row in rows}, reverse=True):
+        tables = []
+        for row in rows:
+            shown = is_main(row) and row["num_steps"] == num_steps and row.get("speed") == MAIN_SPEED
+            if shown and row["router"] and row["train_seed"] == 0 and not row["method"].startswith("taylor"):
+                router = load_router(study / row["router"])
+                table = router.schedule(router.info["threshold"]).compute.numpy()
+                tables.append((f"{row['method']}, CUR {100 * row['cur']:.1f} %", table))
+        if tables:
+            size = (3 * min(3, len(tables)) + 0.6, (1.2 + 0.07 * num_steps) * -(-len(tables) // 3) + 0.8)
+            pictures = charts.save(folder, f"schedules-T{num_steps}", charts.schedules(tables), size)
+            found.append(
+                (f"T = {num_steps}, {MAIN_SPEED}x asked, seed 0: filled cells are computed", pictures)
+            )
+    return found
+
+
+def curve_pictures(study: Path, folder: Path, rows: list[dict]) -> list[tuple[str, dict]]:
+    """Lambda over steps, and CUR, loss and beta over training, for seed 0 at the main speed."""
+    found = []
+    for num_steps in sorted({row["num_steps"] for row in rows}, reverse=True):
+        curves = {}
+        for row in rows:
+            shown = is_main(row) and row["num_steps"] == num_steps and row.get("speed") == MAIN_SPEED
+            if not (shown and row["router"] and row["train_seed"] == 0) or row["method"].startswith("taylor"):
+                continue
+            path = study / "curves" / f"{Path(row['router']).stem}.jsonl"
+            if path.exists():
+                curves[row["method"]] = [json.loads(line) for line in path.read_text().splitlines()]
+        steps = np.arange(num_steps - 1)
+        series = [
+            (name, steps, np.array(lines[-1]["proxy_weights"][:-1]))
+            for name, lines in curves.items() if name.startswith("harmonica") and lines
+        ]  # fmt: skip
+        if series:
+            draw = charts.lines(series, ("step (executed from right to left)", "lambda"), log=True)
+            pictures = charts.save(folder, f"lambda-T{num_steps}", draw, (6.6, 3.6))
+            found.append((f"T = {num_steps}: lambda at the last refresh", pictures))
+        for key, label, log in (
+            ("cur", "CUR", False),
+            ("data_loss", "data loss", True),
+            ("reg_weight", "beta", True),
+        ):
+            series = [
+                (name, *np.array([(line["train_steps"], line[key]) for line in lines if key in line]).T)
+                for name, lines in curves.items() if lines
+            ]  # fmt: skip
+            if series:
+                draw = charts.lines(series, ("train step", label), log)
+                pictures = charts.save(folder, f"{key}-T{num_steps}", draw, (6.6, 3.6))
+                found.append((f"T = {num_steps}: {label} over training", pictures))
+    return found
+
+
+def image_pictures(folder: Path, rows: list[dict]) -> list[tuple[str, dict]]:
+    found = []
+    for num_steps in sorted({row["num_steps"] for row in rows}, reverse=True):
+        strips = []
+        for row in rows:
+            shown = is_main(row) and row["num_steps"] == num_steps and row.get("speed") in (None, MAIN_SPEED)
+            if shown and row.get("train_seed") in (None, 0) and row.get("images"):
+                images = np.frombuffer(base64.b64decode(row["images"]), dtype=np.uint8).reshape(-1, 8, 8)
+                strips.append((row["method"], images))
+        strips.sort(key=lambda strip: strip[0] != "uncached")
+        if len(strips) > 1:
+            draw = charts.image_rows(strips)
+            pictures = charts.save(folder, f"images-T{num_steps}", draw, (9.0, 0.42 * len(strips) + 0.5))
+            found.append((f"T = {num_steps}, {MAIN_SPEED}x asked, seed 0", pictures))
+    return found
+
+
+# ---- the page --------------------------------------------------------------------------------------
+
+STYLE = """
+:root { color-scheme: light dark; --ground: #ffffff; --text: #1f2328; --line: #d8dee4; --soft: #59636e; }
+@media (prefers-color-scheme: dark) {
+  :root { --ground: #0d1117; --text: #e6edf3; --line: #30363d; --soft: #9198a1; } }
+body { margin: 0 auto; max-width: 75rem; padding: 1rem; background: var(--ground); color: var(--text);
+  font: 1rem/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.6rem; } h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
+p, figcaption { color: var(--soft); max-width: 48rem; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem; }
+.wide { display: grid; gap: 1rem; }
+figure { margin: 0; } img { max-width: 100%; height: auto; }
+.table { overflow-x: auto; } table { border-collapse: collapse; font-size: 0.85rem; white-space: nowrap; }
+th, td { padding: 0.25rem 0.6rem; border-bottom: 1px solid var(--line); text-align: right; }
+th { text-align: right; } th:first-child, td:first-child { text-align: left; }
+td { font-variant-numeric: tabular-nums; }
+details { margin: 1rem 0; } code { font-size: 0.8rem; overflow-wrap: anywhere; }
+"""
+
+
+def figure_html(caption: str, pictures: dict[str, str]) -> str:
+    text = html.escape(caption)
+    return (
+        f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{pictures["dark"]}">'
+        f'<img alt="{text}" src="{pictures["light"]}"></picture><figcaption>{text}</figcaption></figure>'
+    )
+
+
+def table_html(table: list[list[str]]) -> str:
+    def line(tag: str, texts: list[str]) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in texts) + "</tr>"
+
+    head, *body = table
+    rows = "".join(line("td", texts) for texts in body)
+    return f'<div class="table"><table><thead>{line("th", head)}</thead><tbody>{rows}</tbody></table></div>'
+
+
+def section(title: str, intro: str, *parts: str) -> str:
+    return f"<section><h2>{html.escape(title)}</h2><p>{html.escape(intro)}</p>{''.join(parts)}</section>"
+
+
+def charts_html(found: list[tuple[str, dict]], kind: str = "charts") -> str:
+    return f'<div class="{kind}">{"".join(figure_html(*one) for one in found)}</div>'
+
+
+def page(study: Path, rows: list[dict]) -> str:
+    folder, steps = study / "pictures", sorted({row["num_steps"] for row in rows}, reverse=True)
+    first = rows[0]
+    setting = (
+        "The digits DiT, DDIM without guidance where nothing else is said, "
+        f"{first['dtype']} on {first['hardware']} with batches of {first['batch_size']}, samples of seed "
+        f"{first['seed']}; all methods from the same noise and labels. Speed asked: what methods are matched "
+        "at, within 4 % by MACs. Where a method was trained from several seeds the figure is their mean, and "
+        "bars and brackets give the least and the greatest."
+    )
+    parts = [
+        f"<h1>Caching methods on the digits DiT</h1><p>{html.escape(setting)}</p>",
+        section(
+            "Quality against speed", "Down and to the right is better.", charts_html(trade_offs(folder, rows))
+        ),
+    ]
+    tables = [f"<h3>T = {n}</h3>{table_html(comparison_table(rows, n))}" for n in steps]
+    parts.append(section("All figures", "Sorted by MSE within a speed.", *tables))
+    images = image_pictures(folder, rows)
+    if images:
+        parts.append(section("Images", "Every method from the same noise.", charts_html(images, "wide")))
+    schedules = schedule_pictures(study, folder, rows)
+    if schedules:
+        intro = "Steps run downwards, branches (attn, mlp of each block) across."
+        parts.append(section("Learned schedules", intro, charts_html(schedules, "wide")))
+    curves = curve_pictures(study, folder, rows)
+    if curves:
+        parts.append(section("Trainings", "Seed 0 at the main speed.", charts_html(curves)))
+    if len(targets := target_table(rows)) > 1:
+        intro = "train_router.py --target-cur, HarmoniCa at T = 10."
+        parts.append(section("Asking for a speed", intro, table_html(targets)))
+    if len(ablations := ablation_table(rows)) > 1:
+        parts.append(section("Ablations", "One thing changed at a time.", table_html(ablations)))
+    intro = (
+        "DiT-XL/2 on ImageNet 256 px as the paper reports it (guidance 1.5, 50,000 samples, H800) beside the "
+        "digits at the nearest speed: other models and data, so only ratios to the uncached model stand side "
+        "by side."
+    )
+    parts.append(section("Published numbers beside ours", intro, table_html(published_table(rows))))
+    commands = "".join(f"<li><code>{html.escape(row['command'])}</code></li>" for row in rows)
+    parts.append(f"<details><summary>The command of every row</summary><ol>{commands}</ol></details>")
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    title = "Caching methods on the digits DiT"
+    head += f"<title>{title}</title><style>{STYLE}</style>"
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
+
+
+def write_study(study: Path, rows: list[dict]) -> None:
+    """table.md, report.html and pictures/ of rows as digits/study.py collects them. Nothing for no rows."""
+    if not rows:
+        return
+    tables = []
+    for num_steps in sorted({row["num_steps"] for row in rows}, reverse=True):
+        tables.append(f"T = {num_steps}\n\n{markdown(comparison_table(rows, num_steps, MAIN_SPEED))}")
+    with replacing(study / "table.md") as temporary:
+        temporary.write_text("\n".join(tables))
+    with replacing(study / "report.html") as temporary:
+        temporary.write_text(page(study, rows))
+
+
+def read_rows(study: Path) -> list[dict]:
+    """The rows of study.json, with the pictures of rows/. Raises FileNotFoundError or ValueError."""
+    path = study / "study.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; run `python -m digits.study` or give its folder")
+    try:
+        rows = json.loads(path.read_text())["rows"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise ValueError(
+            f"{path} is no study: no JSON with rows; run `python -m digits.study` again"
+        ) from None
+    for row in rows:
+        detail = study / "rows" / f"{row['id']}.json"
+        if detail.is_file():
+            row["images"] = json.loads(detail.read_text()).get("images")
+    return rows
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Write a study's report.")
+    parser.add_argument("study", type=Path, nargs="?", default=Path("results/digits"), help="its folder")
+    return parser.parse_args()
+
+
+def main(args: argparse.Namespace) -> None:
+    write_study(args.study, read_rows(args.study))
+    print(f"wrote {args.study}/report.html, table.md and pictures/")
+
+
+if __name__ == "__main__":
+    cli.run(main, parse_args())

@@ -18,7 +18,7 @@ from router import LOGIT_LIMIT, Router, Schedule
 
 TOLERANCE = 0.01  # of what is saved: one point of CUR, or of the share of MACs
 EXTRA_STEPS = 0.25  # a run that has not met its target at its end goes on for this share of its steps
-_GAIN = 0.3  # e-folds of beta per update and unit of what is missing
+_GAIN = 0.25  # e-folds of beta per update and root of what is missing
 _LEAST_HORIZON = 10  # updates: the memory of Adam's first moment
 
 
@@ -72,7 +72,8 @@ class RegWeightControl:
         """After a round with `updates` of every row on average; `updates_left` are to come."""
         coming = Router.from_logits(_extrapolated(router, optimizer, updates_left))
         missing = self.target.missing(coming.schedule(self.threshold))
-        self.log_weight += _GAIN * updates * missing
+        if abs(missing) > TOLERANCE / 4:  # the root: small errors that last are to be corrected, too
+            self.log_weight += _GAIN * updates * math.copysign(math.sqrt(abs(missing)), missing)
 
     @property
     def reg_weight(self) -> float:

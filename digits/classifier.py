@@ -52,12 +52,17 @@ class DigitClassifier(nn.Module):
         return self.head(self.dropout(self.features(images)))
 
 
+def load_classifier(weights: Path = WEIGHTS) -> DigitClassifier:
+    classifier = DigitClassifier().eval().requires_grad_(False)
+    classifier.load_state_dict(load_file(weights))
+    return classifier
+
+
 class Judge:
     """Scores samples (n, 1, 8, 8) in [-1, 1] with the committed classifier."""
 
     def __init__(self, weights: Path = WEIGHTS):
-        self.classifier = DigitClassifier().eval()
-        self.classifier.load_state_dict(load_file(weights))
+        self.classifier = load_classifier(weights)
         self._data = self.statistics(digit_images()[0])
 
     @torch.no_grad()

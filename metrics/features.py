@@ -1,0 +1,96 @@
+"""Feature extractors: what turns uint8 images into the numbers that FID, sFID, IS and the others compare.
+
+| name | pool | spatial | probabilities |
+|---|---|---|---|
+| `inception` | 2048, last pool | first 7 channels of the mixed_6 convolution, 7 * 17 * 17 | 1008 classes |
+| `digits` | 64, penultimate layer of the digits classifier | - | 10 classes |
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from digits.classifier import DigitClassifier, load_classifier
+from files import load_pickle_safely
+
+SPATIAL_CHANNELS = 7
+WEIGHTS_SOURCE = "weights-inception-2015-12-05-6726825d.pth of torch-fidelity's v0.2.0 release"
+
+
+class Features(NamedTuple):
+    """Of n images: pool (n, D), spatial (n, S) or None, class probabilities (n, K); float32 on the host."""
+
+    pool: Tensor
+    spatial: Tensor | None
+    probabilities: Tensor
+
+
+Extractor = Callable[[Tensor], Features]
+
+
+def load_extractor(name: str, weights: str | None = None, device: torch.device | str = "cpu") -> Extractor:
+    """`inception` (with its weights file) or `digits`, as a function of uint8 images (n, H, W, C)."""
+    if name == "digits":
+        return DigitsFeatures()
+    if name == "inception":
+        return InceptionFeatures(weights, device)
+    raise ValueError(f"--features {name} is unknown; choose inception or digits")
+
+
+class InceptionFeatures:
+    """The Inception network of the ADM protocol: TensorFlow's of 2015, as torch-fidelity ported it.
+
+    Raises FileNotFoundError or ValueError where its weights or the package are missing.
+    """
+
+    def __init__(self, weights: str | Path | None, device: torch.device | str = "cpu"):
+        if weights is None or not Path(weights).is_file():
+            given = (
+                "--features inception needs its weights" if weights is None else f"{weights} does not exist"
+            )
+            raise FileNotFoundError(f"{given}; give --inception-weights, {WEIGHTS_SOURCE}")
+        try:
+            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        except ImportError:
+            raise ValueError(
+                "--features inception needs torch-fidelity: pip install torch-fidelity"
+            ) from None
+        load_pickle_safely(Path(weights))  # refuses what torch-fidelity would execute
+        try:
+            self._network = FeatureExtractorInceptionV3(
+                "inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(weights)
+            ).to(device)
+        except (RuntimeError, TypeError, AttributeError):
+            raise ValueError(f"{weights} does not hold this Inception; give {WEIGHTS_SOURCE}") from None
+        self._device, self._spatial = device, None
+        self._network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
+
+    def _keep_spatial(self, _module, _inputs, output: Tensor) -> None:
+        self._spatial = output[:, :SPATIAL_CHANNELS]
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Features:
+        if images.shape[-1] != 3:
+            raise ValueError(f"Inception reads RGB, the images have {images.shape[-1]} channels")
+        pool, logits = self._network(images.permute(0, 3, 1, 2).to(self._device))
+        # Rows, columns, channels: the order of the reference statistics.
+        spatial = self._spatial.permute(0, 2, 3, 1).flatten(1)
+        return Features(pool.cpu(), spatial.float().cpu(), logits.softmax(dim=1).cpu())
+
+
+class DigitsFeatures:
+    """The digits classifier that ships with the repository, for 8 x 8 grey images."""
+
+    def __init__(self):
+        self._classifier: DigitClassifier = load_classifier()
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Features:
+        if images.shape[1:] != (8, 8, 1):
+            raise ValueError(f"--features digits reads 8 x 8 grey images, not {tuple(images.shape[1:])}")
+        x = images.permute(0, 3, 1, 2).float() / 127.5 - 1
+        pool = self._classifier.features(x)
+        return Features(pool, None, self._classifier.head(pool).softmax(dim=1))

@@ -1,0 +1,41 @@
+"""LPIPS (Zhang et al. 2018) by the authors' package, its AlexNet read from a local file."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from files import load_pickle_safely
+
+
+def load_lpips(weights: str | Path, device: torch.device | str = "cpu"):
+    """A function of two uint8 image batches (n, H, W, 3) that returns their distances (n,).
+
+    weights: torchvision's AlexNet, `alexnet-owt-*.pth`; the package brings the rest. Raises FileNotFoundError
+    or ValueError where the file or the package is missing.
+    """
+    if not Path(weights).is_file():
+        raise FileNotFoundError(
+            f"--lpips-weights {weights} does not exist; give torchvision's AlexNet, alexnet-owt-7be5be79.pth"
+        )
+    try:
+        from lpips import LPIPS
+    except ImportError:
+        raise ValueError("LPIPS needs the package lpips: pip install lpips") from None
+    model = LPIPS(net="alex", pnet_rand=True, verbose=False)
+    state = load_pickle_safely(Path(weights))
+    wanted = {name: f"features.{name.partition('.')[2]}" for name in model.net.state_dict()}
+    if not isinstance(state, dict) or not set(wanted.values()) <= set(state):
+        raise ValueError(
+            f"--lpips-weights {weights} is no AlexNet of torchvision; give alexnet-owt-7be5be79.pth"
+        )
+    model.net.load_state_dict({name: state[source] for name, source in wanted.items()})
+    model.eval().requires_grad_(False).to(device)
+
+    def distance(samples: Tensor, reference: Tensor) -> Tensor:
+        def scaled(images: Tensor) -> Tensor:
+            return images.permute(0, 3, 1, 2).to(device).float() / 127.5 - 1
+
+        return model(scaled(samples), scaled(reference)).flatten().cpu()
+
+    return distance

@@ -1,0 +1,310 @@
+"""Sample many images into one ADM-style .npz (`arr_0`, uint8 NHWC), on any number of processes and nodes.
+
+    torchrun --nproc_per_node=4 sample_ddp.py --model DiT-XL/2 --vae ema --num-samples 50000 --cfg-scale 1.5
+    \\
+        --num-sampling-steps 20 --accelerate-method dynamiclayer --path ROUTER --output samples.npz
+    python evaluate.py samples.npz --reference VIRTUAL_imagenet256_labeled.npz --inception-weights WEIGHTS.pth
+
+Sample k depends on (seed, k) alone. Finished batches lie in OUTPUT.parts until all are there; after any
+interruption the same command goes on with what is missing, on as many processes as one likes, and writes the
+same bytes. Several nodes need a shared folder.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import warnings
+import zipfile
+import zlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+import cli
+import distributed
+import methods
+from distributed import Processes
+from files import replacing
+from methods import Method
+from models import DiT
+from sampling import (
+    SAMPLING_STREAM,
+    decode,
+    draw_labels,
+    find_checkpoint,
+    generate_seeded,
+    is_latent,
+    load_model,
+    load_vae,
+    pixels_of,
+    sample_generator,
+    weights_fingerprint,
+)
+
+# Matrix products of other shapes may round otherwise: every forward takes a multiple of this many samples, at
+# the same places, so that the batch size changes nothing.
+BLOCK = 16
+_LABEL_KEY = (
+    1  # (seed, stream, k, this) draws sample k's random label, its noise is drawn from (seed, stream, k)
+)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Sample many images into one .npz.")
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", default="DiT-XL/2", help="DiT-XL/2 and its family, or DiT-digits/2")
+    model.add_argument("--ckpt", help="checkpoint file or diffusers folder (default: the official one)")
+    model.add_argument("--random-weights", action="store_true", help="no checkpoint: for dry runs")
+    model.add_argument("--image-size", type=cli.positive_int, help="pixels (default 256)")
+    model.add_argument("--num-classes", type=cli.positive_int, help="default 1000")
+    model.add_argument("--vae", help="ema, mse, none or a folder (default ema; pixel models have none)")
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--num-samples", type=cli.positive_int, default=50000)
+    sampling.add_argument("--cfg-scale", type=float, default=1.5, help="guidance, 1 = off (default 1.5)")
+    sampling.add_argument("--num-sampling-steps", default="50", help="N, or a respacing (default 50)")
+    sampling.add_argument("--ddim-sample", action="store_true", help="DDIM, eta 0 (the default)")
+    sampling.add_argument("--p-sample", action="store_true", help="DDPM (ancestral)")
+    sampling.add_argument("--seed", type=cli.non_negative_int, default=0)
+    sampling.add_argument(
+        "--labels",
+        choices=("random", "uniform"),
+        default="random",
+        help="uniform: class k %% classes for sample k",
+    )
+    sampling.add_argument(
+        "--batch-size", "--per-proc-batch-size", type=cli.positive_int, default=32,
+        help=f"of a process, rounded up to a multiple of {BLOCK} (default 32); changes nothing but speed",
+    )  # fmt: skip
+    methods.add_arguments(parser)
+    parser.add_argument("--output", type=Path, default=Path("samples.npz"))
+    cli.add_device_arguments(parser)
+    args = parser.parse_args()
+    if args.ddim_sample and args.p_sample:
+        parser.error("--ddim-sample and --p-sample exclude each other; give one")
+    if args.output.suffix != ".npz":
+        parser.error(f"--output {args.output} does not end in .npz")
+    methods.check_arguments(parser, args)
+    return args
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The finished batches beside an .npz to be: FIRST-COUNT.npy of samples FIRST .. FIRST + COUNT - 1."""
+
+    output: Path
+    settings: dict
+    image_shape: tuple[int, int, int]
+    num_samples: int
+
+    @cached_property
+    def folder(self) -> Path:
+        return self.output.with_name(f"{self.output.name}.parts")
+
+    @cached_property
+    def _facts(self) -> Path:
+        """What the .npz was sampled with, beside it."""
+        return self.output.with_suffix(".json")
+
+    def open(self) -> bool:
+        """Check before the first batch what can be known; returns whether all is done already.
+
+        Raises ValueError for other samples in the way, OSError for too little space or an unwritable folder.
+        """
+        for path in (self._facts, self.folder / "settings.json"):
+            if (path.parent == self.folder or self.output.exists()) and path.exists():
+                self._refuse_others(path)
+        if self.output.exists():
+            if not self._facts.exists():
+                raise ValueError(
+                    f"{self.output} exists and is not of this command; remove it or take another name"
+                )
+            return True
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(self.output.parent, os.W_OK):
+            raise PermissionError(f"folder {self.output.parent} is not writable; give another --output")
+        missing, image = len(self.missing()), int(np.prod(self.image_shape))
+        needed = (missing + self.num_samples) * image  # the parts that are to come, then the .npz beside them
+        free = shutil.disk_usage(self.output.parent).free
+        if needed > free:
+            raise OSError(
+                f"{self.output} needs {needed / 1e9:.1f} GB with its parts, {self.output.parent} has "
+                f"{free / 1e9:.1f} GB free; make space or give another --output"
+            )
+        self.folder.mkdir(exist_ok=True)
+        with replacing(self.folder / "settings.json") as temporary:
+            temporary.write_text(json.dumps(self.settings, indent=1) + "\n")
+        return False
+
+    def _refuse_others(self, path: Path) -> None:
+        found = json.loads(path.read_text())
+        for name, value in self.settings.items():
+            if found.get(name) != value:
+                raise ValueError(
+                    f"{path} says {name} {found.get(name)}, this command {value}; remove the old samples "
+                    "or take another --output"
+                )
+
+    def _finished(self) -> list[tuple[int, int, Path]]:
+        names = ((re.fullmatch(r"(\d+)-(\d+)\.npy", path.name), path) for path in self.folder.glob("*.npy"))
+        return sorted((int(match[1]), int(match[2]), path) for match, path in names if match)
+
+    def missing(self) -> list[int]:
+        """Samples that no finished batch holds, in order."""
+        there = np.zeros(self.num_samples, dtype=bool)
+        for first, count, _ in self._finished():
+            there[first : first + count] = True
+        return np.flatnonzero(~there).tolist()
+
+    def write(self, first: int, images: Tensor) -> None:
+        with replacing(self.folder / f"{first:07d}-{len(images):05d}.npy") as temporary:
+            np.save(temporary, images.numpy())
+
+    def assemble(self) -> None:
+        """One .npz of all parts, streamed; then the parts go."""
+        shape = (self.num_samples, *self.image_shape)
+        member = zipfile.ZipInfo("arr_0.npy", date_time=(1980, 1, 1, 0, 0, 0))  # same samples, same bytes
+        with (
+            replacing(self.output) as temporary,
+            zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
+            archive.open(member, "w", force_zip64=True) as stream,
+        ):
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(stream, header)
+            position = 0
+            for first, count, path in self._finished():
+                skipped = position - first  # of a batch that begins inside the last one
+                if skipped < count:
+                    stream.write(np.load(path)[skipped:].tobytes())
+                    position = first + count
+            assert position == self.num_samples
+        with replacing(self._facts) as temporary:
+            temporary.write_text(json.dumps(self.settings, indent=1) + "\n")
+        shutil.rmtree(self.folder)
+
+
+def batches(missing: list[int], batch_size: int, num_samples: int) -> list[range]:
+    """Runs of samples that cover what is missing: aligned to BLOCK, of batch_size at most."""
+    blocks = sorted({k // BLOCK for k in missing})
+    result: list[range] = []
+    for block in blocks:
+        first, stop = block * BLOCK, min((block + 1) * BLOCK, num_samples)
+        if result and result[-1].stop == first and stop - result[-1].start <= batch_size:
+            result[-1] = range(result[-1].start, stop)
+        else:
+            result.append(range(first, stop))
+    return result
+
+
+def choose_labels(args: argparse.Namespace, model: DiT, samples: range) -> Tensor:
+    if args.labels == "uniform":
+        return torch.tensor([k % model.num_classes for k in samples])
+    return draw_labels(model, [sample_generator(args.seed, SAMPLING_STREAM, k, _LABEL_KEY) for k in samples])
+
+
+def draw(args: argparse.Namespace, model: DiT, vae, method: Method, samples: range) -> Tensor:
+    """uint8 images (n, H, W, C); the last block is filled up with samples that are then dropped."""
+    filled = range(samples.start, -(-samples.stop // BLOCK) * BLOCK)
+    x_0 = generate_seeded(
+        model, method.diffusion, choose_labels(args, model, filled), args.seed, first=samples.start,
+        cfg_scale=args.cfg_scale, sampler="ddpm" if args.p_sample else "ddim", **method.options,
+    )  # fmt: skip
+    return decode(x_0, vae)[: len(samples)]
+
+
+def settings_of(args: argparse.Namespace, model: DiT, method: Method, precision: str, vae: str) -> dict:
+    """All that the images depend on."""
+    schedule = None
+    if method.schedule is not None:
+        table = method.schedule.compute.numpy().tobytes()
+        schedule = f"{method.schedule.source}, CUR {method.schedule.cur:.6f}, {zlib.crc32(table):08x}"
+    read = ("model", "num_samples", "seed", "labels", "cfg_scale", "num_sampling_steps", "accelerate_method")
+    return {name: getattr(args, name) for name in read} | {
+        "weights": weights_fingerprint(model),
+        "image_size": pixels_of(model),
+        "vae": vae,
+        "sampler": "ddpm" if args.p_sample else "ddim",
+        "executed_steps": method.diffusion.num_timesteps,
+        "schedule": schedule,
+        "forecast_order": method.forecast_order,
+        "precision": precision,
+    }
+
+
+def run(args: argparse.Namespace, processes: Processes) -> None:
+    precision, dtype = cli.set_precision(args.precision, processes.device)
+    if not args.ckpt and not args.random_weights:
+        args.ckpt = find_checkpoint(args.model, args.image_size, fetch=processes.world_size == 1)
+    model = load_model(
+        args.model, args.ckpt, args.image_size, args.num_classes, processes.device, dtype, args.random_weights
+    )
+    spec = (args.vae or ("none" if args.random_weights else "ema")) if is_latent(model) else "none"
+    if args.vae not in (None, spec):
+        warnings.warn(f"--vae {args.vae} has no effect: {args.model} works on pixels")
+    method, vae = methods.load_method(args, model), load_vae(spec, processes.device)
+    channels = 3 if is_latent(model) else model.in_channels
+    shape = (pixels_of(model), pixels_of(model), channels)
+    if vae is None and is_latent(model):
+        shape = (model.input_size, model.input_size, 3)  # a preview of the latents
+    settings = settings_of(args, model, method, precision, spec)
+    parts = Parts(args.output, settings, shape, args.num_samples)
+    done = on_main(processes, parts.open)
+    if done:
+        say(processes, f"{args.output} holds these samples already")
+        return
+    batch_size = -(-args.batch_size // BLOCK) * BLOCK
+    todo = batches(distributed.from_main(parts.missing()), batch_size, args.num_samples)
+    say(
+        processes,
+        f"{args.num_samples} samples of {args.model}, {method.diffusion.num_timesteps} steps, guidance "
+        f"{args.cfg_scale:g}, {args.accelerate_method}; {sum(map(len, todo))} to draw on "
+        f"{processes.world_size} processes, {precision} on {cli.hardware(processes.device)}",
+    )
+    mine = todo[processes.rank :: processes.world_size]
+    bar = tqdm(total=sum(map(len, mine)), unit="image", disable=None if processes.is_main else True)
+    for samples in mine:
+        parts.write(samples.start, draw(args, model, vae, method, samples))
+        bar.update(len(samples))
+    bar.close()
+    if dist.is_initialized():
+        dist.barrier()
+    on_main(processes, parts.assemble)
+    say(processes, f"wrote {args.output}, {args.num_samples} images of {'x'.join(map(str, shape))}")
+
+
+def on_main(processes: Processes, function):
+    """Call a function on rank 0 and hand its result, or what was wrong, to every rank."""
+    outcome = None, None
+    if processes.is_main:
+        try:
+            outcome = function(), None
+        except (ValueError, OSError) as error:
+            outcome = None, error
+    result, error = distributed.from_main(outcome)
+    if error is not None:
+        raise ValueError(error) if processes.is_main else SystemExit(2)
+    return result
+
+
+def say(processes: Processes, text: str) -> None:
+    if processes.is_main:
+        print(text, flush=True)
+
+
+def main(args: argparse.Namespace) -> None:
+    processes = distributed.start(args.device)
+    try:
+        run(args, processes)
+    finally:
+        distributed.stop()
+
+
+if __name__ == "__main__":
+    cli.run(main, parse_args())
