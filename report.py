@@ -71,7 +71,7 @@ def grouped(rows: list[dict]) -> list[dict]:
         groups.setdefault(tuple(row.get(name) for name in key), []).append(row)
     result = []
     for members in groups.values():
-        values = {name: [m[name] for m in members if m[name] is not None] for name in FIGURES}
+        values = {name: [m[name] for m in members if m.get(name) is not None] for name in FIGURES}
         values = {name: found for name, found in values.items() if found}
         group = {
             k: members[0].get(k) for k in ("method", "num_steps", "speed", "cfg_scale", "group", "variant")
@@ -152,7 +152,7 @@ def published_table(rows: list[dict]) -> list[list[str]]:
             near = min(candidates, key=lambda g: abs(g["mean"]["speedup_macs"] - base[3] / latency))
             ratio = near["mean"]["digits_fid"] / plain["mean"]["digits_fid"]
             mean = near["mean"]
-            line += [f"{100 * mean['cur']:.1f} %", f"{mean['speedup_latency']:.2f}x", f"{ratio:.3f}"]
+            line += [f"{100 * mean['cur']:.1f} %", f"{mean['speedup_macs']:.2f}x", f"{ratio:.3f}"]
         else:
             line += ["-"] * 3
         table.append(line)
@@ -177,8 +177,11 @@ def trade_offs(folder: Path, rows: list[dict]) -> list[tuple[str, dict]]:
     found = []
     for num_steps in sorted({row["num_steps"] for row in rows}, reverse=True):
         chosen = [row for row in rows if is_main(row) and row["num_steps"] == num_steps]
-        groups = [g for g in grouped(chosen) if g["method"] != "uncached"]
-        for x, y, labels in axes if groups else ():
+        every = [g for g in grouped(chosen) if g["method"] != "uncached"]
+        for x, y, labels in axes:
+            groups = [g for g in every if x in g["mean"] and y in g["mean"]]
+            if not groups:
+                continue
             caption = f"T = {num_steps}: {labels[1]} against {labels[0]}"
             draw = charts.trade_off(groups, x, y, labels)
             found.append((caption, charts.save(folder, f"{y}-{x}-T{num_steps}", draw, (6.6, 4.6))))

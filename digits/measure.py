@@ -4,19 +4,18 @@
     python -m digits.measure --num-sampling-steps 10 --accelerate-method dynamiclayer --path ROUTER
 
 Every row of the digits study holds such a line. `speedup_macs` and `speedup_latency` are relative to the
-uncached chain; latency is the median over the batches of the run, of the denoising loop alone.
+uncached chain; latency is that of the denoising loop for one batch of 32, the median of some repeats in turn
+with it.
 """
 
 import argparse
 import base64
 import json
 import statistics
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import cli
 import methods
@@ -28,14 +27,7 @@ from models import DiT
 from sampling import DIGITS_MODEL, decode, generate_seeded, load_model, timed
 
 SHOWN = 10  # samples of every method that the report draws
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """x_0 (n, 1, 8, 8), and what a batch took: the median over full batches."""
-
-    x_0: Tensor
-    latency_ms: float
+LATENCY_BATCH, REPEATS = 32, 3
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -46,6 +38,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--samples", type=cli.positive_int, default=2000)
     parser.add_argument("--seed", type=cli.non_negative_int, default=1234)
     parser.add_argument("--batch-size", type=cli.positive_int, default=250)
+    parser.add_argument(
+        "--repeats",
+        type=cli.non_negative_int,
+        default=REPEATS,
+        help="timed batches; 0: no latency (default 3)",
+    )
     methods.add_arguments(parser)
     args = parser.parse_args(arguments)
     methods.check_arguments(parser, args)
@@ -53,28 +51,47 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def draw(args: argparse.Namespace, model: DiT, method: Method) -> Drawn:
-    """Samples 0 .. n-1 of the seed, with labels 0 .. 9 in turn."""
-    labels, parts, seconds = torch.arange(args.samples) % model.num_classes, [], []
-    sampler = "ddpm" if args.p_sample else "ddim"
-    for first in tqdm(range(0, args.samples, args.batch_size), desc=method.name, disable=None, leave=False):
-        one_batch = partial(
-            generate_seeded, model, method.diffusion, labels[first : first + args.batch_size], args.seed,
-            first=first, cfg_scale=args.cfg_scale, sampler=sampler, **method.options,
-        )  # fmt: skip
-        x_0, elapsed = timed(one_batch, torch.device("cpu"))
-        parts.append(x_0)
-        seconds.append(elapsed)
-    full = seconds[: max(1, args.samples // args.batch_size)]
-    return Drawn(torch.cat(parts), 1000 * statistics.median(full))
+def draw(args: argparse.Namespace, model: DiT, method: Method) -> Tensor:
+    """x_0 (n, 1, 8, 8) of samples 0 .. n-1 of the seed, with labels 0 .. 9 in turn."""
+    return generate_seeded(
+        model, method.diffusion, torch.arange(args.samples) % model.num_classes, args.seed, args.batch_size,
+        progress=True, cfg_scale=args.cfg_scale, sampler=sampler_of(args), **method.options,
+    )  # fmt: skip
+
+
+def sampler_of(args: argparse.Namespace) -> str:
+    return "ddpm" if args.p_sample else "ddim"
+
+
+def latencies(
+    settings: list[tuple[argparse.Namespace, Method]], model: DiT, repeats: int = REPEATS
+) -> list[list[float]]:
+    """Milliseconds of every repeat of a batch of LATENCY_BATCH, one list per setting.
+
+    After a warm-up, settings take turns, so that a machine that slows down slows all of them.
+    """
+
+    def once(args: argparse.Namespace, method: Method) -> float:
+        draw_batch = partial(
+            draw, argparse.Namespace(**vars(args) | {"samples": LATENCY_BATCH}), model, method
+        )
+        return 1000 * timed(draw_batch, torch.device("cpu"))[1]
+
+    times: list[list[float]] = [[] for _ in settings]
+    for repeat in range(repeats + 1):
+        for own, setting in zip(times, settings, strict=True):
+            elapsed = once(*setting)
+            if repeat > 0:
+                own.append(elapsed)
+    return times
 
 
 def compare(
-    args: argparse.Namespace, model: DiT, judge: Judge, method: Method, own: Drawn, plain: Drawn
+    args: argparse.Namespace, model: DiT, judge: Judge, method: Method, own: Tensor, plain: Tensor
 ) -> dict:
-    """The figures of a row."""
+    """The figures of a row, from its samples and the uncached ones."""
     labels = torch.arange(args.samples) % model.num_classes
-    images, plain_images = decode(own.x_0), decode(plain.x_0)
+    images, plain_images = decode(own), decode(plain)
     statistics_of = judge.statistics
     num_steps = methods.uncached(args, model).diffusion.num_timesteps
     peak = psnr(images, plain_images)
@@ -83,16 +100,14 @@ def compare(
         "executed_steps": method.diffusion.num_timesteps,
         "cur": method.schedule.cur if method.schedule else 0.0,
         "speedup_macs": method.speedup_macs(model, num_steps),
-        "speedup_latency": plain.latency_ms / own.latency_ms,
-        "latency_ms": own.latency_ms,
-        "digits_fid": judge.digits_fid(own.x_0),
-        "fd_uncached": frechet_distance(*statistics_of(own.x_0), *statistics_of(plain.x_0)),
-        "accuracy": judge.accuracy(own.x_0, labels),
-        "mse": mse(own.x_0, plain.x_0),
+        "digits_fid": judge.digits_fid(own),
+        "fd_uncached": frechet_distance(*statistics_of(own), *statistics_of(plain)),
+        "accuracy": judge.accuracy(own, labels),
+        "mse": mse(own, plain),
         "psnr": None if peak == float("inf") else peak,  # JSON has no infinity
         "ssim": ssim(images, plain_images).mean().item(),
         "cfg_scale": args.cfg_scale,
-        "sampler": "ddpm" if args.p_sample else "ddim",
+        "sampler": sampler_of(args),
         "samples": args.samples,
         "seed": args.seed,
         "batch_size": args.batch_size,
@@ -101,9 +116,9 @@ def compare(
     }
 
 
-def pictures(drawn: Drawn) -> str:
+def pictures(x_0: Tensor) -> str:
     """The first samples as bytes of grey levels (SHOWN * 64), base64."""
-    return base64.b64encode(decode(drawn.x_0[:SHOWN]).numpy().tobytes()).decode()
+    return base64.b64encode(decode(x_0[:SHOWN]).numpy().tobytes()).decode()
 
 
 def main(args: argparse.Namespace) -> None:
@@ -111,7 +126,12 @@ def main(args: argparse.Namespace) -> None:
     method, plain = methods.load_method(args, model), methods.uncached(args, model)
     uncached = draw(args, model, plain)
     own = uncached if method.name == "none" else draw(args, model, method)
-    print(json.dumps(compare(args, model, judge, method, own, uncached)))
+    row = compare(args, model, judge, method, own, uncached)
+    if args.repeats:
+        times = latencies([(args, plain), (args, method)], model, args.repeats)
+        plain_ms, own_ms = map(statistics.median, times)
+        row |= {"latency_ms": own_ms, "speedup_latency": plain_ms / own_ms, "latency_batch": LATENCY_BATCH}
+    print(json.dumps(row))
 
 
 if __name__ == "__main__":

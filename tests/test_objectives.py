@@ -6,8 +6,9 @@ from conftest import relative_error
 
 from diffusion import create_diffusion
 from models import DiT
-from objectives import PROXY_DEFINITIONS, image_error_proxy, train_trajectory
+from objectives import PROXY_DEFINITIONS, Variant, image_error_proxy, train_pair, train_trajectory
 from router import Router
+from sampling import generate
 
 
 @pytest.fixture(scope="module")
@@ -228,3 +229,79 @@ def test_first_update_is_the_blend_written_out(learn_sigma, cfg_scale):
     assert update.step == 2
     torch.testing.assert_close(update.data_loss, data_loss)
     torch.testing.assert_close(update.loss, 7 * data_loss + 0.5 * score_sum)
+
+
+@pytest.mark.parametrize("step", [3, 9])
+def test_pair_matches_learning_to_cache(case, expected, reference_model, ten_steps, step):
+    """Data loss, score sum and gradient of row `step - 1` against the released Learning-to-Cache."""
+    router = Router.from_logits(expected["train.init_prob"])
+    optimizer = torch.optim.SGD(router.parameters(), lr=0.0)  # leaves the gradient to be looked at
+    update = train_pair(
+        reference_model, ten_steps, router, optimizer, expected["l2c.x0"], expected[f"l2c.step{step}.noise"],
+        expected["l2c.labels"], step, case["thres"], case["l1"],
+    )  # fmt: skip
+    assert update.step == step - 1
+    assert relative_error(update.data_loss, expected[f"l2c.step{step}.mse"].mean()) < 1e-5
+    assert relative_error(update.score_sum, expected[f"l2c.step{step}.l1"][0]) < 1e-5
+    assert relative_error(router.rows[step - 1].grad, expected[f"l2c.step{step}.grad"]) < 1e-5
+    assert [row for row in range(9) if router.rows[row].grad is not None] == [step - 1]
+
+
+def one_trajectory(model, diffusion, batch, router, variant, lr=0.0):
+    noise, labels = batch
+    optimizer = torch.optim.SGD(router.parameters(), lr=lr)
+    ones = torch.ones(diffusion.num_timesteps)
+    return list(
+        train_trajectory(model, diffusion, router, optimizer, noise, labels, 1.5, 0.1, ones, 1e-3, variant)
+    )
+
+
+def test_costs_weigh_the_scores_alone(tiny_model, ten_steps, tiny_batch):
+    torch.manual_seed(0)
+    router, costs = Router(10, 4), torch.tensor([0.5, 1.5, 0.5, 1.5])
+    plain = one_trajectory(tiny_model, ten_steps, tiny_batch, router, None)
+    weighed = one_trajectory(tiny_model, ten_steps, tiny_batch, router, Variant(branch_costs=costs))
+    for one, other in zip(plain, weighed, strict=True):
+        assert torch.equal(one.data_loss, other.data_loss)
+        expected_sum = (costs * torch.sigmoid(router.rows[one.step])).sum()
+        torch.testing.assert_close(other.score_sum, expected_sum.detach())
+
+
+def test_loss_on_eps_leaves_the_variance_out(tiny_model, ten_steps, tiny_batch):
+    """A model whose eps channels ignore the input has no eps loss, whatever its variance does."""
+    model = copy.deepcopy(tiny_model)
+    linear = model.final_layer.linear
+    eps = torch.arange(linear.out_features) % model.out_channels < model.in_channels
+    with torch.no_grad():
+        linear.weight[eps] = 0
+    torch.manual_seed(0)
+    router = Router(10, 4)
+    everything, alone = (
+        one_trajectory(model, ten_steps, tiny_batch, router, Variant(eps_only=flag)) for flag in (False, True)
+    )
+    assert all(update.data_loss > 1e-4 for update in everything)
+    assert all(update.data_loss < 1e-10 for update in alone)
+
+
+def test_straight_through_training_follows_the_sampled_trajectory(tiny_model, ten_steps, tiny_batch):
+    """The trajectory that trains is the one that sampling with the thresholded router takes."""
+    noise, labels = tiny_batch
+    torch.manual_seed(0)
+    router = Router(10, 4)
+    seen = []
+    recording = copy.copy(ten_steps)
+    recording.ddim_step = lambda *step: seen.append(ten_steps.ddim_step(*step)) or seen[-1]
+    one_trajectory(tiny_model, recording, tiny_batch, router, Variant(straight_through=True))
+    x_0 = generate(tiny_model, ten_steps, labels, noise, 1.5, schedule=router.schedule(0.1))
+    torch.testing.assert_close(seen[-1][: len(noise)], x_0, atol=1e-5, rtol=1e-5)
+
+
+def test_thresholded_proxy_is_that_of_a_router_of_zeros_and_ones(tiny_model, ten_steps, tiny_batch):
+    noise, labels = tiny_batch
+    torch.manual_seed(0)
+    router = Router(10, 4)
+    hard = Router.from_logits(torch.where(router.logits.detach() > -2.1972, torch.inf, -torch.inf))
+    for definition in PROXY_DEFINITIONS:
+        setting = (noise, labels, 1.5, 0.1, definition)
+        proxy = image_error_proxy(tiny_model, ten_steps, router, *setting, thresholded=True)
+        torch.testing.assert_close(proxy, image_error_proxy(tiny_model, ten_steps, hard, *setting))

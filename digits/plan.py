@@ -1,0 +1,285 @@
+"""What the digits study trains and measures: speeds, seeds, methods, ablations, as tasks in order."""
+
+import bisect
+import os
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from baselines import random_schedule
+from models import DiT
+from sampling import DIGITS_MODEL, load_model
+
+ROOT = Path(__file__).parents[1]
+RANDOM_CURS = np.arange(0.005, 0.9, 0.0025)  # among which `random` finds a speed
+ABLATION_STEPS, ABLATION_SPEED = 10, "1.96"
+MILD = 1.25  # a third speed for Learning-to-Cache, which can reuse every other step at most
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One speed-up by MACs at which methods are compared, and what reaches it without training."""
+
+    target: float
+    interval: str  # FORA's
+    steps: int  # of the shorter chain
+    l2c_target: float | None = None  # for even rows alone; None: out of its reach
+
+
+SPEEDS = {
+    10: [
+        Speed(1.25, "1.25", 8, 1.25),
+        Speed(1.42, "4/3", 7, 1.42),
+        Speed(1.96, "2", 5, 1.92),
+        Speed(2.44, "3", 4),
+    ],
+    20: [
+        Speed(1.25, "1.25", 16, 1.25),
+        Speed(1.52, "1.5", 13, 1.52),
+        Speed(1.96, "2", 10, 1.92),
+        Speed(2.77, "3", 7),
+    ],
+    50: [
+        Speed(1.25, "1.25", 40, 1.25),
+        Speed(1.5, "1.5", 33, 1.5),
+        Speed(1.96, "2", 25, 1.92),
+        Speed(2.77, "3", 18),
+    ],
+}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is trained and measured. updates: of each router row."""
+
+    samples: int
+    samples_in_readme: int
+    seeds: dict[int, int]
+    speeds: dict[int, list[Speed]]
+    updates: dict[int, int]
+    lr: float
+    ablations: bool
+
+
+FULL = Scale(2000, 5000, {10: 3, 20: 3, 50: 1}, SPEEDS, {10: 100, 20: 70, 50: 70}, 0.1, True)
+QUICK = Scale(
+    200, 200, {10: 1, 20: 1, 50: 1}, {steps: speeds[2:3] for steps, speeds in SPEEDS.items()},
+    {10: 30, 20: 30, 50: 20}, 0.2, False,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Task:
+    """A training (its id names the router) or a row. arguments: of train_router.py or digits.measure."""
+
+    id: str
+    arguments: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+    facts: dict = field(default_factory=dict, hash=False, compare=False)
+    is_training: bool = False
+
+
+class Plan:
+    """Collects tasks in the order in which they are to be done; a training is asked for by its first row."""
+
+    def __init__(self, folder: Path, scale: Scale):
+        self.routers, self.scale = Path(os.path.relpath(folder / "routers", ROOT)), scale
+        self.tasks: dict[str, Task] = {}
+
+    def train(
+        self, name: str, num_steps: int, target: tuple[str, float], seed: int, *flags, **changes
+    ) -> str:
+        """A training of `name` (harmonica, l2c, ...); returns its id. changes: updates=, lr=, cfg_scale=."""
+        kind, value = target
+        cfg_scale, lr = changes.get("cfg_scale", 1.0), changes.get("lr", self.scale.lr)
+        updates = changes.get("updates", self.scale.updates[num_steps])
+        id = f"{name}-T{num_steps}-{kind}{value:g}-s{seed}" + (f"-cfg{cfg_scale:g}" if cfg_scale != 1 else "")
+        rows = num_steps // 2 if name == "l2c" else num_steps
+        arguments = ["--model", DIGITS_MODEL, "--num-sampling-steps", num_steps, f"--target-{kind}", value]
+        arguments += [
+            "--global-seed",
+            seed,
+            "--lr",
+            lr,
+            "--max-steps",
+            updates * rows,
+            "--global-batch-size",
+            8,
+        ]
+        if name.startswith("l2c"):
+            limit = name == "l2c" and value > 1.9  # all that even rows can save: begin with a strong pull
+            arguments += ["--method", "l2c", "--data", "digits", "--l1", 3e-3 if limit else 1e-4]
+            arguments += ["--every-row"] if name == "l2c-every-row" else []
+        else:  # a refresh of lambda costs T trajectories: one every T / 2, or ten where T is small
+            arguments += ["--cfg-scale", cfg_scale, "--l1", 1e-6]
+            arguments += ["--lambda-c", num_steps * max(10, num_steps // 2)]
+        arguments += ["--log-every", 5 * num_steps, "--ckpt-every", 500, *flags]
+        self.tasks.setdefault(id, Task(id, tuple(map(str, arguments)), is_training=True))
+        return id
+
+    def row(self, method: str, num_steps: int, flags: list, router: str | None = None, **facts) -> None:
+        """A row; facts (speed, train_seed, group, variant, cfg_scale, sampler) go into it as they are."""
+        cfg_scale, sampler = facts.pop("cfg_scale", 1.0), facts.pop("sampler", "ddim")
+        id = "-".join(str(part) for part in (method, f"T{num_steps}", *facts.values()) if part is not None)
+        id += (f"-cfg{cfg_scale:g}" if cfg_scale != 1 else "") + ("-ddpm" if sampler == "ddpm" else "")
+        speed, seed = facts.get("speed"), facts.get("train_seed")
+        shown = method == "uncached" or (speed == "1.96" and seed in (None, 0) and "group" not in facts)
+        shown = shown and num_steps < 50 and sampler == "ddim"
+        samples = self.scale.samples_in_readme if shown and cfg_scale == 1 else self.scale.samples
+        arguments = ["--num-sampling-steps", num_steps, "--cfg-scale", cfg_scale, "--samples", samples]
+        arguments += (["--p-sample"] if sampler == "ddpm" else []) + flags
+        needs = []
+        if router:
+            arguments += ["--path", self.routers / f"{router}.safetensors"]
+            needs.append(router)
+        if method != "uncached":
+            plain = f"uncached-T{num_steps}" + (f"-cfg{cfg_scale:g}" if cfg_scale != 1 else "")
+            plain += "-ddpm" if sampler == "ddpm" else ""
+            if plain not in self.tasks:
+                self.row("uncached", num_steps, [], cfg_scale=cfg_scale, sampler=sampler)
+            needs.append(plain)
+        facts = {"method": method, "router": f"routers/{router}.safetensors" if router else None} | facts
+        self.tasks.setdefault(id, Task(id, tuple(map(str, arguments)), tuple(needs), facts))
+
+    def static(self, num_steps: int, speed: Speed, cfg_scale: float = 1.0) -> None:
+        """What nobody trains, at one speed."""
+        name = {"speed": f"{speed.target:g}", "cfg_scale": cfg_scale}
+        self.row(
+            "fewer-steps", num_steps, ["--accelerate-method", "fewer-steps", "--steps", speed.steps], **name
+        )
+        interval = ["--interval", speed.interval]
+        self.row("fora", num_steps, ["--accelerate-method", "fora", *interval], **name)
+        if speed.target == MILD:
+            return
+        taylor = ["--accelerate-method", "taylor-fora", *interval, "--order"]
+        self.row("taylor-fora", num_steps, [*taylor, 1], **name)
+        self.row("taylor2-fora", num_steps, [*taylor, 2], **name)
+
+    def random(self, num_steps: int, speed: Speed, seed: int) -> None:
+        cur = random_cur(num_steps, speed.target, seed)
+        flags = ["--accelerate-method", "random", "--cur", f"{cur:.4f}", "--schedule-seed", seed]
+        self.row("random", num_steps, flags, speed=f"{speed.target:g}", train_seed=seed)
+
+    def harmonica(
+        self, num_steps: int, speed: Speed, seed: int, name: str = "harmonica", flags: tuple = (), **changes
+    ) -> str:
+        facts = {"speed": f"{speed.target:g}", "train_seed": seed} | changes.pop("facts", {})
+        cfg_scale = changes.get("cfg_scale", 1.0)
+        router = self.train(name, num_steps, ("speedup", speed.target), seed, *flags, **changes)
+        self.row(name, num_steps, dynamic(), router, cfg_scale=cfg_scale, **facts)
+        return router
+
+    def trained(self, num_steps: int, speed: Speed, seed: int) -> None:
+        """All trained methods at one speed, from one seed."""
+        facts = {"speed": f"{speed.target:g}", "train_seed": seed}
+        if speed.l2c_target:
+            router = self.train("l2c", num_steps, ("speedup", speed.l2c_target), seed)
+            self.row("l2c", num_steps, dynamic("l2c"), router, **facts)
+        if speed.target == MILD:
+            return
+        router = self.harmonica(num_steps, speed, seed)
+        self.row("taylor-harmonica", num_steps, dynamic("taylor-dynamiclayer"), router, **facts)
+        self.harmonica(num_steps, speed, seed, "harmonica-paper", ("--proxy", "paper"))
+        router = self.train("l2c-every-row", num_steps, ("speedup", speed.target), seed)
+        self.row("l2c-every-row", num_steps, dynamic("l2c"), router, **facts)
+
+    def compare(self, num_steps: int, seeds: range | None = None) -> None:
+        """All methods at all speeds; what is planned already stays where it is."""
+        for seed in seeds or range(self.scale.seeds[num_steps]):
+            for speed in self.scale.speeds[num_steps]:
+                if seed == 0:
+                    self.static(num_steps, speed)
+                if speed.target != MILD:
+                    self.random(num_steps, speed, seed)
+                self.trained(num_steps, speed, seed)
+
+    def ablations(self) -> None:
+        """At T = 10 and one speed, seed 0; `group` says of what."""
+        num_steps = ABLATION_STEPS
+        (speed,) = (one for one in SPEEDS[num_steps] if f"{one.target:g}" == ABLATION_SPEED)
+        router = self.harmonica(num_steps, speed, 0)  # the same as above, no second training
+        for group, name, flags in (
+            ("proxy", "harmonica-no-proxy", ("--proxy", "none")),
+            ("router-train", "harmonica-ste", ("--router-train", "ste")),
+            ("data-loss", "harmonica-eps", ("--data-loss", "eps")),
+            ("cost", "harmonica-macs", ("--cost", "macs")),
+        ):
+            for seed in range(self.scale.seeds[num_steps]):
+                self.harmonica(num_steps, speed, seed, name, flags, facts={"group": group})
+        for threshold in (0.02, 0.05, 0.2, 0.3, 0.5, 0.7, 0.9):
+            flags = [*dynamic(), "--thres", threshold]
+            self.row(
+                "harmonica", num_steps, flags, router, train_seed=0, group="threshold", variant=threshold
+            )
+        for lr, updates in ((0.3, 100), (0.03, 330)):
+            name, facts = f"harmonica-lr{lr}", {"group": "lr"}
+            self.harmonica(num_steps, speed, 0, name, lr=lr, updates=updates, facts=facts)
+
+        self.static(num_steps, speed, cfg_scale=1.5)
+        facts = {"speed": f"{speed.target:g}", "train_seed": 0}
+        guided = self.harmonica(num_steps, speed, 0, cfg_scale=1.5)
+        self.harmonica(num_steps, speed, 0, "harmonica-paper", ("--proxy", "paper"), cfg_scale=1.5)
+        l2c = f"l2c-every-row-T{num_steps}-speedup{speed.target:g}-s0"
+        self.row("l2c-every-row", num_steps, dynamic("l2c"), l2c, **facts, cfg_scale=1.5)
+        facts["group"] = "transfer"
+        self.row("harmonica", num_steps, dynamic(), guided, **facts, variant="trained-at-1.5")
+        self.row("harmonica", num_steps, dynamic(), router, **facts, variant="trained-at-1", cfg_scale=1.5)
+        self.row(
+            "harmonica", num_steps, dynamic(), router, **facts, variant="trained-with-ddim", sampler="ddpm"
+        )
+        fora = ["--accelerate-method", "fora", "--interval", speed.interval]
+        self.row("fora", num_steps, fora, speed=f"{speed.target:g}", group="transfer", sampler="ddpm")
+
+    def targets(self) -> None:
+        """Whether `--target-cur` reaches what it is asked for."""
+        for cur in (0.25, 0.4, 0.55):
+            for seed in range(3):
+                router = self.train("harmonica", 10, ("cur", cur), seed)
+                self.row("harmonica", 10, dynamic(), router, train_seed=seed, group="target-cur", variant=cur)
+
+    def full_length(self) -> None:
+        """The published 20,000 train steps at the published learning rate."""
+        for speed in (one for one in SPEEDS[10] if f"{one.target:g}" == ABLATION_SPEED):
+            for name, flags in (("harmonica", ()), ("harmonica-paper", ("--proxy", "paper"))):
+                changes = {"lr": 0.01, "updates": 2000, "facts": {"group": "full-length"}}
+                self.harmonica(10, speed, 0, f"{name}-20k", flags, **changes)
+
+
+def dynamic(method: str = "dynamiclayer") -> list[str]:
+    return ["--accelerate-method", method]
+
+
+@cache
+def random_cur(num_steps: int, speedup: float, seed: int) -> float:
+    """The CUR at which a random schedule of this seed comes closest to a speed-up by MACs."""
+    model = digits_model()
+
+    def speedup_at(cur: float) -> float:
+        return random_schedule(num_steps, model.num_branches, cur, seed).speedup_macs(model)
+
+    curs = RANDOM_CURS[(num_steps - 1) / num_steps > RANDOM_CURS]
+    above = min(bisect.bisect_left(curs, speedup, key=speedup_at), len(curs) - 1)
+    nearest = min(curs[max(0, above - 1) : above + 1], key=lambda cur: abs(speedup_at(cur) - speedup))
+    return float(curs[bisect.bisect_left(curs, speedup_at(nearest), key=speedup_at)])  # the least of equals
+
+
+def plan(folder: Path, scale: Scale) -> list[Task]:
+    """All tasks in order: what is cheap and what is most asked for comes first."""
+    tasks = Plan(folder, scale)
+    tasks.compare(10)
+    if scale.ablations:
+        tasks.ablations()
+        tasks.targets()
+    tasks.compare(20, range(1))
+    tasks.compare(50)
+    if scale.ablations:
+        tasks.full_length()
+    tasks.compare(20)
+    return list(tasks.tasks.values())
+
+
+@cache
+def digits_model() -> DiT:
+    return load_model(DIGITS_MODEL)
