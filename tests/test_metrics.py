@@ -2,8 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from metrics.frechet import feature_statistics, frechet_distance
-from metrics.paired import mse, psnr
+from metrics.frechet import RunningStatistics, feature_statistics, frechet_distance
+from metrics.inception_score import inception_score
+from metrics.paired import mse, psnr, ssim
+from metrics.precision_recall import precision_recall
 
 
 def test_frechet_distance_of_commuting_gaussians_is_its_closed_form():
@@ -38,3 +40,102 @@ def test_paired_metrics_are_their_closed_forms():
     black, grey = torch.zeros(4, 2, 2, 1, dtype=torch.uint8), torch.full((4, 2, 2, 1), 51, dtype=torch.uint8)
     assert psnr(grey, black) == pytest.approx(20 * np.log10(255 / 51))
     assert psnr(grey, grey) == np.inf
+
+
+def test_running_statistics_are_numpys_whatever_the_batches():
+    features = 1e4 + np.random.default_rng(3).normal(size=(257, 6)) @ np.random.default_rng(4).normal(
+        size=(6, 6)
+    )
+    running = RunningStatistics()
+    for batch in np.array_split(features.astype(np.float32), [1, 40, 200]):
+        running.update(batch)
+    mean, covariance = running.finish()
+    single = features.astype(np.float32).astype(np.float64)
+    np.testing.assert_allclose(mean, single.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(covariance, np.cov(single, rowvar=False), rtol=1e-8)
+    with pytest.raises(ValueError, match="1 samples have no covariance"):
+        feature_statistics(features[:1])
+
+
+def test_inception_score_is_its_closed_form():
+    """Certain and evenly spread over K classes: K. The same for every image: 1."""
+    certain = np.eye(8)[np.arange(400) % 8]
+    assert inception_score(certain)[0] == pytest.approx(8)
+    same = np.tile([0.2, 0.3, 0.5], (100, 1))
+    assert inception_score(same) == (pytest.approx(1), pytest.approx(0))
+    with pytest.raises(ValueError, match="9 samples cannot be split into 10 parts"):
+        inception_score(certain[:9])
+
+
+def test_precision_and_recall_of_sets_that_are_the_same_apart_or_inside():
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.rand(400, 2, generator=generator)
+    assert precision_recall(wide, wide) == (1, 1)
+    assert precision_recall(wide + 10, wide) == (0, 0)
+    corner = wide / 4  # all of it lies in the square, a sixteenth of the square in it
+    precision, recall = precision_recall(corner, wide, block=70)
+    assert precision > 0.95
+    assert 0.02 < recall < 0.15
+    with pytest.raises(ValueError, match="3 points have no 3-th neighbour"):
+        precision_recall(wide[:3], wide)
+
+
+def test_the_same_features_score_as_in_torch_fidelity():
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+    from torch_fidelity.metric_isc import isc_features_to_metric
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    generator = torch.Generator().manual_seed(5)
+    one, other = (
+        torch.randn(503, 32, generator=generator),
+        torch.randn(402, 32, generator=generator) * 1.2 + 0.2,
+    )
+    theirs = [fid_features_to_statistics(features.double()) for features in (one, other)]
+    fid = fid_statistics_to_metric(*theirs, verbose=False)["frechet_inception_distance"]
+    ours = frechet_distance(*feature_statistics(one.numpy()), *feature_statistics(other.numpy()))
+    assert ours == pytest.approx(fid, rel=1e-6)
+
+    scores = isc_features_to_metric(one, splits=10, shuffle=False)
+    mean, std = inception_score(one.softmax(dim=1).numpy())
+    assert mean == pytest.approx(scores["inception_score_mean"], rel=1e-6)
+    assert std == pytest.approx(scores["inception_score_std"], rel=1e-4)
+
+    prc = prc_features_to_metric(
+        one, other, prc_neighborhood=3, prc_batch_size=100, save_cpu_ram=True, verbose=False
+    )
+    precision, recall = precision_recall(one, other, block=77)
+    assert precision == pytest.approx(prc["precision"], abs=1e-6)
+    assert recall == pytest.approx(prc["recall"], abs=1e-6)
+    assert 0 < recall < 1
+    assert 0 < precision < 1
+
+
+def test_ssim_is_its_closed_form():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (3, 16, 20, 3), generator=generator).to(torch.uint8)
+    assert ssim(images, images).tolist() == pytest.approx([1, 1, 1])
+    black, grey = (
+        torch.zeros(2, 12, 12, 1, dtype=torch.uint8),
+        torch.full((2, 12, 12, 1), 100, dtype=torch.uint8),
+    )
+    c1 = (0.01 * 255) ** 2  # without variance only the luminance term is left
+    assert ssim(black, grey).tolist() == pytest.approx([c1 / (100**2 + c1)] * 2)
+    digits = torch.randint(256, (2, 8, 8, 1), generator=generator).to(torch.uint8)
+    assert (ssim(digits, 255 - digits) < 0).all()  # smaller than the window, and opposite
+
+
+def test_ssim_by_hand_at_one_position():
+    """A window as large as the image has one position: weighted means, variances and the formula."""
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 256, (2, 11, 11)).astype(np.uint8)
+    line = np.exp(-(np.arange(-5, 6) ** 2) / 4.5)
+    weights = np.outer(line, line) / line.sum() ** 2
+    a, b = x.astype(float), y.astype(float)
+    mean_a, mean_b = (weights * a).sum(), (weights * b).sum()
+    var_a, var_b = (weights * (a - mean_a) ** 2).sum(), (weights * (b - mean_b) ** 2).sum()
+    covariance = (weights * (a - mean_a) * (b - mean_b)).sum()
+    c1, c2 = 6.5025, 58.5225
+    by_hand = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+    by_hand /= (mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2)
+    value = ssim(torch.from_numpy(x)[None, ..., None], torch.from_numpy(y)[None, ..., None])
+    assert value.item() == pytest.approx(by_hand)
