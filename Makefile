@@ -1,13 +1,16 @@
-# `make demo`: train a router for the digits DiT and look at what it does. `make test`: lint and tests.
-# Both make .venv first. Without make: the commands below, in any environment with the requirements installed.
+# `make demo`: train a router for the digits DiT and look at what it does. `make study`: compare all methods on it
+# (hours; `make study QUICK=--quick`: ten minutes). `make test`: lint and tests. All make .venv first. Without make: the commands below, in any environment with the requirements installed.
 PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test clean
+.PHONY: demo study test clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python demo.py
+
+study: $(VENV)/installed
+	$(VENV)/bin/python -m digits.study $(QUICK)
 
 test: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .

@@ -12,6 +12,7 @@ rows/ and latency/ (what the report is made of); work/ (what can be deleted).
 import argparse
 import concurrent.futures
 import contextlib
+import hashlib
 import json
 import multiprocessing
 import os
@@ -38,6 +39,8 @@ from files import replacing
 from router import find_router, load_router, save_router
 from sampling import DIGITS_MODEL
 
+HIDDEN = ("images", "arguments", "router_hash")  # of rows/ alone
+
 
 @cache
 def judge() -> Judge:
@@ -48,7 +51,16 @@ def is_done(folder: Path, task: Task) -> bool:
     if task.is_training:
         return (folder / "routers" / f"{task.id}.safetensors").exists()
     path = folder / "rows" / f"{task.id}.json"
-    return path.exists() and json.loads(path.read_text())["arguments"] == list(task.arguments)
+    if not path.exists():
+        return False
+    row = json.loads(path.read_text())
+    return row["arguments"] == list(task.arguments) and row.get("router_hash") == router_hash(folder, task)
+
+
+def router_hash(folder: Path, task: Task) -> str | None:
+    """Of the file that a row measures: a router that was trained anew is measured anew."""
+    path = folder / (task.facts["router"] or "")
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else None
 
 
 def perform(folder: Path, task: Task) -> str:
@@ -85,7 +97,7 @@ def measure_row(folder: Path, task: Task) -> str:
         own = measure.draw(args, model, method)
     row = task.facts | measure.compare(args, model, judge(), method, own, plain)
     row |= {"command": f"python -m digits.measure {' '.join(task.arguments)}", "arguments": task.arguments}
-    row |= {"id": task.id, "images": measure.pictures(own)}
+    row |= {"id": task.id, "router_hash": router_hash(folder, task), "images": measure.pictures(own)}
     with replacing(folder / "rows" / f"{task.id}.json") as temporary:
         temporary.write_text(json.dumps(row, indent=1) + "\n")
     return (
@@ -199,7 +211,7 @@ def collect(folder: Path, tasks: list[Task]) -> list[dict]:
 def write_results(folder: Path, tasks: list[Task]) -> None:
     rows = collect(folder, tasks)
     with replacing(folder / "study.json") as temporary:
-        shown = [{k: v for k, v in row.items() if k not in ("images", "arguments")} for row in rows]
+        shown = [{k: v for k, v in row.items() if k not in HIDDEN} for row in rows]
         temporary.write_text(json.dumps({"model": DIGITS_MODEL, "rows": shown}, indent=1) + "\n")
     report.write_study(folder, rows)
 

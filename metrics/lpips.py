@@ -1,5 +1,6 @@
 """LPIPS (Zhang et al. 2018) by the authors' package, its AlexNet read from a local file."""
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -22,7 +23,9 @@ def load_lpips(weights: str | Path, device: torch.device | str = "cpu"):
         from lpips import LPIPS
     except ImportError:
         raise ValueError("LPIPS needs the package lpips: pip install lpips") from None
-    model = LPIPS(net="alex", pnet_rand=True, verbose=False)
+    with warnings.catch_warnings():  # it calls torchvision in a way that is going out of use
+        warnings.simplefilter("ignore")
+        model = LPIPS(net="alex", pnet_rand=True, verbose=False)
     state = load_pickle_safely(Path(weights))
     wanted = {name: f"features.{name.partition('.')[2]}" for name in model.net.state_dict()}
     if not isinstance(state, dict) or not set(wanted.values()) <= set(state):

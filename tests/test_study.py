@@ -1,0 +1,146 @@
+"""The digits study at a very small scale: the plan, a run of it, going on with it, and its report."""
+
+import dataclasses
+import json
+import re
+from collections import Counter
+
+import pytest
+from commands import error_line, run
+
+from digits import measure
+from digits.plan import FULL, QUICK, SPEEDS, plan
+from methods import load_method
+from sampling import build_model
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    return plan(tmp_path_factory.mktemp("study"), FULL)
+
+
+def test_plan_compares_every_method_at_three_speeds(full):
+    rows = [task for task in full if not task.is_training and "group" not in task.facts]
+    speeds = {}
+    for task in rows:
+        facts, num_steps = task.facts, int(task.arguments[1])
+        if "-cfg" not in task.id:
+            speeds.setdefault((facts["method"], num_steps), Counter())[facts.get("speed")] += 1
+    methods = {"fewer-steps", "fora", "taylor-fora", "taylor2-fora", "random", "l2c", "l2c-every-row"}
+    methods |= {"harmonica", "harmonica-paper", "taylor-harmonica"}
+    for num_steps, seeds in ((10, 3), (20, 3), (50, 1)):
+        for method in methods:
+            assert len(speeds[method, num_steps]) >= 3, (method, num_steps)
+            if "harmonica" in method or "l2c" in method:
+                assert set(speeds[method, num_steps].values()) == {seeds}
+    assert all(int(task.arguments[task.arguments.index("--samples") + 1]) >= 2000 for task in rows)
+
+
+def test_static_rows_meet_their_speed_within_four_percent(full):
+    """FORA, its forecasts, random and fewer steps, by their arguments alone."""
+    model = build_model("DiT-digits/2")
+    checked = Counter()
+    for task in full:
+        name = task.facts.get("method")
+        if name in ("fewer-steps", "fora", "taylor-fora", "taylor2-fora", "random"):
+            args = measure.parse_args(list(task.arguments))
+            num_steps = int(args.num_sampling_steps)
+            speedup = load_method(args, model).speedup_macs(model, num_steps)
+            assert abs(speedup / float(task.facts["speed"]) - 1) < 0.04, task.id
+            checked[name, num_steps] += 1
+    assert len(checked) == 15
+    assert {num_steps for _, num_steps in checked} == set(SPEEDS)
+
+
+def test_plan_needs_only_what_is_planned_and_names_are_unique(full):
+    ids = [task.id for task in full]
+    assert len(ids) == len(set(ids))
+    assert {need for task in full for need in task.needs} <= set(ids)
+    trained = [task for task in full if task.is_training]
+    used = {need for task in full for need in task.needs}
+    assert {task.id for task in trained} <= used
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """T = 10 at one speed, 20 samples, trainings of two updates a row, by the command itself."""
+    folder = tmp_path_factory.mktemp("study")
+    small = dataclasses.replace(QUICK, samples=20, samples_in_readme=20, updates={10: 2, 20: 2, 50: 2})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("digits.study.QUICK", small)
+        patch.setattr("digits.measure.LATENCY_BATCH", 2)
+        output = [run("digits.study", "--quick", "--results-dir", folder, "--only", "T10") for _ in range(2)]
+    return folder, output
+
+
+@pytest.mark.slow
+def test_study_runs_and_goes_on(study):
+    folder, (first, second) = study
+    assert re.search(r"^0 of \d+ tasks are done", first)
+    done, planned = re.search(r"(\d+) of (\d+) tasks are done", second).groups()
+    assert done == planned
+    rows = json.loads((folder / "study.json").read_text())["rows"]
+    methods = {row["method"] for row in rows}
+    assert {
+        "uncached",
+        "fora",
+        "random",
+        "l2c",
+        "harmonica",
+        "harmonica-paper",
+        "taylor-harmonica",
+    } <= methods
+    for row in rows:
+        wanted = {
+            "method",
+            "num_steps",
+            "cur",
+            "speedup_macs",
+            "digits_fid",
+            "fd_uncached",
+            "accuracy",
+            "mse",
+        }
+        assert wanted | {"psnr", "cfg_scale", "router", "command", "speedup_latency"} <= row.keys()
+        assert row["latency_ms"] > 0
+        assert (row["mse"] == 0) == (row["method"] == "uncached")
+        assert (row["train_command"] is not None) == (row["router"] is not None)
+        if row["router"]:
+            assert (folder / row["router"]).exists()
+
+
+@pytest.mark.slow
+def test_row_is_measured_again_by_its_command(study, monkeypatch):
+    folder, _ = study
+    rows = json.loads((folder / "study.json").read_text())["rows"]
+    row = next(row for row in rows if row["method"] == "harmonica")
+    python, dash_m, module, *arguments = row["command"].split()
+    assert (python, dash_m, module) == ("python", "-m", "digits.measure")
+    monkeypatch.setattr("digits.measure.LATENCY_BATCH", 2)
+    again = json.loads(run(module, *arguments).splitlines()[-1])
+    for figure in ("cur", "speedup_macs", "digits_fid", "fd_uncached", "mse", "psnr", "ssim", "accuracy"):
+        assert again[figure] == pytest.approx(row[figure], rel=1e-3), figure
+
+
+@pytest.mark.slow
+def test_report_is_one_file(study):
+    folder, _ = study
+    page = (folder / "report.html").read_text()
+    assert not re.search(r'(?:src|href|srcset)="(?!data:)', page)  # nothing is fetched
+    assert page.count("data:image/png;base64,") >= 2 * 5  # each chart on both grounds
+    for text in (
+        "Quality against speed",
+        "Learned schedules",
+        "harmonica-paper",
+        "Published numbers beside ours",
+    ):
+        assert text in page
+    assert "| harmonica |" in (folder / "table.md").read_text()
+    names = {path.name for path in (folder / "pictures").glob("*.png")}
+    assert {"images-T10.png", "schedules-T10.png", "lambda-T10.png", "mse-speedup_macs-T10.png"} <= names
+
+
+def test_report_without_a_study_is_one_line(tmp_path):
+    assert "study.json does not exist; run" in error_line("report.py", tmp_path)
+    (tmp_path / "study.json").write_text("{}")
+    assert "is no study" in error_line("report.py", tmp_path)
