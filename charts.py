@@ -67,8 +67,9 @@ def trade_off(groups: list[dict], x: str, y: str, labels: tuple[str, str]) -> Ca
             means = np.array([[p["mean"][x], p["mean"][y]] for p in points])
             low, high = (np.array([p[end][y] for p in points]) for end in ("least", "greatest"))
             marker = MARKERS[list(COLOURS).index(method) % len(MARKERS)] if method in COLOURS else "."
+            spread = np.maximum(0, [means[:, 1] - low, high - means[:, 1]])  # equal seeds round below zero
             axes.errorbar(
-                *means.T, yerr=[means[:, 1] - low, high - means[:, 1]], label=method, marker=marker,
+                *means.T, yerr=spread, label=method, marker=marker,
                 color=COLOURS.get(method), linewidth=1.3, markersize=5, capsize=2,
             )  # fmt: skip
         axes.set_yscale("log")

@@ -39,6 +39,12 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
         sys.exit(130)
 
 
+def show_notes(notes: list[str]) -> None:
+    """Warn of what `parse_args` found to have no effect."""
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
+
+
 def non_negative_int(text: str) -> int:
     """An argparse type: an integer of at least 0, such as a seed."""
     value = int(text)
@@ -72,6 +78,17 @@ def positive_int(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not at least 1")
     return value
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, with_vae: bool = False) -> None:
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", default="DiT-XL/2", help="DiT-XL/2 and its family, or DiT-digits/2")
+    model.add_argument("--ckpt", help="checkpoint file or diffusers folder (default: the official one)")
+    model.add_argument("--random-weights", action="store_true", help="no checkpoint: real speed, no meaning")
+    model.add_argument("--image-size", type=positive_int, help="pixels (default 256)")
+    model.add_argument("--num-classes", type=positive_int, help="default 1000")
+    if with_vae:
+        model.add_argument("--vae", help="ema, mse, none or a folder (default ema; pixel models have none)")
 
 
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:

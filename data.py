@@ -4,6 +4,8 @@
 a resumed run, or one on more processes, sees the same ones.
 """
 
+import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,12 +31,17 @@ def open_data(spec: str, model: DiT) -> Dataset:
     if spec == "digits":
         data = TensorDataset(*digit_images())
     elif path.suffix == ".npz" and path.is_file():
-        data = _read_latents(path)
+        data = _read_latents(path, model.num_classes)
     elif path.is_dir():
-        data = _image_folder(path, pixels_of(model))
         if not is_latent(model):
             raise ValueError(
                 f"--data {spec}: this model draws {model.in_channels}-channel pixels; use digits"
+            )
+        data = _image_folder(path, pixels_of(model))
+        if len(data.classes) > model.num_classes:
+            raise ValueError(
+                f"--data {spec} has {len(data.classes)} folders, one a class; the model has "
+                f"{model.num_classes} classes"
             )
         return data
     else:
@@ -45,15 +52,21 @@ def open_data(spec: str, model: DiT) -> Dataset:
     return data
 
 
-def _read_latents(path: Path) -> TensorDataset:
-    with np.load(path, allow_pickle=False) as file:
-        if not {"latents", "labels"} <= set(file.files):
-            raise ValueError(
-                f"--data {path} holds {', '.join(file.files)}; `latents` and `labels` are needed"
-            )
-        return TensorDataset(
-            torch.from_numpy(file["latents"]).float(), torch.from_numpy(file["labels"]).long()
+def _read_latents(path: Path, num_classes: int) -> TensorDataset:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
+        raise ValueError(f"--data {path} cannot be read ({error}); write it again with np.savez") from None
+    if not {"latents", "labels"} <= set(arrays):
+        raise ValueError(f"--data {path} holds {', '.join(arrays)}; `latents` and `labels` are needed")
+    latents, labels = arrays["latents"], arrays["labels"]
+    if not len(latents) or len(latents) != len(labels) or not 0 <= labels.min() <= labels.max() < num_classes:
+        raise ValueError(
+            f"--data {path} has {len(latents)} latents and {len(labels)} labels; as many are needed, the "
+            f"labels within 0 .. {num_classes - 1}"
         )
+    return TensorDataset(torch.from_numpy(latents).float(), torch.from_numpy(labels).long())
 
 
 def _image_folder(path: Path, size: int) -> Dataset:

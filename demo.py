@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 import cli
+from baselines import full_schedule
 from diffusion import create_diffusion
 from digits.classifier import Judge
 from files import replacing
@@ -122,11 +123,10 @@ def main(args: argparse.Namespace) -> None:
     schedule = router.schedule(THRESHOLD)
     affordable = math.ceil(NUM_STEPS / schedule.speedup_macs(model))  # as many MACs, or a few more
     fewer_steps = min(affordable, NUM_STEPS - 1)
-    everything = partial(torch.ones, dtype=torch.bool)
     methods = {
-        "uncached": Schedule(everything(NUM_STEPS, model.num_branches)),
+        "uncached": full_schedule(NUM_STEPS, model.num_branches),
         "harmonica": schedule,
-        "uncached, fewer steps": Schedule(everything(fewer_steps, model.num_branches)),
+        "uncached, fewer steps": full_schedule(fewer_steps, model.num_branches),
     }
     labels, samples, draws = torch.arange(args.samples) % model.num_classes, {}, {}
     for method, chosen in methods.items():

@@ -65,6 +65,15 @@ def from_main(value):
     return value
 
 
+def any_rank(condition: bool) -> bool:
+    """Whether a condition holds on any rank."""
+    if not dist.is_initialized():
+        return condition
+    answers = [None] * dist.get_world_size()
+    dist.all_gather_object(answers, condition)
+    return any(answers)
+
+
 def mean(tensor: Tensor) -> Tensor:
     """The mean over ranks, in place. gloo has no averaging reduction, so the sum is divided."""
     if dist.is_initialized():

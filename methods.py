@@ -12,7 +12,6 @@
 """
 
 import argparse
-import warnings
 from dataclasses import dataclass
 
 import cli
@@ -74,7 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse an unknown method and a missing flag; warn of flags that the method does not read."""
+    """Refuse an unknown method and a missing flag; put flags that it does not read into `args.notes`."""
+    args.notes = []
     name = args.accelerate_method
     if name not in METHODS:
         parser.error(f"--accelerate-method {name!r} is unknown; choose one of {', '.join(METHODS)}")
@@ -85,7 +85,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
             parser.error(f"--accelerate-method {name} needs --{flag}, {what}")
     for flag in {flag for flags in _FLAGS.values() for flag in flags} | {"order"}:
         if flag not in read and getattr(args, flag) is not None:
-            warnings.warn(f"--{flag.replace('_', '-')} has no effect with --accelerate-method {name}")
+            args.notes.append(f"--{flag.replace('_', '-')} has no effect with --accelerate-method {name}")
 
 
 def uncached(args: argparse.Namespace, model: DiT) -> Method:
@@ -106,7 +106,8 @@ def load_method(args: argparse.Namespace, model: DiT) -> Method:
             raise ValueError(
                 f"--steps {args.steps} is more than --num-sampling-steps {diffusion.num_timesteps}"
             )
-        diffusion = create_diffusion(str(args.steps), learn_sigma=model.learn_sigma)
+        ddim = "ddim" if str(args.num_sampling_steps).startswith("ddim") else ""  # the same spacing
+        diffusion = create_diffusion(f"{ddim}{args.steps}", learn_sigma=model.learn_sigma)
     elif base == "fora":
         schedule = fora_schedule(*size, args.interval)
     elif base == "random":

@@ -27,13 +27,15 @@ class Variant:
     """What may differ from the published objective; the defaults are the published ones.
 
     branch_costs: (B,) weights of the scores in the regularization, their mean 1; None counts all alike.
-    eps_only: leave the variance channels, which DDIM never reads, out of the data loss. straight_through:
-    train the thresholded router, see `SoftCache`.
+    one_step: no rollout, x_t and the store come from an uncached trajectory. eps_only: leave the variance
+    channels, which DDIM never reads, out of the data loss. straight_through: train the thresholded router,
+    see `SoftCache`.
     """
 
     branch_costs: Tensor | None = None
     eps_only: bool = False
     straight_through: bool = False
+    one_step: bool = False
 
     def compared(self, out: Tensor, model: DiT) -> Tensor:
         """The channels of a model output that the data loss is about."""
@@ -73,19 +75,21 @@ def train_trajectory(
     """
     variant = variant or Variant()
     denoise = Denoiser(model, diffusion, labels, cfg_scale)
-    first_step = diffusion.num_timesteps - 1
-    cache = SoftCache(router.score_rows(), threshold, variant.straight_through)
+    first_step, rows = diffusion.num_timesteps - 1, router.score_rows()
+    cache = SoftCache(rows, threshold, variant.straight_through)
     with torch.no_grad():
         x_t = denoise.start(noise)
         x_t = diffusion.ddim_step(denoise(x_t, first_step, cache), x_t, first_step)
     for step in reversed(range(first_step)):
+        computed = SoftCache(rows, threshold, variant.straight_through)  # empty: it computes and stores
         with torch.no_grad():
-            teacher = denoise(x_t, step)
+            teacher = denoise(x_t, step, computed if variant.one_step else None)
         routed = denoise(x_t, step, cache)
         difference = variant.compared(teacher - routed, model)
-        losses = _losses(difference, cache.scores[step], proxy_weights[step], reg_weight, variant)
+        losses = _losses(difference, rows[step], proxy_weights[step], reg_weight, variant)
         _update(router, optimizer, step, losses[0])
-        x_t = diffusion.ddim_step(routed.detach(), x_t, step)
+        x_t = diffusion.ddim_step(teacher if variant.one_step else routed.detach(), x_t, step)
+        cache = computed if variant.one_step else cache
         yield TrainStep(step, *(loss.detach() for loss in losses))
 
 

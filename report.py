@@ -20,6 +20,7 @@ from files import replacing
 from router import load_router
 
 MAIN_SPEED = "1.96"
+TOLERANCE = 0.04  # rows are matched in MACs within this; the others are marked
 # DiT-XL/2 on ImageNet 256 px, guidance 1.5, 50,000 samples, H800, as the HarmoniCa paper reports it:
 # T, method, CUR in %, latency in s at batch 8, FID. Steps of DDIM are its own number.
 PUBLISHED = [
@@ -83,11 +84,20 @@ def grouped(rows: list[dict]) -> list[dict]:
     return result
 
 
+def deviation(group: dict) -> float:
+    """How far the speed-up by MACs of a group's worst row is from the speed asked, as a share of it."""
+    if not group["speed"]:
+        return 0.0
+    return max(abs(row["speedup_macs"] / float(group["speed"]) - 1) for row in group["rows"])
+
+
 def cells(group: dict) -> list[str]:
     """The figures of a group as text; MSE with its range where there are several seeds."""
     shown = []
     for _, figure, show in COLUMNS:
         text = show(group["mean"][figure]) if figure in group["mean"] else "-"
+        if figure == "speedup_macs" and deviation(group) > TOLERANCE:
+            text += " *"
         if figure == "mse" and group["seeds"] > 1:
             text += f" ({show(group['least'][figure])} to {show(group['greatest'][figure])})"
         shown.append(text)
@@ -314,8 +324,8 @@ def page(study: Path, rows: list[dict]) -> str:
         "The digits DiT, DDIM without guidance where nothing else is said, "
         f"{first['dtype']} on {first['hardware']} with batches of {first['batch_size']}, samples of seed "
         f"{first['seed']}; all methods from the same noise and labels. Speed asked: what methods are matched "
-        "at, within 4 % by MACs. Where a method was trained from several seeds the figure is their mean, and "
-        "bars and brackets give the least and the greatest."
+        "at, within 4 % by MACs; a star marks what is further away. Where a method was trained from several "
+        "seeds the figure is their mean, and bars and brackets give the least and the greatest."
     )
     parts = [
         f"<h1>Caching methods on the digits DiT</h1><p>{html.escape(setting)}</p>",
@@ -392,7 +402,10 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    write_study(args.study, read_rows(args.study))
+    rows = read_rows(args.study)
+    if not rows:
+        raise ValueError(f"{args.study}/study.json has no rows; run `python -m digits.study` first")
+    write_study(args.study, rows)
     print(f"wrote {args.study}/report.html, table.md and pictures/")
 
 

@@ -43,6 +43,7 @@ class Rounds:
             branch_costs=costs / costs.mean() if args.cost == "macs" else None,
             eps_only=args.data_loss == "eps",
             straight_through=args.router_train == "ste",
+            one_step=args.rollout == "one-step",
         )
 
     @property
@@ -113,7 +114,12 @@ class Pairs(Rounds):
         super().__init__(args, processes, model, diffusion)
         self.data = open_data(args.data, model)
         is_folder = self.data[0][0].dtype == torch.uint8
-        self.vae = load_vae(args.vae, processes.device) if is_folder else None
+        if is_folder and args.vae == "none":
+            raise ValueError(
+                f"--vae none: the images of --data {args.data} need a VAE; give ema, mse or a folder"
+            )
+        alone = processes.world_size == 1
+        self.vae = load_vae(args.vae, processes.device, fetch=alone) if is_folder else None
         self.steps_per_epoch = max(1, len(self.data) // args.global_batch_size)
         self._batches: Iterator[tuple[Tensor, Tensor]] | None = None  # begins with the first round
 

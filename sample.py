@@ -39,15 +39,7 @@ PUBLISHED_LABELS = [207, 360, 387, 974, 88, 979, 417, 279]
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Sample images from a DiT, uncached or with a router.")
-    model = parser.add_argument_group("model")
-    model.add_argument("--model", default="DiT-XL/2", help="DiT-XL/2 and its family, or DiT-digits/2")
-    model.add_argument("--ckpt", help="checkpoint file or diffusers folder (default: the official one)")
-    model.add_argument(
-        "--random-weights", action="store_true", help="no checkpoint: noise pictures, real speed"
-    )
-    model.add_argument("--image-size", type=cli.positive_int, help="pixels (default 256)")
-    model.add_argument("--num-classes", type=cli.positive_int, help="default 1000")
-    model.add_argument("--vae", help="ema, mse, none or a folder (default ema; pixel models have none)")
+    cli.add_model_arguments(parser, with_vae=True)
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--cfg-scale", type=float, default=4.0, help="guidance, 1 = off (default 4)")
     sampling.add_argument(
@@ -155,6 +147,7 @@ def choose_vae(args: argparse.Namespace, model: DiT, device: torch.device):
 
 
 def main(args: argparse.Namespace) -> None:
+    cli.show_notes(args.notes)
     device = cli.choose_device(args.device)
     precision, dtype = cli.set_precision(args.precision, device)
     check_writable(args.output, picture_suffixes())

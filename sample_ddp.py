@@ -1,16 +1,18 @@
 """Sample many images into one ADM-style .npz (`arr_0`, uint8 NHWC), on any number of processes and nodes.
 
-    torchrun --nproc_per_node=4 sample_ddp.py --model DiT-XL/2 --vae ema --num-samples 50000 --cfg-scale 1.5
-    \\
-        --num-sampling-steps 20 --accelerate-method dynamiclayer --path ROUTER --output samples.npz
+    torchrun --nproc_per_node=4 sample_ddp.py --model DiT-XL/2 --vae ema --num-samples 50000 \\
+        --cfg-scale 1.5 --num-sampling-steps 20 --accelerate-method dynamiclayer --path ROUTER \\
+        --output samples.npz
     python evaluate.py samples.npz --reference VIRTUAL_imagenet256_labeled.npz --inception-weights WEIGHTS.pth
 
 Sample k depends on (seed, k) alone. Finished batches lie in OUTPUT.parts until all are there; after any
-interruption the same command goes on with what is missing, on as many processes as one likes, and writes the
-same bytes. Several nodes need a shared folder.
+interruption the same command goes on with what is missing, on as many processes as one likes. On a CPU the
+file comes out the same byte for byte, whatever the processes and the batch size; a GPU may round otherwise
+for another batch size. Several nodes need a shared folder.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -24,7 +26,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
@@ -59,13 +60,7 @@ _LABEL_KEY = (
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Sample many images into one .npz.")
-    model = parser.add_argument_group("model")
-    model.add_argument("--model", default="DiT-XL/2", help="DiT-XL/2 and its family, or DiT-digits/2")
-    model.add_argument("--ckpt", help="checkpoint file or diffusers folder (default: the official one)")
-    model.add_argument("--random-weights", action="store_true", help="no checkpoint: for dry runs")
-    model.add_argument("--image-size", type=cli.positive_int, help="pixels (default 256)")
-    model.add_argument("--num-classes", type=cli.positive_int, help="default 1000")
-    model.add_argument("--vae", help="ema, mse, none or a folder (default ema; pixel models have none)")
+    cli.add_model_arguments(parser, with_vae=True)
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--num-samples", type=cli.positive_int, default=50000)
     sampling.add_argument("--cfg-scale", type=float, default=1.5, help="guidance, 1 = off (default 1.5)")
@@ -81,7 +76,7 @@ def parse_args() -> argparse.Namespace:
     )
     sampling.add_argument(
         "--batch-size", "--per-proc-batch-size", type=cli.positive_int, default=32,
-        help=f"of a process, rounded up to a multiple of {BLOCK} (default 32); changes nothing but speed",
+        help=f"of a process, rounded up to a multiple of {BLOCK} (default 32)",
     )  # fmt: skip
     methods.add_arguments(parser)
     parser.add_argument("--output", type=Path, default=Path("samples.npz"))
@@ -111,7 +106,7 @@ class Parts:
     @cached_property
     def _facts(self) -> Path:
         """What the .npz was sampled with, beside it."""
-        return self.output.with_suffix(".json")
+        return self.output.with_name(f"{self.output.name}.settings.json")
 
     def open(self) -> bool:
         """Check before the first batch what can be known; returns whether all is done already.
@@ -123,11 +118,14 @@ class Parts:
                 self._refuse_others(path)
         if self.output.exists():
             if not self._facts.exists():
-                raise ValueError(
-                    f"{self.output} exists and is not of this command; remove it or take another name"
-                )
+                raise ValueError(f"{self.output} exists, not of this command; take another --output")
+            shutil.rmtree(self.folder, ignore_errors=True)  # a kill between the .npz and this left it
             return True
         self.output.parent.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / "settings.json").exists():  # parts that nobody answers for
+            shutil.rmtree(self.folder, ignore_errors=True)
+        for path in self.output.parent.glob(f"{self.output.stem}.*.part.npz"):  # a killed assembly
+            path.unlink()
         if not os.access(self.output.parent, os.W_OK):
             raise PermissionError(f"folder {self.output.parent} is not writable; give another --output")
         missing, image = len(self.missing()), int(np.prod(self.image_shape))
@@ -169,6 +167,8 @@ class Parts:
 
     def assemble(self) -> None:
         """One .npz of all parts, streamed; then the parts go."""
+        with replacing(self._facts) as temporary:
+            temporary.write_text(json.dumps(self.settings, indent=1) + "\n")
         shape = (self.num_samples, *self.image_shape)
         member = zipfile.ZipInfo("arr_0.npy", date_time=(1980, 1, 1, 0, 0, 0))  # same samples, same bytes
         with (
@@ -185,8 +185,6 @@ class Parts:
                     stream.write(np.load(path)[skipped:].tobytes())
                     position = first + count
             assert position == self.num_samples
-        with replacing(self._facts) as temporary:
-            temporary.write_text(json.dumps(self.settings, indent=1) + "\n")
         shutil.rmtree(self.folder)
 
 
@@ -248,15 +246,16 @@ def run(args: argparse.Namespace, processes: Processes) -> None:
     spec = (args.vae or ("none" if args.random_weights else "ema")) if is_latent(model) else "none"
     if args.vae not in (None, spec):
         warnings.warn(f"--vae {args.vae} has no effect: {args.model} works on pixels")
-    method, vae = methods.load_method(args, model), load_vae(spec, processes.device)
+    vae = load_vae(spec, processes.device, fetch=processes.world_size == 1)
+    with contextlib.nullcontext() if processes.is_main else contextlib.redirect_stdout(None):
+        method = methods.load_method(args, model)
     channels = 3 if is_latent(model) else model.in_channels
     shape = (pixels_of(model), pixels_of(model), channels)
     if vae is None and is_latent(model):
         shape = (model.input_size, model.input_size, 3)  # a preview of the latents
     settings = settings_of(args, model, method, precision, spec)
     parts = Parts(args.output, settings, shape, args.num_samples)
-    done = on_main(processes, parts.open)
-    if done:
+    if together(lambda: processes.is_main and parts.open()):
         say(processes, f"{args.output} holds these samples already")
         return
     batch_size = -(-args.batch_size // BLOCK) * BLOCK
@@ -269,28 +268,32 @@ def run(args: argparse.Namespace, processes: Processes) -> None:
     )
     mine = todo[processes.rank :: processes.world_size]
     bar = tqdm(total=sum(map(len, mine)), unit="image", disable=None if processes.is_main else True)
-    for samples in mine:
-        parts.write(samples.start, draw(args, model, vae, method, samples))
-        bar.update(len(samples))
-    bar.close()
-    if dist.is_initialized():
-        dist.barrier()
-    on_main(processes, parts.assemble)
-    say(processes, f"wrote {args.output}, {args.num_samples} images of {'x'.join(map(str, shape))}")
+
+    def draw_mine() -> None:
+        for samples in mine:
+            parts.write(samples.start, draw(args, model, vae, method, samples))
+            bar.update(len(samples))
+        bar.close()
+
+    together(draw_mine)
+    if processes.is_main:  # the others need not wait
+        parts.assemble()
+        print(f"wrote {args.output}, {args.num_samples} images of {'x'.join(map(str, shape))}")
 
 
-def on_main(processes: Processes, function):
-    """Call a function on rank 0 and hand its result, or what was wrong, to every rank."""
-    outcome = None, None
-    if processes.is_main:
-        try:
-            outcome = function(), None
-        except (ValueError, OSError) as error:
-            outcome = None, error
-    result, error = distributed.from_main(outcome)
+def together(function):
+    """Call a function on every rank; where it fails on one, all end. Returns rank 0's result."""
+    result = error = None
+    try:
+        result = function()
+    except (ValueError, OSError) as caught:
+        error = caught
+    failed = distributed.any_rank(error is not None)
     if error is not None:
-        raise ValueError(error) if processes.is_main else SystemExit(2)
-    return result
+        raise error
+    if failed:
+        raise SystemExit(2)
+    return distributed.from_main(result)
 
 
 def say(processes: Processes, text: str) -> None:
@@ -300,10 +303,10 @@ def say(processes: Processes, text: str) -> None:
 
 def main(args: argparse.Namespace) -> None:
     processes = distributed.start(args.device)
-    try:
-        run(args, processes)
-    finally:
-        distributed.stop()
+    if processes.is_main:
+        cli.show_notes(args.notes)
+    run(args, processes)
+    distributed.stop()
 
 
 if __name__ == "__main__":

@@ -274,11 +274,23 @@ def _step_noise(x_t: Tensor, n: int, generator: torch.Generator | Sequence[torch
 # ---- decoding --------------------------------------------------------------------------------------
 
 
-def load_vae(spec: str, device: torch.device | str = "cpu"):
-    """diffusers' AutoencoderKL for `ema`, `mse` (fetched if absent) or a local folder. None for `none`."""
+def load_vae(spec: str, device: torch.device | str = "cpu", fetch: bool = True):
+    """diffusers' AutoencoderKL for `ema`, `mse` or a local folder. None for `none`.
+
+    An absent `ema` or `mse` is fetched, or with `fetch=False` (several processes would meet) a
+    FileNotFoundError.
+    """
     if spec == "none":
         return None
-    folder = download.fetch(f"vae-{spec}") if spec in ("ema", "mse") else Path(spec)
+    folder = Path(spec)
+    if spec in ("ema", "mse"):
+        name = f"vae-{spec}"
+        folder = download.FOLDER / Path(download.DOWNLOADS[name][0].path).parent
+        if not fetch and not (folder / "config.json").is_file():
+            raise FileNotFoundError(
+                f"{folder} does not exist; fetch it with `python download.py {name}`, or give --vae FOLDER"
+            )
+        folder = download.fetch(name)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"--vae {spec}: {folder}/config.json does not exist; use ema, mse, none or a VAE's folder"

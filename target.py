@@ -19,31 +19,35 @@ from router import LOGIT_LIMIT, Router, Schedule
 TOLERANCE = 0.01  # of what is saved: one point of CUR, or of the share of MACs
 EXTRA_STEPS = 0.25  # a run that has not met its target at its end goes on for this share of its steps
 _GAIN = 0.25  # e-folds of beta per update and root of what is missing
+_LOG_WEIGHTS = math.log(1e-15), math.log(1e6)  # beyond, more or less of it changes nothing
 _LEAST_HORIZON = 10  # updates: the memory of Adam's first moment
 
 
 @dataclass(frozen=True)
 class Target:
-    """A CUR, or a speed-up by MACs. Raises ValueError for what no schedule of T steps reaches."""
+    """A CUR, or a speed-up by MACs. Raises ValueError for what no schedule reaches."""
 
     kind: str  # "cur" or "speedup"
     value: float
     model: DiT
     num_steps: int
+    threshold: float = 0.1
+    even_rows: bool = False  # Learning-to-Cache reuses at even steps alone
 
     def __post_init__(self) -> None:
-        most = (self.num_steps - 1) / self.num_steps
-        if self.kind == "cur" and not 0 < self.value < most:
+        lowest = 1 / (1 + math.exp(LOGIT_LIMIT))
+        if self.threshold <= lowest:
             raise ValueError(
-                f"--target-cur {self.value:g} is outside 0 .. {most:.3g}: the first of "
-                f"{self.num_steps} steps is never reused"
+                f"--ste-threshold {self.threshold:g} reuses nothing: scores stay above {lowest:.2g}; with a "
+                "target give more"
             )
-        per_step = sum(self.model.branch_macs) + self.model.other_macs
-        most = 1 / (1 - most * sum(self.model.branch_macs) / per_step)
-        if self.kind == "speedup" and not 1 < self.value < most:
+        most = (self.num_steps // 2 if self.even_rows else self.num_steps - 1) / self.num_steps
+        cacheable = sum(self.model.branch_macs) / (sum(self.model.branch_macs) + self.model.other_macs)
+        least, most = (0, most) if self.kind == "cur" else (1, 1 / (1 - most * cacheable))
+        if not least < self.value < most:
             raise ValueError(
-                f"--target-speedup {self.value:g} is outside 1 .. {most:.3g}, what "
-                f"{self.num_steps} steps allow"
+                f"--target-{self.kind} {self.value:g} is outside {least} .. {most:.3g}, what "
+                f"{self.num_steps} steps allow" + (" at even steps alone" if self.even_rows else "")
             )
 
     @property
@@ -73,7 +77,8 @@ class RegWeightControl:
         coming = Router.from_logits(_extrapolated(router, optimizer, updates_left))
         missing = self.target.missing(coming.schedule(self.threshold))
         if abs(missing) > TOLERANCE / 4:  # the root: small errors that last are to be corrected, too
-            self.log_weight += _GAIN * updates * math.copysign(math.sqrt(abs(missing)), missing)
+            change = _GAIN * updates * math.copysign(math.sqrt(abs(missing)), missing)
+            self.log_weight = min(max(self.log_weight + change, _LOG_WEIGHTS[0]), _LOG_WEIGHTS[1])
 
     @property
     def reg_weight(self) -> float:
@@ -81,7 +86,7 @@ class RegWeightControl:
 
 
 def _extrapolated(router: Router, optimizer: torch.optim.AdamW, updates_left: float) -> Tensor:
-    """The logits (T, B) if every one went on as it moves now: to its limit, or to the end of the training."""
+    """The logits (T, B) if every one went on as it moves now, for half its range or to the training's end."""
     (group,) = optimizer.param_groups
     (beta1, beta2), lr = group["betas"], group["lr"]
     horizon = min(LOGIT_LIMIT / lr, max(updates_left, _LEAST_HORIZON))

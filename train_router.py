@@ -20,7 +20,6 @@ import argparse
 import math
 import os
 import time
-import warnings
 from pathlib import Path
 
 import torch
@@ -44,19 +43,14 @@ from training import Training, find_resumable, new_run_folder, read_checkpoint
 SETTINGS = (
     "method", "model", "image_size", "num_classes", "num_sampling_steps", "cfg_scale",
     "ste_threshold", "l1", "target_cur", "target_speedup", "cost", "lambda_c", "proxy", "data_loss",
-    "router_train", "data", "every_row", "lr", "global_batch_size", "global_seed", "precision",
+    "router_train", "rollout", "data", "every_row", "lr", "global_batch_size", "global_seed", "precision",
 )  # fmt: skip
 PUBLISHED = {"harmonica": {"lr": 0.01, "l1": 7e-8}, "l2c": {"lr": 0.001, "l1": 5e-6}}
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train a caching router for a frozen DiT.")
-    model = parser.add_argument_group("model")
-    model.add_argument("--model", default="DiT-XL/2", help="DiT-XL/2 and its family, or DiT-digits/2")
-    model.add_argument("--ckpt", help="checkpoint file or diffusers folder (default: the official one)")
-    model.add_argument("--random-weights", action="store_true", help="no checkpoint: for dry runs")
-    model.add_argument("--image-size", type=cli.positive_int, help="pixels (default 256)")
-    model.add_argument("--num-classes", type=cli.positive_int, help="default 1000")
+    cli.add_model_arguments(parser)
     method = parser.add_argument_group("method (defaults: the published ones for T = 10)")
     method.add_argument("--method", choices=METHODS, default="harmonica", help="default harmonica")
     method.add_argument("--num-sampling-steps", default="10", help="T, or a respacing such as ddim50")
@@ -76,6 +70,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     method.add_argument(
         "--router-train", choices=("soft", "ste"), default="soft",
         help="blend by the scores, or threshold them and pass the gradient straight through",
+    )  # fmt: skip
+    method.add_argument(
+        "--rollout", choices=("sdt", "one-step"), default="sdt",
+        help="train along the routed trajectory, or each step from an uncached one",
     )  # fmt: skip
     speed = parser.add_argument_group("speed: a weight, or the target that it is adjusted to")
     speed.add_argument("--l1", type=float, help="regularization weight beta (7e-8, l2c 5e-6); or its start")
@@ -120,18 +118,18 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def complete_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Fill in what the method decides, refuse what it cannot do, warn of what it does not read."""
-    unread = ["data", "every_row", "vae", "num_works"]
+    args.notes, unread = [], ["data", "every_row", "vae", "num_works"]
     if args.method == "l2c":
         unread = [
             name
-            for name in ("cfg_scale", "proxy", "lambda_c")
+            for name in ("cfg_scale", "proxy", "lambda_c", "rollout")
             if getattr(args, name) != parser.get_default(name)
         ]
         if not args.data:
             parser.error("--method l2c needs --data, an image folder, an .npz of latents or `digits`")
     for name in unread:
         if getattr(args, name):
-            warnings.warn(f"--{name.replace('_', '-')} has no effect with --method {args.method}")
+            args.notes.append(f"--{name.replace('_', '-')} has no effect with --method {args.method}")
     if args.l1 is not None and not 0 <= args.l1 < math.inf:
         parser.error(f"--l1 {args.l1:g} is no weight; give 0 or more")
     for name, value in PUBLISHED[args.method].items():
@@ -157,6 +155,10 @@ class Window:
 
     def add(self, train_steps: int, update: TrainStep) -> None:
         self._pending.append((train_steps, update))
+
+    def __len__(self) -> int:
+        """Losses that are still on the device."""
+        return len(self._pending)
 
     def settle(self) -> None:
         """Average what is pending over ranks and bring it to the host, in one exchange.
@@ -234,7 +236,9 @@ class Run:
     def finished(self) -> bool:
         """At the total; with a target, from then on when it is met, at the latest after the extra steps."""
         steps = self.training.train_steps
-        return steps >= self.last or (steps >= self.total and self.training.target_met)
+        if self.training.target is None or not self.total <= steps < self.last:
+            return steps >= self.last
+        return distributed.from_main(self.training.target_met)
 
     def train(self) -> None:
         training, args = self.training, self.args
@@ -243,16 +247,15 @@ class Run:
             while not self.finished:
                 training.mark_boundary()
                 self.run_round(bar)
-                self.window.settle()
-                if training.between_rounds:
-                    training.round_done(self.total)
+                if len(self.window) >= self.diffusion.num_timesteps:
+                    self.window.settle()
         if training.train_steps > self.start_step and training.train_steps % args.ckpt_every:
             self.checkpoint()
         if not training.target_met:
             missing = 100 * training.target.missing(training.schedule)
             self.log.info(
-                f"warning: the target was not met, the schedule is {missing:.1f} points short of it; "
-                "train longer (--max-steps) or with a higher --lr"
+                f"warning: the target was not met, {missing:+.1f} points are missing; train longer "
+                "(--max-steps), with a higher --lr or from another --l1"
             )
         self.log.info(
             f"finished {training.train_steps} train steps; the router is in {self.folder}/checkpoints"
@@ -269,6 +272,8 @@ class Run:
 
     def step_done(self, bar: tqdm) -> None:
         self.training.train_steps += 1
+        if self.training.between_rounds:  # before a checkpoint, which holds the state of the next round
+            self.training.round_done(self.total)
         bar.update()
         if self.training.train_steps % self.args.log_every == 0:
             self.log_line()
@@ -312,12 +317,15 @@ class Run:
 def choose_target(args: argparse.Namespace, model: DiT, diffusion: GaussianDiffusion) -> Target | None:
     for kind, value in (("cur", args.target_cur), ("speedup", args.target_speedup)):
         if value is not None:
-            return Target(kind, value, model, diffusion.num_timesteps)
+            even_rows = args.method == "l2c" and not args.every_row
+            return Target(kind, value, model, diffusion.num_timesteps, args.ste_threshold, even_rows)
     return None
 
 
 def main(args: argparse.Namespace) -> None:
     processes = distributed.start(args.device)
+    if processes.is_main:
+        cli.show_notes(args.notes)
     if args.global_batch_size % processes.world_size:
         raise ValueError(
             f"--global-batch-size {args.global_batch_size} cannot be shared by {processes.world_size} ranks, "
@@ -336,6 +344,7 @@ def main(args: argparse.Namespace) -> None:
     settings = {name: getattr(args, name) for name in SETTINGS}
     settings |= {"image_size": pixels_of(model), "num_classes": model.num_classes}
     settings["weights"] = weights_fingerprint(model)
+    settings["vae"] = args.vae if args.method == "l2c" else None
     run = Run(args, processes, model, diffusion, settings)
     run.open()
     if args.ckpt and args.random_weights:

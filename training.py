@@ -78,13 +78,14 @@ class Training:
                 for steps in (self.steps_per_round, total_steps - self.train_steps)
             ]
             self._control.update(self.router, self.optimizer, *per_row)
+            self._control.log_weight = distributed.from_main(self._control.log_weight)  # to the last bit
 
     def mark_boundary(self) -> None:
         """A round begins: this is the state that the checkpoints written during it resume from."""
         self._boundary = self._state()
 
     def _state(self) -> dict[str, Tensor]:
-        """Copies on the host of everything that the coming round depends on."""
+        """Copies of everything that the coming round depends on."""
         rows = list(self.router.rows)
         moments = [self.optimizer.state.get(row) or _fresh_moments(row) for row in rows]
         state = {key: torch.stack([m[key] for m in moments]) for key in _fresh_moments(rows[0])}
@@ -92,7 +93,7 @@ class Training:
         state["train_steps"] = torch.tensor(self.train_steps)
         if self._control:
             state["log_reg_weight"] = torch.tensor(self._control.log_weight, dtype=torch.float64)
-        return {f"resume.{name}": tensor.detach().clone().cpu() for name, tensor in state.items()}
+        return {f"resume.{name}": tensor.detach().clone() for name, tensor in state.items()}
 
     def save(self, folder: Path, settings: dict, **facts) -> Path:
         """Write the checkpoint of this train step; `facts` go into the router file's metadata."""
@@ -100,7 +101,8 @@ class Training:
             self.mark_boundary()
         path = folder / f"{self.train_steps:07d}.safetensors"
         facts |= {"train_steps": self.train_steps, "settings": settings}
-        save_router(path, self.router, tensors=self._boundary, **facts)
+        boundary = {name: tensor.cpu() for name, tensor in self._boundary.items()}
+        save_router(path, self.router, tensors=boundary, **facts)
         return path
 
     def load_state(self, state: dict[str, Tensor]) -> None:

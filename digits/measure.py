@@ -122,6 +122,7 @@ def pictures(x_0: Tensor) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
+    cli.show_notes(args.notes)
     model, judge = load_model(DIGITS_MODEL), Judge()
     method, plain = methods.load_method(args, model), methods.uncached(args, model)
     uncached = draw(args, model, plain)

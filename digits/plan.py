@@ -60,13 +60,14 @@ class Scale:
     speeds: dict[int, list[Speed]]
     updates: dict[int, int]
     lr: float
+    repeats: int  # of the latency
     ablations: bool
 
 
-FULL = Scale(2000, 5000, {10: 3, 20: 3, 50: 1}, SPEEDS, {10: 100, 20: 70, 50: 70}, 0.1, True)
+FULL = Scale(2000, 5000, {10: 3, 20: 3, 50: 1}, SPEEDS, {10: 100, 20: 70, 50: 70}, 0.1, 3, True)
 QUICK = Scale(
     200, 200, {10: 1, 20: 1, 50: 1}, {steps: speeds[2:3] for steps, speeds in SPEEDS.items()},
-    {10: 30, 20: 30, 50: 20}, 0.2, False,
+    {10: 30, 20: 20, 50: 12}, 0.2, 1, False,
 )  # fmt: skip
 
 
@@ -110,7 +111,7 @@ class Plan:
         ]
         if name.startswith("l2c"):
             limit = name == "l2c" and value > 1.9  # all that even rows can save: begin with a strong pull
-            arguments += ["--method", "l2c", "--data", "digits", "--l1", 3e-3 if limit else 1e-4]
+            arguments += ["--method", "l2c", "--data", "digits", "--l1", 0.1 if limit else 1e-4]
             arguments += ["--every-row"] if name == "l2c-every-row" else []
         else:  # a refresh of lambda costs T trajectories: one every T / 2, or ten where T is small
             arguments += ["--cfg-scale", cfg_scale, "--l1", 1e-6]
@@ -205,6 +206,7 @@ class Plan:
             ("router-train", "harmonica-ste", ("--router-train", "ste")),
             ("data-loss", "harmonica-eps", ("--data-loss", "eps")),
             ("cost", "harmonica-macs", ("--cost", "macs")),
+            ("rollout", "harmonica-one-step", ("--rollout", "one-step")),
         ):
             for seed in range(self.scale.seeds[num_steps]):
                 self.harmonica(num_steps, speed, seed, name, flags, facts={"group": group})

@@ -49,7 +49,8 @@ def judge() -> Judge:
 
 def is_done(folder: Path, task: Task) -> bool:
     if task.is_training:
-        return (folder / "routers" / f"{task.id}.safetensors").exists()
+        path = folder / "routers" / f"{task.id}.safetensors"
+        return path.exists() and load_router(path).info.get("train_arguments") == list(task.arguments)
     path = folder / "rows" / f"{task.id}.json"
     if not path.exists():
         return False
@@ -81,11 +82,13 @@ def train(folder: Path, task: Task) -> str:
     results = folder / "work" / task.id
     where = ["--results-dir", str(results), "--resume", "auto", "--device", "cpu"]
     train_router.main(train_router.parse_args([*task.arguments, *where]))
-    (run,) = results.glob("[0-9]*-*")
+    run = max(results.glob("[0-9]*-*"))  # one that was stopped before its first checkpoint is left behind
     router = load_router(find_router(run))
     (folder / "curves").mkdir(exist_ok=True)
-    shutil.copy(run / "metrics.jsonl", folder / "curves" / f"{task.id}.jsonl")
-    save_router(folder / "routers" / f"{task.id}.safetensors", router)
+    if (run / "metrics.jsonl").exists():  # not in a very short training
+        shutil.copy(run / "metrics.jsonl", folder / "curves" / f"{task.id}.jsonl")
+    path = folder / "routers" / f"{task.id}.safetensors"
+    save_router(path, router, train_arguments=task.arguments)
     return f"CUR {100 * router.info['cur']:.2f} %, {router.info['speedup_macs']:.3f}x by MACs"
 
 
@@ -151,15 +154,15 @@ def perform_all(folder: Path, tasks: list[Task], workers: int) -> list[str]:
                 try:
                     outcome = future.result()
                     done.add(task.id)
-                except (ValueError, OSError) as error:
-                    outcome = f"FAILED: {error}"
+                except Exception as error:  # one task's failure is not the others'
+                    outcome = f"FAILED: {type(error).__name__}: {error}"
                     failed.append(task.id)
                 seconds = time.monotonic() - began
                 print(f"[{len(done)}/{len(tasks)}] {task.id}: {outcome} ({seconds:.0f} s)", flush=True)
     return failed + [task.id for task in waiting]
 
 
-def measure_latencies(folder: Path, tasks: list[Task]) -> None:
+def measure_latencies(folder: Path, tasks: list[Task], repeats: int) -> None:
     """Latency of the main rows of seed 0, measured alone and in turn, one number of steps after the other."""
     torch.set_num_threads(1)
     model, groups = digits_model(), {}
@@ -176,7 +179,7 @@ def measure_latencies(folder: Path, tasks: list[Task]) -> None:
             args = measure.parse_args(row["arguments"])
             with contextlib.redirect_stdout(None):
                 settings.append((args, methods.load_method(args, model)))
-        medians = [statistics.median(times) for times in measure.latencies(settings, model)]
+        medians = [statistics.median(times) for times in measure.latencies(settings, model, repeats)]
         plain = medians[[row["method"] for row in rows].index("uncached")]
         found = {
             row["id"]: {
@@ -231,7 +234,8 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     folder = args.results_dir or ROOT / "results" / ("digits-quick" if args.quick else "digits")
     folder = folder.resolve()
-    tasks = plan(folder, QUICK if args.quick else FULL)
+    scale = QUICK if args.quick else FULL
+    tasks = plan(folder, scale)
     chosen = tasks
     if args.only:
         wanted = {task.id for task in tasks if args.only in task.id}
@@ -244,9 +248,11 @@ def main(args: argparse.Namespace) -> None:
     os.chdir(ROOT)  # router paths in commands are relative to it
     for name in ("rows", "routers", "curves", "work"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    failed = perform_all(folder, chosen, args.processes)
-    measure_latencies(folder, tasks)
-    write_results(folder, tasks)
+    try:
+        failed = perform_all(folder, chosen, args.processes)
+        measure_latencies(folder, tasks, scale.repeats)
+    finally:  # what is done can be looked at, whatever ended the rest
+        write_results(folder, tasks)
     print(f"wrote {folder}/study.json, table.md and report.html")
     if failed:
         raise ValueError(f"not done: {', '.join(failed)}; see {folder}/work/*.log and run again")

@@ -147,6 +147,12 @@ def test_latents_from_a_file(tmp_path):
     np.savez(tmp_path / "y.npz", latents=np.zeros((5, 4, 8, 8), np.float32), labels=np.arange(5))
     line = error_line(*TRAIN, "--data", tmp_path / "y.npz", "--results-dir", tmp_path / "no")
     assert "holds samples of shape (4, 8, 8), the model denoises (1, 8, 8)" in line
+    np.savez(tmp_path / "l.npz", latents=np.zeros((5, 1, 8, 8), np.float32), labels=np.arange(6, 11))
+    line = error_line(*TRAIN, "--data", tmp_path / "l.npz", "--results-dir", tmp_path / "no")
+    assert "5 latents and 5 labels; as many are needed, the labels within 0 .. 9" in line
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "x.npz").read_bytes()[:700])
+    line = error_line(*TRAIN, "--data", tmp_path / "cut.npz", "--results-dir", tmp_path / "no")
+    assert "cannot be read" in line
     np.savez(tmp_path / "z.npz", x=np.zeros(3))
     line = error_line(*TRAIN, "--data", tmp_path / "z.npz", "--results-dir", tmp_path / "no")
     assert "holds x; `latents` and `labels` are needed" in line

@@ -35,7 +35,7 @@ def test_what_is_written(plain):
         images = file["arr_0"]
     assert images.dtype == np.uint8
     assert images.shape == (75, 8, 8, 1)
-    facts = json.loads(plain.with_suffix(".json").read_text())
+    facts = json.loads(plain.with_name("plain.npz.settings.json").read_text())
     assert facts["accelerate_method"] == "fora"
     assert facts["seed"] == 5
     assert not list(plain.parent.glob("*.parts"))
@@ -88,6 +88,25 @@ def test_killed_and_run_again(plain, tmp_path):
     assert "holds these samples already" in run(*arguments)
 
 
+def test_killed_while_it_puts_things_in_place(plain, tmp_path):
+    """Each state between the last batch and the end: what is done is kept, what nobody answers for goes."""
+    output = tmp_path / "x.npz"
+    arguments = [*SAMPLE, "--num-samples", 75, "--output", output]
+    settings = plain.with_name("plain.npz.settings.json").read_bytes()
+    (tmp_path / "x.npz.settings.json").write_bytes(settings)  # killed before the .npz was in place
+    (tmp_path / "x.1234.part.npz").write_bytes(b"half a file")
+    parts = tmp_path / "x.npz.parts"
+    parts.mkdir()
+    np.save(parts / "0000000-00075.npy", np.zeros((75, 8, 8, 1), np.uint8))  # without settings: whose?
+    assert "75 to draw" in run(*arguments)
+    assert output.read_bytes() == plain.read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"x.npz", "x.npz.settings.json"}
+    parts.mkdir()  # killed while the parts were removed
+    (parts / "0000000-00032.npy").write_bytes(b"")
+    assert "holds these samples already" in run(*arguments)
+    assert not parts.exists()
+
+
 def test_batches_cover_what_is_missing_in_whole_blocks():
     missing = [*range(16, 48), *range(80, 100)]
     assert batches(missing, 32, 100) == [range(16, 48), range(80, 100)]
@@ -111,7 +130,7 @@ def test_wrong_use_is_one_line(plain, tmp_path, monkeypatch):
     )
     other = tmp_path / "other.npz"
     other.write_bytes(b"")
-    assert "not of this command" in error_line(*SAMPLE, "--output", other)
+    assert "exists, not of this command" in error_line(*SAMPLE, "--output", other)
     space = namedtuple("space", "free")(1000)
     monkeypatch.setattr("shutil.disk_usage", lambda _: space)
     new = tmp_path / "new.npz"

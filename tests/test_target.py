@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from commands import error_line, run
+from commands import error_line, run, torchrun
 
 from baselines import fora_schedule
 from router import Router, load_router
@@ -48,10 +48,15 @@ def test_beta_rises_while_too_little_is_coming_and_falls_after(digits):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--target-cur", 0.9], "--target-cur 0.9 is outside 0 .. 0.8"),
+        (["--target-cur", 0.9], "--target-cur 0.9 is outside 0 .. 0.8, what 5 steps allow"),
         (["--target-cur", 0], "--target-cur 0 is outside 0 .. 0.8"),
         (["--target-speedup", 6], "--target-speedup 6 is outside 1 .. 4.43, what 5 steps allow"),
         (["--target-speedup", 0.9], "--target-speedup 0.9 is outside 1 .."),
+        (["--target-cur", 0.3, "--ste-threshold", 0.001], "--ste-threshold 0.001 reuses nothing"),
+        (
+            ["--target-cur", 0.5, "--method", "l2c", "--data", "digits"],
+            "0 .. 0.4, what 5 steps allow at even",
+        ),
     ],
 )
 def test_out_of_reach_is_one_line(tmp_path, flags, message):
@@ -62,6 +67,17 @@ def test_out_of_reach_is_one_line(tmp_path, flags, message):
 def test_targets_exclude_each_other_and_need_a_weight():
     assert "not allowed with" in run(*TRAIN, "--target-cur", 0.5, "--target-speedup", 2, status=2)
     assert "--l1 0 cannot be adjusted" in run(*TRAIN, "--target-cur", 0.5, "--l1", 0, status=2)
+
+
+@pytest.mark.slow
+def test_two_processes_meet_the_same_target(tmp_path):
+    """Beta and the end of the run are one decision; the routers agree as without a target."""
+    arguments = [*TRAIN, "--target-cur", 0.3, "--max-steps", 40]
+    run(*arguments, "--results-dir", tmp_path / "one")
+    torchrun(2, *arguments, "--results-dir", tmp_path / "two")
+    one, two = (load_router(next((tmp_path / name).iterdir())) for name in ("one", "two"))
+    assert one.info["train_steps"] == two.info["train_steps"]
+    torch.testing.assert_close(one.logits, two.logits, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.slow
@@ -79,17 +95,18 @@ def test_target_is_reached_and_stored(tmp_path, digits, flag, value):
     assert saved == pytest.approx(value if flag == "--target-cur" else 1 - 1 / value, abs=0.01)
 
 
-def test_resumed_run_has_the_same_beta(tmp_path):
-    """Killed after its second checkpoint: logits and beta come out bit for bit."""
-    arguments = [*TRAIN, "--target-cur", 0.4, "--ckpt-every", 7, "--max-steps", 20]
+@pytest.mark.parametrize(("every", "kept"), [(7, 14), (5, 10)])  # inside a round, and between two
+def test_resumed_run_has_the_same_beta(tmp_path, every, kept):
+    """Killed after a checkpoint: logits and beta come out bit for bit."""
+    arguments = [*TRAIN, "--target-cur", 0.4, "--ckpt-every", every, "--max-steps", 20]
     run(*arguments, "--results-dir", tmp_path / "once")
     shutil.copytree(tmp_path / "once", tmp_path / "twice")
     checkpoints = next((tmp_path / "twice").iterdir()) / "checkpoints"
     for path in checkpoints.iterdir():
-        if path.stem > "0000014":
+        if int(path.stem) > kept:
             path.unlink()
     run(*arguments, "--results-dir", tmp_path / "twice", "--resume", "auto")
     once, twice = (load_router(next((tmp_path / name).iterdir())) for name in ("once", "twice"))
-    assert once.info["train_steps"] == twice.info["train_steps"] > 14
+    assert once.info["train_steps"] == twice.info["train_steps"] > kept
     assert torch.equal(once.logits, twice.logits)
     assert once.info["reg_weight"] == twice.info["reg_weight"]
