@@ -63,9 +63,9 @@ def test_plan_needs_only_what_is_planned_and_names_are_unique(full):
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """T = 10 at one speed, 20 samples, trainings of two updates a row, by the command itself."""
+    """T = 10 at one speed, 20 samples, trainings of six updates a row, by the command itself."""
     folder = tmp_path_factory.mktemp("study")
-    small = dataclasses.replace(QUICK, samples=20, samples_in_readme=20, updates={10: 2, 20: 2, 50: 2})
+    small = dataclasses.replace(QUICK, samples=20, samples_in_readme=20, updates={10: 6, 20: 6, 50: 6})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("digits.study.QUICK", small)
         patch.setattr("digits.measure.LATENCY_BATCH", 2)
