@@ -38,6 +38,7 @@ from digits.plan import FULL, QUICK, ROOT, Task, digits_model, plan
 from files import replacing
 from router import find_router, load_router, save_router
 from sampling import DIGITS_MODEL
+from tables import is_main
 
 HIDDEN = ("images", "arguments", "router_hash")  # of rows/ alone
 
@@ -167,7 +168,7 @@ def measure_latencies(folder: Path, tasks: list[Task], repeats: int) -> None:
     torch.set_num_threads(1)
     model, groups = digits_model(), {}
     for row in collect(folder, tasks):
-        if report.is_main(row) and row.get("train_seed") in (None, 0):
+        if is_main(row) and row.get("train_seed") in (None, 0):
             groups.setdefault(row["num_steps"], []).append(row)
     for num_steps, rows in sorted(groups.items()):
         path = folder / "latency" / f"T{num_steps}.json"

@@ -6,11 +6,12 @@ import re
 from collections import Counter
 
 import pytest
-from commands import error_line, run
+from commands import ROOT, error_line, run
 
 from digits import measure
 from digits.plan import FULL, QUICK, SPEEDS, plan
 from methods import load_method
+from router import load_router
 from sampling import build_model
 
 
@@ -59,6 +60,24 @@ def test_plan_needs_only_what_is_planned_and_names_are_unique(full):
     trained = [task for task in full if task.is_training]
     used = {need for task in full for need in task.needs}
     assert {task.id for task in trained} <= used
+
+
+RESULTS = ROOT / "results" / "digits"
+
+
+@pytest.mark.skipif(not (RESULTS / "study.json").exists(), reason="no study has been run")
+def test_committed_rows_are_matched_and_hold_their_routers(full):
+    """What results/digits says: trained routers meet their speed too, and a row's router has its CUR."""
+    planned = {task.id: task for task in full}
+    for row in json.loads((RESULTS / "study.json").read_text())["rows"]:
+        assert row["command"].split()[3:] == list(planned[row["id"]].arguments)
+        if row.get("speed"):
+            assert abs(row["speedup_macs"] / float(row["speed"]) - 1) < 0.04, row["id"]
+        if row["router"] and row.get("group") != "threshold":
+            router = load_router(RESULTS / row["router"])
+            assert router.schedule(0.1).cur == pytest.approx(row["cur"]), row["id"]
+        if row.get("group") == "target-cur":
+            assert abs(row["cur"] - row["variant"]) <= 0.01, row["id"]
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +157,19 @@ def test_report_is_one_file(study):
     assert "| harmonica |" in (folder / "table.md").read_text()
     names = {path.name for path in (folder / "pictures").glob("*.png")}
     assert {"images-T10.png", "schedules-T10.png", "lambda-T10.png", "mse-speedup_macs-T10.png"} <= names
+
+
+@pytest.mark.slow
+def test_report_takes_evaluations(study, tmp_path):
+    folder, _ = study
+    result = {"samples": "x/cached.npz", "n": 50, "fid": 3.25, "psnr": None}
+    (tmp_path / "one.json").write_text(json.dumps(result))
+    run("report.py", folder, "--evaluations", tmp_path / "one.json")
+    assert "<td>cached.npz</td><td>50</td><td>3.25</td>" in (folder / "report.html").read_text()
+    (tmp_path / "two.json").write_text("[]")
+    assert "is not what evaluate.py --output writes" in error_line(
+        "report.py", folder, "--evaluations", tmp_path / "two.json"
+    )
 
 
 def test_report_without_a_study_is_one_line(tmp_path):

@@ -1,0 +1,190 @@
+"""A study's rows as tables: seeds taken together, methods side by side, published numbers beside ours.
+
+A row is what digits/measure.py finds of one method, and what digits/study.py adds to it.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+MAIN_SPEED = "1.96"
+TOLERANCE = 0.04  # rows are matched in MACs within this; the others are marked
+# DiT-XL/2 on ImageNet 256 px, guidance 1.5, 50,000 samples, H800, as the HarmoniCa paper reports it:
+# T, method, CUR in %, latency in s at batch 8, FID. Steps of DDIM are its own number.
+PUBLISHED = [
+    (50, "uncached", 0, 1.767, 2.27), (50, "fewer-steps", 0, 1.379, 2.37),
+    (50, "l2c", 23.39, 1.419, 2.62), (50, "harmonica", 23.68, 1.361, 2.36),
+    (20, "uncached", 0, 0.658, 3.52), (20, "fewer-steps", 0, 0.466, 5.77),
+    (20, "l2c", 35.60, 0.468, 5.34), (20, "harmonica", 37.50, 0.456, 4.88),
+    (10, "uncached", 0, 0.332, 12.16), (10, "fewer-steps", 0, 0.299, 16.54),
+    (10, "l2c", 19.11, 0.279, 14.59), (10, "harmonica", 22.86, 0.270, 13.35),
+]  # fmt: skip
+FIGURES = (
+    "cur",
+    "speedup_macs",
+    "speedup_latency",
+    "digits_fid",
+    "fd_uncached",
+    "accuracy",
+    "mse",
+    "psnr",
+    "ssim",
+)
+# Head of a column, the figure it shows, and how.
+COLUMNS = [
+    ("CUR", "cur", lambda v: f"{100 * v:.1f} %"),
+    ("by MACs", "speedup_macs", lambda v: f"{v:.2f}x"),
+    ("measured", "speedup_latency", lambda v: f"{v:.2f}x"),
+    ("digits-FID", "digits_fid", lambda v: f"{v:.3f}"),
+    ("FD to uncached", "fd_uncached", lambda v: f"{v:.3f}"),
+    ("recognised", "accuracy", lambda v: f"{100 * v:.2f} %"),
+    ("PSNR", "psnr", lambda v: f"{v:.1f} dB"),
+    ("MSE", "mse", lambda v: f"{v:.2e}"),
+]
+
+
+def is_main(row: dict) -> bool:
+    """Whether a row belongs to the comparison rather than to an ablation."""
+    return not row.get("group") and row["sampler"] == "ddim" and row["cfg_scale"] == 1
+
+
+def grouped(rows: list[dict]) -> list[dict]:
+    """Rows that differ in their training seed alone, as one: mean, least and greatest of every figure."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        key = ("method", "num_steps", "speed", "cfg_scale", "sampler", "group", "variant")
+        groups.setdefault(tuple(row.get(name) for name in key), []).append(row)
+    result = []
+    for members in groups.values():
+        values = {name: [m[name] for m in members if m.get(name) is not None] for name in FIGURES}
+        values = {name: found for name, found in values.items() if found}
+        group = {
+            k: members[0].get(k) for k in ("method", "num_steps", "speed", "cfg_scale", "group", "variant")
+        }
+        group |= {"sampler": members[0]["sampler"], "seeds": len(members), "rows": members}
+        for name, function in (("mean", np.mean), ("least", min), ("greatest", max)):
+            group[name] = {figure: float(function(found)) for figure, found in values.items()}
+        result.append(group)
+    return result
+
+
+def deviation(group: dict) -> float:
+    """How far the speed-up by MACs of a group's worst row is from the speed asked, as a share of it."""
+    if not group["speed"]:
+        return 0.0
+    return max(abs(row["speedup_macs"] / float(group["speed"]) - 1) for row in group["rows"])
+
+
+def cells(group: dict) -> list[str]:
+    """The figures of a group as text; MSE with its range where there are several seeds."""
+    shown = []
+    for _, figure, show in COLUMNS:
+        text = show(group["mean"][figure]) if figure in group["mean"] else "-"
+        if figure == "speedup_macs" and deviation(group) > TOLERANCE:
+            text += " *"
+        if figure == "mse" and group["seeds"] > 1:
+            text += f" ({show(group['least'][figure])} to {show(group['greatest'][figure])})"
+        shown.append(text)
+    return shown
+
+
+HEADS = [head for head, _, _ in COLUMNS]
+
+
+def comparison_table(rows: list[dict], num_steps: int, speed: str | None = None) -> list[list[str]]:
+    groups = [g for g in grouped([row for row in rows if is_main(row)]) if g["num_steps"] == num_steps]
+    groups = [g for g in groups if speed is None or g["speed"] in (None, speed)]
+    groups.sort(key=lambda g: (float(g["speed"] or 0), g["mean"]["mse"]))
+    table = [["method", "speed asked", "seeds", *HEADS]]
+    for group in groups:
+        asked = f"{group['speed']}x" if group["speed"] else "-"
+        table.append([group["method"], asked, str(group["seeds"]), *cells(group)])
+    return table
+
+
+def ablation_table(rows: list[dict]) -> list[list[str]]:
+    table = [["of", "method", "variant", "steps", "guidance", "sampler", "seeds", *HEADS]]
+    for group in grouped([row for row in rows if not is_main(row) and row.get("group") != "target-cur"]):
+        of = group["group"] or ("guidance" if group["cfg_scale"] != 1 else "sampler")
+        variant = "-" if group["variant"] is None else str(group["variant"])
+        name = [of, group["method"], variant, str(group["num_steps"]), f"{group['cfg_scale']:g}"]
+        table.append([*name, group["sampler"].upper(), str(group["seeds"]), *cells(group)])
+    return table
+
+
+def target_table(rows: list[dict]) -> list[list[str]]:
+    table = [["asked CUR", "train seed", "reached CUR", "by MACs", "MSE"]]
+    for row in (row for row in rows if row.get("group") == "target-cur"):
+        reached = [f"{100 * row['cur']:.2f} %", f"{row['speedup_macs']:.2f}x", f"{row['mse']:.2e}"]
+        table.append([f"{100 * row['variant']:.0f} %", str(row["train_seed"]), *reached])
+    return table
+
+
+def published_table(rows: list[dict]) -> list[list[str]]:
+    """The paper's DiT-XL/2 beside our digits, as ratios to uncached: those can be put side by side."""
+    table = [
+        [
+            "steps",
+            "method",
+            "paper: CUR",
+            "speed-up",
+            "FID / uncached",
+            "ours: CUR",
+            "speed-up",
+            "digits-FID / uncached",
+        ]
+    ]
+    groups = grouped([row for row in rows if is_main(row)])
+    for num_steps, method, cur, latency, fid in PUBLISHED:
+        base = next(row for row in PUBLISHED if row[0] == num_steps)
+        ours = [g for g in groups if g["num_steps"] == num_steps]
+        plain = next((g for g in ours if g["method"] == "uncached"), None)
+        candidates = [g for g in ours if g["method"] == method]
+        line = [str(num_steps), method, f"{cur:.2f} %" if cur else "-"]
+        line += [f"{base[3] / latency:.2f}x", f"{fid / base[4]:.3f}"]
+        if plain and candidates:
+            near = min(candidates, key=lambda g: abs(g["mean"]["speedup_macs"] - base[3] / latency))
+            ratio = near["mean"]["digits_fid"] / plain["mean"]["digits_fid"]
+            mean = near["mean"]
+            line += [f"{100 * mean['cur']:.1f} %", f"{mean['speedup_macs']:.2f}x", f"{ratio:.3f}"]
+        else:
+            line += ["-"] * 3
+        table.append(line)
+    return table
+
+
+def evaluation_table(files: list[Path]) -> list[list[str]]:
+    """What evaluate.py found of files of samples, a row each. Raises ValueError for another kind of file."""
+    heads = [
+        "samples",
+        "n",
+        "fid",
+        "sfid",
+        "inception_score",
+        "precision",
+        "recall",
+        "mse",
+        "psnr",
+        "ssim",
+        "lpips",
+    ]
+    table = [heads]
+    for file in files:
+        try:
+            found = json.loads(file.read_text())
+            table.append([Path(found["samples"]).name])
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise ValueError(f"{file} is not what evaluate.py --output writes") from None
+        for head in heads[1:]:
+            value = found.get(head)
+            table[-1].append(
+                "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+            )
+    return table
+
+
+def markdown(table: list[list[str]]) -> str:
+    head, *body = table
+    lines = ["| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *body)]
+    return "\n".join(lines) + "\n"
