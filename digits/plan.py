@@ -125,9 +125,8 @@ class Plan:
         cfg_scale, sampler = facts.pop("cfg_scale", 1.0), facts.pop("sampler", "ddim")
         id = "-".join(str(part) for part in (method, f"T{num_steps}", *facts.values()) if part is not None)
         id += (f"-cfg{cfg_scale:g}" if cfg_scale != 1 else "") + ("-ddpm" if sampler == "ddpm" else "")
-        speed, seed = facts.get("speed"), facts.get("train_seed")
-        shown = method == "uncached" or (speed == "1.96" and seed in (None, 0) and "group" not in facts)
-        shown = shown and num_steps < 50 and sampler == "ddim"
+        shown = method == "uncached" or (facts.get("speed") == "1.96" and "group" not in facts)
+        shown = shown and num_steps < 50 and sampler == "ddim"  # in the README
         samples = self.scale.samples_in_readme if shown and cfg_scale == 1 else self.scale.samples
         arguments = ["--num-sampling-steps", num_steps, "--cfg-scale", cfg_scale, "--samples", samples]
         arguments += (["--p-sample"] if sampler == "ddpm" else []) + flags

@@ -14,10 +14,12 @@ from methods import load_method
 from router import load_router
 from sampling import build_model
 
+RESULTS = ROOT / "results" / "digits"
+
 
 @pytest.fixture(scope="module")
-def full(tmp_path_factory):
-    return plan(tmp_path_factory.mktemp("study"), FULL)
+def full():
+    return plan(RESULTS, FULL)
 
 
 def test_plan_compares_every_method_at_three_speeds(full):
@@ -60,9 +62,6 @@ def test_plan_needs_only_what_is_planned_and_names_are_unique(full):
     trained = [task for task in full if task.is_training]
     used = {need for task in full for need in task.needs}
     assert {task.id for task in trained} <= used
-
-
-RESULTS = ROOT / "results" / "digits"
 
 
 @pytest.mark.skipif(not (RESULTS / "study.json").exists(), reason="no study has been run")
@@ -136,7 +135,7 @@ def test_row_is_measured_again_by_its_command(study, monkeypatch):
     python, dash_m, module, *arguments = row["command"].split()
     assert (python, dash_m, module) == ("python", "-m", "digits.measure")
     monkeypatch.setattr("digits.measure.LATENCY_BATCH", 2)
-    again = json.loads(run(module, *arguments).splitlines()[-1])
+    again = json.loads(re.findall(r"^{.*}$", run(module, *arguments), re.MULTILINE)[-1])
     for figure in ("cur", "speedup_macs", "digits_fid", "fd_uncached", "mse", "psnr", "ssim", "accuracy"):
         assert again[figure] == pytest.approx(row[figure], rel=1e-3), figure
 
