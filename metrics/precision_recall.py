@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def precision_recall(
-    features: Tensor, reference: Tensor, k: int = 3, block: int = 1000
+    features: Tensor, reference: Tensor, k: int = 3, block: int = 250
 ) -> tuple[float, float]:
     """Share of samples within reach of the reference, and of the reference within reach of the samples.
 
