@@ -4,7 +4,7 @@
     python -m digits.measure --num-sampling-steps 10 --accelerate-method dynamiclayer --path ROUTER
 
 Every row of the digits study holds such a line. `speedup_macs` and `speedup_latency` are relative to the
-uncached chain; latency is that of the denoising loop for one batch of 32, the median of some repeats in turn
+uncached chain; latency is that of the denoising loop for one batch of 16, the median of some repeats in turn
 with it.
 """
 
@@ -27,7 +27,7 @@ from models import DiT
 from sampling import DIGITS_MODEL, decode, generate_seeded, load_model, timed
 
 SHOWN = 10  # samples of every method that the report draws
-LATENCY_BATCH, REPEATS = 32, 3
+LATENCY_BATCH, REPEATS = 16, 3
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
