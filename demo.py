@@ -24,9 +24,8 @@ import cli
 from baselines import full_schedule
 from diffusion import create_diffusion
 from digits.classifier import Judge
+from digits.measure import fidelity
 from files import replacing
-from metrics.frechet import frechet_distance
-from metrics.paired import mse
 from models import DiT
 from pictures import comparison, schedule_heat_map
 from router import Router, Schedule, load_router
@@ -82,17 +81,12 @@ def measure(
     model: DiT, judge: Judge, x_0: Tensor, labels: Tensor, uncached: Tensor, method: str, schedule: Schedule
 ) -> dict:
     """One row of the table."""
-    to_uncached = frechet_distance(*judge.statistics(x_0), *judge.statistics(uncached))
     return {
         "method": method,
         "num_steps": schedule.num_steps,
         "cur": schedule.cur,
         "macs_per_image": schedule.macs(model),
-        "digits_fid": judge.digits_fid(x_0),
-        "fd_uncached": to_uncached,
-        "accuracy": judge.accuracy(x_0, labels),
-        "mse": mse(x_0, uncached),
-    }
+    } | fidelity(judge, x_0, uncached, labels)
 
 
 # Head of a column, what it shows of a row, and how.

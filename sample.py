@@ -32,7 +32,7 @@ from metrics.paired import mse, psnr
 from models import DiT
 from pictures import branch_types, comparison, sheet
 from router import Schedule
-from sampling import decode, generate_seeded, is_latent, load_model, load_vae, timed
+from sampling import choose_vae, decode, generate_seeded, is_latent, load_model, load_vae, timed
 
 PUBLISHED_LABELS = [207, 360, 387, 974, 88, 979, 417, 279]
 
@@ -135,17 +135,6 @@ def check_writable(path: Path, suffixes: list[str]) -> None:
         raise PermissionError(f"{path} cannot be written; give a file in a writable folder")
 
 
-def choose_vae(args: argparse.Namespace, model: DiT, device: torch.device):
-    if not is_latent(model):
-        if args.vae not in (None, "none"):
-            warnings.warn(f"--vae {args.vae} has no effect: {args.model} works on pixels", stacklevel=2)
-        return None
-    spec = args.vae or ("none" if args.random_weights else "ema")
-    if spec == "none":
-        print("no VAE: the picture is a preview of the latents' first three channels")
-    return load_vae(spec, device)
-
-
 def main(args: argparse.Namespace) -> None:
     cli.show_notes(args.notes)
     device = cli.choose_device(args.device)
@@ -162,7 +151,9 @@ def main(args: argparse.Namespace) -> None:
     )
     method = methods.load_method(args, model)
     labels = choose_labels(args, model)
-    vae = choose_vae(args, model, device)
+    vae = load_vae(choose_vae(args.vae, model, args.random_weights), device)
+    if vae is None and is_latent(model):
+        print("no VAE: the picture is a preview of the latents' first three channels")
     sampler = "ddpm" if args.p_sample else "ddim"
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     default = "" if args.ddim_sample or args.p_sample else " (the default)"

@@ -17,7 +17,6 @@ import json
 import os
 import re
 import shutil
-import warnings
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -38,6 +37,7 @@ from methods import Method
 from models import DiT
 from sampling import (
     SAMPLING_STREAM,
+    choose_vae,
     decode,
     draw_labels,
     find_checkpoint,
@@ -243,9 +243,7 @@ def run(args: argparse.Namespace, processes: Processes) -> None:
     model = load_model(
         args.model, args.ckpt, args.image_size, args.num_classes, processes.device, dtype, args.random_weights
     )
-    spec = (args.vae or ("none" if args.random_weights else "ema")) if is_latent(model) else "none"
-    if args.vae not in (None, spec):
-        warnings.warn(f"--vae {args.vae} has no effect: {args.model} works on pixels")
+    spec = choose_vae(args.vae, model, args.random_weights)
     vae = load_vae(spec, processes.device, fetch=processes.world_size == 1)
     with contextlib.nullcontext() if processes.is_main else contextlib.redirect_stdout(None):
         method = methods.load_method(args, model)

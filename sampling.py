@@ -274,6 +274,15 @@ def _step_noise(x_t: Tensor, n: int, generator: torch.Generator | Sequence[torch
 # ---- decoding --------------------------------------------------------------------------------------
 
 
+def choose_vae(given: str | None, model: DiT, random_weights: bool) -> str:
+    """The spec for `load_vae`: what `--vae` gave, or its default; `none` for a model of pixels."""
+    if is_latent(model):
+        return given or ("none" if random_weights else "ema")
+    if given not in (None, "none"):
+        warnings.warn(f"--vae {given} has no effect: this model works on pixels", stacklevel=2)
+    return "none"
+
+
 def load_vae(spec: str, device: torch.device | str = "cpu", fetch: bool = True):
     """diffusers' AutoencoderKL for `ema`, `mse` or a local folder. None for `none`.
 

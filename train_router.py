@@ -79,7 +79,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     speed.add_argument("--l1", type=float, help="regularization weight beta (7e-8, l2c 5e-6); or its start")
     target = speed.add_mutually_exclusive_group()
     target.add_argument("--target-cur", type=float, metavar="X", help="share of branches reused, 0 .. 1")
-    target.add_argument("--target-speedup", type=float, metavar="X", help="speed-up by MACs")
+    target.add_argument(
+        "--target-speedup",
+        type=float,
+        metavar="X",
+        help="speed-up by MACs; a run may go on for a quarter of its steps to meet it",
+    )
     speed.add_argument(
         "--cost", choices=("count", "macs"), default="count", help="what beta weighs a branch by"
     )
@@ -245,7 +250,8 @@ class Run:
         hidden = None if self.processes.is_main else True  # None: shown on a terminal
         with tqdm(total=self.total, initial=training.train_steps, unit="step", disable=hidden) as bar:
             while not self.finished:
-                training.mark_boundary()
+                if self.rounds.steps_per_round > 1:  # else a checkpoint is between rounds and marks it itself
+                    training.mark_boundary()
                 self.run_round(bar)
                 if len(self.window) >= self.diffusion.num_timesteps:
                     self.window.settle()

@@ -86,13 +86,22 @@ def latencies(
     return times
 
 
+def fidelity(judge: Judge, x_0: Tensor, uncached: Tensor, labels: Tensor) -> dict[str, float]:
+    """How far samples are from the data and from the uncached ones of the same noise."""
+    return {
+        "digits_fid": judge.digits_fid(x_0),
+        "fd_uncached": frechet_distance(*judge.statistics(x_0), *judge.statistics(uncached)),
+        "accuracy": judge.accuracy(x_0, labels),
+        "mse": mse(x_0, uncached),
+    }
+
+
 def compare(
     args: argparse.Namespace, model: DiT, judge: Judge, method: Method, own: Tensor, plain: Tensor
 ) -> dict:
     """The figures of a row, from its samples and the uncached ones."""
     labels = torch.arange(args.samples) % model.num_classes
     images, plain_images = decode(own), decode(plain)
-    statistics_of = judge.statistics
     num_steps = methods.uncached(args, model).diffusion.num_timesteps
     peak = psnr(images, plain_images)
     return {
@@ -100,10 +109,7 @@ def compare(
         "executed_steps": method.diffusion.num_timesteps,
         "cur": method.schedule.cur if method.schedule else 0.0,
         "speedup_macs": method.speedup_macs(model, num_steps),
-        "digits_fid": judge.digits_fid(own),
-        "fd_uncached": frechet_distance(*statistics_of(own), *statistics_of(plain)),
-        "accuracy": judge.accuracy(own, labels),
-        "mse": mse(own, plain),
+        **fidelity(judge, own, plain, labels),
         "psnr": None if peak == float("inf") else peak,  # JSON has no infinity
         "ssim": ssim(images, plain_images).mean().item(),
         "cfg_scale": args.cfg_scale,

@@ -15,6 +15,7 @@ from sampling import DIGITS_MODEL, load_model
 ROOT = Path(__file__).parents[1]
 RANDOM_CURS = np.arange(0.005, 0.9, 0.0025)  # among which `random` finds a speed
 ABLATION_STEPS, ABLATION_SPEED = 10, "1.96"
+README_STEPS = 10  # of the table in the README, at the same speed: rows with more samples
 MILD = 1.25  # a third speed for Learning-to-Cache, which can reuse every other step at most
 
 
@@ -64,7 +65,7 @@ class Scale:
     ablations: bool
 
 
-FULL = Scale(2000, 5000, {10: 3, 20: 3, 50: 1}, SPEEDS, {10: 100, 20: 70, 50: 70}, 0.1, 3, True)
+FULL = Scale(2000, 5000, {10: 3, 20: 3, 50: 1}, SPEEDS, {10: 100, 20: 50, 50: 40}, 0.1, 3, True)
 QUICK = Scale(
     200, 200, {10: 1, 20: 1, 50: 1}, {steps: speeds[2:3] for steps, speeds in SPEEDS.items()},
     {10: 30, 20: 20, 50: 12}, 0.2, 1, False,
@@ -125,8 +126,8 @@ class Plan:
         cfg_scale, sampler = facts.pop("cfg_scale", 1.0), facts.pop("sampler", "ddim")
         id = "-".join(str(part) for part in (method, f"T{num_steps}", *facts.values()) if part is not None)
         id += (f"-cfg{cfg_scale:g}" if cfg_scale != 1 else "") + ("-ddpm" if sampler == "ddpm" else "")
-        shown = method == "uncached" or (facts.get("speed") == "1.96" and "group" not in facts)
-        shown = shown and num_steps < 50 and sampler == "ddim"  # in the README
+        shown = method == "uncached" or (facts.get("speed") == ABLATION_SPEED and "group" not in facts)
+        shown = shown and num_steps == README_STEPS and sampler == "ddim"
         samples = self.scale.samples_in_readme if shown and cfg_scale == 1 else self.scale.samples
         arguments = ["--num-sampling-steps", num_steps, "--cfg-scale", cfg_scale, "--samples", samples]
         arguments += (["--p-sample"] if sampler == "ddpm" else []) + flags
@@ -195,11 +196,8 @@ class Plan:
                     self.random(num_steps, speed, seed)
                 self.trained(num_steps, speed, seed)
 
-    def ablations(self) -> None:
-        """At T = 10 and one speed, seed 0; `group` says of what."""
-        num_steps = ABLATION_STEPS
-        (speed,) = (one for one in SPEEDS[num_steps] if f"{one.target:g}" == ABLATION_SPEED)
-        router = self.harmonica(num_steps, speed, 0)  # the same as above, no second training
+    def variants(self, seeds: range) -> None:
+        """Ablations of the training at T = 10 and one speed; `group` says of what."""
         for group, name, flags in (
             ("proxy", "harmonica-no-proxy", ("--proxy", "none")),
             ("router-train", "harmonica-ste", ("--router-train", "ste")),
@@ -207,8 +205,13 @@ class Plan:
             ("cost", "harmonica-macs", ("--cost", "macs")),
             ("rollout", "harmonica-one-step", ("--rollout", "one-step")),
         ):
-            for seed in range(self.scale.seeds[num_steps]):
-                self.harmonica(num_steps, speed, seed, name, flags, facts={"group": group})
+            for seed in seeds:
+                self.harmonica(ABLATION_STEPS, ablation_speed(), seed, name, flags, facts={"group": group})
+
+    def settings(self) -> None:
+        """Threshold, learning rate, guidance and sampler; seed 0."""
+        num_steps, speed = ABLATION_STEPS, ablation_speed()
+        router = self.harmonica(num_steps, speed, 0)  # the same as above, no second training
         for threshold in (0.02, 0.05, 0.2, 0.3, 0.5, 0.7, 0.9):
             flags = [*dynamic(), "--thres", threshold]
             self.row(
@@ -242,10 +245,13 @@ class Plan:
 
     def full_length(self) -> None:
         """The published 20,000 train steps at the published learning rate."""
-        for speed in (one for one in SPEEDS[10] if f"{one.target:g}" == ABLATION_SPEED):
-            for name, flags in (("harmonica", ()), ("harmonica-paper", ("--proxy", "paper"))):
-                changes = {"lr": 0.01, "updates": 2000, "facts": {"group": "full-length"}}
-                self.harmonica(10, speed, 0, f"{name}-20k", flags, **changes)
+        for name, flags in (("harmonica", ()), ("harmonica-paper", ("--proxy", "paper"))):
+            changes = {"lr": 0.01, "updates": 2000, "facts": {"group": "full-length"}}
+            self.harmonica(ABLATION_STEPS, ablation_speed(), 0, f"{name}-20k", flags, **changes)
+
+
+def ablation_speed() -> Speed:
+    return next(one for one in SPEEDS[ABLATION_STEPS] if f"{one.target:g}" == ABLATION_SPEED)
 
 
 def dynamic(method: str = "dynamiclayer") -> list[str]:
@@ -271,13 +277,17 @@ def plan(folder: Path, scale: Scale) -> list[Task]:
     tasks = Plan(folder, scale)
     tasks.compare(10)
     if scale.ablations:
-        tasks.ablations()
         tasks.targets()
     tasks.compare(20, range(1))
+    if scale.ablations:
+        tasks.variants(range(1))
+        tasks.settings()
     tasks.compare(50)
     if scale.ablations:
         tasks.full_length()
     tasks.compare(20)
+    if scale.ablations:
+        tasks.variants(range(scale.seeds[ABLATION_STEPS]))
     return list(tasks.tasks.values())
 
 

@@ -6,7 +6,7 @@
 `digits/plan.py` says what is trained and measured, in the order in which it is done; each row of `study.json`
 holds the command that measures it again, and the one that trained its router. Trainings and rows that are
 already there are not repeated. Leaves: study.json, table.md, report.html and pictures/; routers/; curves/,
-rows/ and latency/ (what the report is made of); work/ (what can be deleted).
+rows/ and latency/ (what the report is made of); scratch/ (what can be deleted).
 """
 
 import argparse
@@ -67,7 +67,7 @@ def router_hash(folder: Path, task: Task) -> str | None:
 
 def perform(folder: Path, task: Task) -> str:
     """Do one task in this process; returns a word on the outcome."""
-    with quietly(folder / "work" / f"{task.id}.log"):
+    with quietly(folder / "scratch" / f"{task.id}.log"):
         return train(folder, task) if task.is_training else measure_row(folder, task)
 
 
@@ -80,7 +80,7 @@ def quietly(log: Path) -> Iterator[None]:
 
 def train(folder: Path, task: Task) -> str:
     """Run train_router.py's main, keep the router without its training state, and its curves."""
-    results = folder / "work" / task.id
+    results = folder / "scratch" / task.id
     where = ["--results-dir", str(results), "--resume", "auto", "--device", "cpu"]
     train_router.main(train_router.parse_args([*task.arguments, *where]))
     run = max(results.glob("[0-9]*-*"))  # one that was stopped before its first checkpoint is left behind
@@ -110,9 +110,9 @@ def measure_row(folder: Path, task: Task) -> str:
 
 
 def uncached_samples(folder: Path, args: argparse.Namespace) -> torch.Tensor:
-    """x_0 that a row is compared with, from work/ where a row before drew as many."""
+    """x_0 that a row is compared with, from scratch/ where a row before drew as many."""
     setting = f"T{args.num_sampling_steps}-cfg{args.cfg_scale:g}-{measure.sampler_of(args)}-seed{args.seed}"
-    path = folder / "work" / f"uncached-{setting}.npy"
+    path = folder / "scratch" / f"uncached-{setting}.npy"
     if path.exists() and len(x_0 := np.load(path, mmap_mode="r")) >= args.samples:
         return torch.from_numpy(x_0[: args.samples].copy())
     x_0 = measure.draw(args, digits_model(), methods.uncached(args, digits_model()))
@@ -247,7 +247,7 @@ def main(args: argparse.Namespace) -> None:
             print("done " if is_done(folder, task) else "     ", task.id, *task.arguments)
         return
     os.chdir(ROOT)  # router paths in commands are relative to it
-    for name in ("rows", "routers", "curves", "work"):
+    for name in ("rows", "routers", "curves", "scratch"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     try:
         failed = perform_all(folder, chosen, args.processes)
@@ -256,7 +256,7 @@ def main(args: argparse.Namespace) -> None:
         write_results(folder, tasks)
     print(f"wrote {folder}/study.json, table.md and report.html")
     if failed:
-        raise ValueError(f"not done: {', '.join(failed)}; see {folder}/work/*.log and run again")
+        raise ValueError(f"not done: {', '.join(failed)}; see {folder}/scratch/*.log and run again")
 
 
 if __name__ == "__main__":

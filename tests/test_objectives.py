@@ -4,6 +4,8 @@ import pytest
 import torch
 from conftest import relative_error
 
+from cache import SoftCache
+from denoiser import Denoiser
 from diffusion import create_diffusion
 from models import DiT
 from objectives import PROXY_DEFINITIONS, Variant, image_error_proxy, train_pair, train_trajectory
@@ -305,3 +307,19 @@ def test_thresholded_proxy_is_that_of_a_router_of_zeros_and_ones(tiny_model, ten
         setting = (noise, labels, 1.5, 0.1, definition)
         proxy = image_error_proxy(tiny_model, ten_steps, router, *setting, thresholded=True)
         torch.testing.assert_close(proxy, image_error_proxy(tiny_model, ten_steps, hard, *setting))
+
+
+def test_one_step_training_starts_every_step_from_the_uncached_trajectory(tiny_model, ten_steps, tiny_batch):
+    """By hand: x_t uncached, the store filled in full at the step before, one routed step."""
+    noise, labels = tiny_batch
+    torch.manual_seed(0)
+    router = Router(10, 4)
+    updates = one_trajectory(tiny_model, ten_steps, tiny_batch, router, Variant(one_step=True))
+    denoise, scores = Denoiser(tiny_model, ten_steps, labels, 1.5), router.scores().detach()
+    x_t = denoise.start(noise)
+    for update in updates:
+        cache = SoftCache(scores, 0.1)
+        x_t = ten_steps.ddim_step(denoise(x_t, update.step + 1, cache), x_t, update.step + 1)
+        plain, routed = denoise(x_t, update.step), denoise(x_t, update.step, cache)
+        torch.testing.assert_close(update.data_loss, (plain - routed).square().mean())
+    assert [update.step for update in updates] == list(range(8, -1, -1))
