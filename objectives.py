@@ -13,11 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cache import SoftCache
+from cache import SoftCache, sampling_cache
 from denoiser import Denoiser
 from diffusion import GaussianDiffusion
 from models import DiT
-from router import Router
+from router import Router, Schedule
 
 PROXY_DEFINITIONS = ("released", "paper")
 
@@ -123,6 +123,33 @@ def train_pair(
     losses = _losses(difference, cache.scores[step - 1], 1.0, reg_weight, variant)
     _update(router, optimizer, step - 1, losses[0])
     return TrainStep(step - 1, *(loss.detach() for loss in losses))
+
+
+@torch.no_grad()
+def step_errors(
+    model: DiT,
+    diffusion: GaussianDiffusion,
+    schedule: Schedule | None,
+    noise: Tensor,
+    labels: Tensor,
+    cfg_scale: float,
+    forecast_order: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """What SDT trains on, of a schedule as it is sampled: (T,) data loss of every step, and of eps alone.
+
+    The mean squared difference per element between the routed and the uncached model output from the same
+    x_t, along the routed trajectory; 0 where nothing is reused. Arguments as in `sampling.generate`.
+    """
+    denoise = Denoiser(model, diffusion, labels, cfg_scale)
+    cache = None if schedule is None else sampling_cache(schedule, forecast_order)
+    x_t, errors = denoise.start(noise), []
+    for step in reversed(range(diffusion.num_timesteps)):
+        routed = denoise(x_t, step, cache)
+        squares = (denoise(x_t, step) - routed).square()
+        errors.append(torch.stack([squares.mean(), Variant(eps_only=True).compared(squares, model).mean()]))
+        x_t = diffusion.ddim_step(routed, x_t, step)
+    of_all, of_eps = torch.stack(errors[::-1], dim=1)
+    return of_all, of_eps
 
 
 def _losses(

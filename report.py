@@ -28,6 +28,7 @@ from tables import (
     grouped,
     is_main,
     markdown,
+    objective_table,
     published_table,
     target_table,
 )
@@ -75,39 +76,46 @@ def schedule_pictures(study: Path, folder: Path, rows: list[dict]) -> list[tuple
 
 
 def curve_pictures(study: Path, folder: Path, rows: list[dict]) -> list[tuple[str, dict]]:
-    """Lambda over steps, and CUR, loss and beta over training, for seed 0 at the main speed."""
     found = []
     for num_steps in sorted({row["num_steps"] for row in rows}, reverse=True):
-        curves = {}
-        for row in rows:
-            shown = is_main(row) and row["num_steps"] == num_steps and row.get("speed") == MAIN_SPEED
-            if not (shown and row["router"] and row["train_seed"] == 0) or row["method"].startswith("taylor"):
-                continue
-            path = study / "curves" / f"{Path(row['router']).stem}.jsonl"
-            if path.exists():
-                curves[row["method"]] = [json.loads(line) for line in path.read_text().splitlines()]
-        steps = np.arange(num_steps - 1)
+        compared = [row for row in rows if is_main(row) and row["num_steps"] == num_steps]
+        found += training_pictures(study, folder, compared, f"T{num_steps}", f"T = {num_steps}")
+    longest = [row for row in rows if row.get("group") == "full-length"]
+    return found + training_pictures(study, folder, longest, "full-length", "The published length")
+
+
+def training_pictures(
+    study: Path, folder: Path, rows: list[dict], name: str, caption: str
+) -> list[tuple[str, dict]]:
+    """Lambda over steps, and CUR, loss and beta over training, for seed 0 at the main speed."""
+    curves, found = {}, []
+    for row in rows:
+        shown = row.get("speed") == MAIN_SPEED and row["router"] and row["train_seed"] == 0
+        path = study / "curves" / f"{Path(row['router'] or '').stem}.jsonl"
+        if shown and not row["method"].startswith("taylor") and path.exists():
+            curves[row["method"]] = [json.loads(line) for line in path.read_text().splitlines()]
+    weights = {
+        method: np.array(lines[-1]["proxy_weights"][:-1])
+        for method, lines in curves.items() if method.startswith("harmonica")
+    }  # fmt: skip
+    if weights:
+        series = [(method, np.arange(len(values)), values) for method, values in weights.items()]
+        draw = charts.lines(series, ("step (executed from right to left)", "lambda"), log=True)
+        pictures = charts.save(folder, f"lambda-{name}", draw, (6.6, 3.6))
+        found.append((f"{caption}: lambda at the last refresh", pictures))
+    for key, label, log in (
+        ("cur", "CUR", False),
+        ("data_loss", "data loss", True),
+        ("reg_weight", "beta", True),
+    ):
         series = [
-            (name, steps, np.array(lines[-1]["proxy_weights"][:-1]))
-            for name, lines in curves.items() if name.startswith("harmonica") and lines
-        ]  # fmt: skip
+            (method, *np.array([(line["train_steps"], line[key]) for line in lines if key in line]).T)
+            for method, lines in curves.items()
+        ]
         if series:
-            draw = charts.lines(series, ("step (executed from right to left)", "lambda"), log=True)
-            pictures = charts.save(folder, f"lambda-T{num_steps}", draw, (6.6, 3.6))
-            found.append((f"T = {num_steps}: lambda at the last refresh", pictures))
-        for key, label, log in (
-            ("cur", "CUR", False),
-            ("data_loss", "data loss", True),
-            ("reg_weight", "beta", True),
-        ):
-            series = [
-                (name, *np.array([(line["train_steps"], line[key]) for line in lines if key in line]).T)
-                for name, lines in curves.items() if lines
-            ]  # fmt: skip
-            if series:
-                draw = charts.lines(series, ("train step", label), log)
-                pictures = charts.save(folder, f"{key}-T{num_steps}", draw, (6.6, 3.6))
-                found.append((f"T = {num_steps}: {label} over training", pictures))
+            draw = charts.lines(series, ("train step", label), log)
+            pictures = charts.save(folder, f"{key}-{name}", draw, (6.6, 3.6))
+            found.append((f"{caption}: {label} over training", pictures))
     return found
 
 
@@ -205,6 +213,9 @@ def page(study: Path, rows: list[dict], evaluations: list[Path]) -> str:
     if len(targets := target_table(rows)) > 1:
         intro = "train_router.py --target-cur, HarmoniCa at T = 10."
         parts.append(section("Asking for a speed", intro, table_html(targets)))
+    if len(objective := objective_table(rows)) > 1:
+        intro = "T = 10: what step-wise training minimises, measured on schedules as they are sampled."
+        parts.append(section("The objective and the image", intro, table_html(objective)))
     if len(ablations := ablation_table(rows)) > 1:
         parts.append(section("Ablations", "One thing changed at a time.", table_html(ablations)))
     if evaluations:

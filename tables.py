@@ -105,7 +105,8 @@ def comparison_table(rows: list[dict], num_steps: int, speed: str | None = None)
 
 def ablation_table(rows: list[dict]) -> list[list[str]]:
     table = [["of", "method", "variant", "steps", "guidance", "sampler", "seeds", *HEADS]]
-    for group in grouped([row for row in rows if not is_main(row) and row.get("group") != "target-cur"]):
+    apart = ("target-cur", "objective")
+    for group in grouped([row for row in rows if not is_main(row) and row.get("group") not in apart]):
         of = group["group"] or ("guidance" if group["cfg_scale"] != 1 else "sampler")
         variant = "-" if group["variant"] is None else str(group["variant"])
         name = [of, group["method"], variant, str(group["num_steps"]), f"{group['cfg_scale']:g}"]
@@ -118,6 +119,18 @@ def target_table(rows: list[dict]) -> list[list[str]]:
     for row in (row for row in rows if row.get("group") == "target-cur"):
         reached = [f"{100 * row['cur']:.2f} %", f"{row['speedup_macs']:.2f}x", f"{row['mse']:.2e}"]
         table.append([f"{100 * row['variant']:.0f} %", str(row["train_seed"]), *reached])
+    return table
+
+
+def objective_table(rows: list[dict]) -> list[list[str]]:
+    """How well schedules do on what SDT minimises (the mean error of a step), and on the image."""
+    table = [["method", "train seed", "by MACs", "step error", "of eps alone", "MSE of x_0"]]
+    rows = [row for row in rows if row.get("group") == "objective"]
+    for row in sorted(rows, key=lambda row: row["step_error"]):
+        seed = "-" if row.get("train_seed") is None else str(row["train_seed"])
+        found = [f"{row['speedup_macs']:.2f}x", f"{row['step_error']:.2e}"]
+        found += [f"{row['step_error_eps']:.2e}", f"{row['mse']:.2e}"]
+        table.append([row["method"], seed, *found])
     return table
 
 

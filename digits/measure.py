@@ -24,7 +24,17 @@ from methods import Method
 from metrics.frechet import frechet_distance
 from metrics.paired import mse, psnr, ssim
 from models import DiT
-from sampling import DIGITS_MODEL, decode, generate_seeded, load_model, timed
+from objectives import step_errors
+from sampling import (
+    DIGITS_MODEL,
+    SAMPLING_STREAM,
+    decode,
+    draw_noise,
+    generate_seeded,
+    load_model,
+    sample_generator,
+    timed,
+)
 
 SHOWN = 10  # samples of every method that the report draws
 LATENCY_BATCH, REPEATS = 16, 3
@@ -43,6 +53,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         type=cli.non_negative_int,
         default=REPEATS,
         help="timed batches; 0: no latency (default 3)",
+    )
+    parser.add_argument(
+        "--step-errors",
+        type=cli.positive_int,
+        metavar="N",
+        help="on the first N samples, the error of each step that SDT trains on (DDIM only)",
     )
     methods.add_arguments(parser)
     args = parser.parse_args(arguments)
@@ -104,7 +120,8 @@ def compare(
     images, plain_images = decode(own), decode(plain)
     num_steps = methods.uncached(args, model).diffusion.num_timesteps
     peak = psnr(images, plain_images)
-    return {
+    own_errors = training_errors(args, model, method) if args.step_errors else {}
+    return own_errors | {
         "num_steps": num_steps,
         "executed_steps": method.diffusion.num_timesteps,
         "cur": method.schedule.cur if method.schedule else 0.0,
@@ -120,6 +137,18 @@ def compare(
         "dtype": "float32",
         "hardware": cli.hardware(torch.device("cpu")),
     }
+
+
+def training_errors(args: argparse.Namespace, model: DiT, method: Method) -> dict:
+    """`step_error`, the mean over steps of `step_errors`, and of eps: what SDT minimises, for any method."""
+    labels = torch.arange(args.step_errors) % model.num_classes
+    generators = [sample_generator(args.seed, SAMPLING_STREAM, k) for k in range(args.step_errors)]
+    of_all, of_eps = step_errors(
+        model, method.diffusion, noise=draw_noise(model, generators), labels=labels,
+        cfg_scale=args.cfg_scale, **method.options,
+    )  # fmt: skip
+    means = {"step_error": of_all.mean().item(), "step_error_eps": of_eps.mean().item()}
+    return means | {"step_errors": of_all.tolist(), "step_errors_eps": of_eps.tolist()}
 
 
 def pictures(x_0: Tensor) -> str:

@@ -236,6 +236,17 @@ class Plan:
         fora = ["--accelerate-method", "fora", "--interval", speed.interval]
         self.row("fora", num_steps, fora, speed=f"{speed.target:g}", group="transfer", sampler="ddpm")
 
+    def objective(self) -> None:
+        """What SDT minimises, of routers that it trained and of schedules that it did not."""
+        num_steps, speed = ABLATION_STEPS, ablation_speed()
+        errors, facts = ["--step-errors", 500], {"train_seed": 0, "group": "objective"}
+        fora = ["--accelerate-method", "fora", "--interval", speed.interval]
+        self.row("fora", num_steps, [*fora, *errors], speed=f"{speed.target:g}", group="objective")
+        for name in ("harmonica", "harmonica-no-proxy", "harmonica-paper", "harmonica-20k", "l2c-every-row"):
+            router = f"{name}-T{num_steps}-speedup{speed.target:g}-s0"
+            reuse = dynamic("l2c" if name.startswith("l2c") else "dynamiclayer")
+            self.row(name, num_steps, [*reuse, *errors], router, speed=f"{speed.target:g}", **facts)
+
     def targets(self) -> None:
         """Whether `--target-cur` reaches what it is asked for."""
         for cur in (0.25, 0.4, 0.55):
@@ -285,6 +296,7 @@ def plan(folder: Path, scale: Scale) -> list[Task]:
     tasks.compare(50)
     if scale.ablations:
         tasks.full_length()
+        tasks.objective()
     tasks.compare(20)
     if scale.ablations:
         tasks.variants(range(scale.seeds[ABLATION_STEPS]))

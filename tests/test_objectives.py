@@ -8,7 +8,14 @@ from cache import SoftCache
 from denoiser import Denoiser
 from diffusion import create_diffusion
 from models import DiT
-from objectives import PROXY_DEFINITIONS, Variant, image_error_proxy, train_pair, train_trajectory
+from objectives import (
+    PROXY_DEFINITIONS,
+    Variant,
+    image_error_proxy,
+    step_errors,
+    train_pair,
+    train_trajectory,
+)
 from router import Router
 from sampling import generate
 
@@ -323,3 +330,17 @@ def test_one_step_training_starts_every_step_from_the_uncached_trajectory(tiny_m
         plain, routed = denoise(x_t, update.step), denoise(x_t, update.step, cache)
         torch.testing.assert_close(update.data_loss, (plain - routed).square().mean())
     assert [update.step for update in updates] == list(range(8, -1, -1))
+
+
+def test_step_errors_are_the_data_losses_of_a_router_of_zeros_and_ones(tiny_model, ten_steps, tiny_batch):
+    noise, labels = tiny_batch
+    torch.manual_seed(0)
+    logits = torch.where(torch.rand(10, 4) > 0.5, 40.0, -40.0)
+    schedule = Router.from_logits(logits).schedule(0.1)
+    of_all, of_eps = step_errors(tiny_model, ten_steps, schedule, noise, labels, 1.5)
+    for variant, errors in ((None, of_all), (Variant(eps_only=True), of_eps)):
+        router = Router.from_logits(logits)  # training bounds its logits
+        updates = one_trajectory(tiny_model, ten_steps, tiny_batch, router, variant)
+        torch.testing.assert_close(errors[:-1].flip(0), torch.stack([one.data_loss for one in updates]))
+    assert torch.equal(of_all > 0, ~schedule.compute.all(dim=1))
+    assert step_errors(tiny_model, ten_steps, None, noise, labels, 1.5)[0].max() == 0
