@@ -11,6 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from files import replacing
+
 # Okabe and Ito's colours, which the colour-blind tell apart; readable on both grounds.
 COLOURS = {
     "fewer-steps": "#999999", "fora": "#0072B2", "taylor-fora": "#56B4E9", "taylor2-fora": "#7B8CDE",
@@ -145,6 +147,6 @@ def image_rows(rows: list[tuple[str, np.ndarray]]) -> Callable:
 def save(folder: Path, name: str, draw: Callable, size: tuple[float, float]) -> dict[str, str]:
     """Write FOLDER/NAME.png on a light ground; returns both grounds as data URIs."""
     images = {theme: render(draw, size, theme) for theme in THEMES}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.png").write_bytes(images["light"])
+    with replacing(folder / f"{name}.png") as temporary:
+        temporary.write_bytes(images["light"])
     return {theme: data_uri(png) for theme, png in images.items()}

@@ -1,6 +1,7 @@
 """What every command shares: how it fails, and on which device in which precision it runs."""
 
 import argparse
+import math
 import os
 import platform
 import re
@@ -39,10 +40,32 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
         sys.exit(130)
 
 
-def show_notes(notes: list[str]) -> None:
-    """Warn of what `parse_args` found to have no effect."""
+RANDOM_WEIGHTS = "RANDOM WEIGHTS: no checkpoint is loaded, the pictures are noise; only speed means anything"
+
+
+def show_notes(args: argparse.Namespace) -> None:
+    """Warn of flags that have no effect: those that `parse_args` put into `args.notes`, and a checkpoint."""
+    notes = list(args.notes)
+    if vars(args).get("random_weights") and args.ckpt:
+        notes.append(f"--ckpt {args.ckpt} has no effect with --random-weights")
     for note in notes:
         warnings.warn(note, stacklevel=2)
+
+
+def finite(text: str) -> float:
+    """An argparse type: a number that is neither NaN nor infinite."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is no finite number")
+    return value
+
+
+def positive(text: str) -> float:
+    """An argparse type: a finite number above 0, such as a learning rate."""
+    value = finite(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
 
 
 def non_negative_int(text: str) -> int:

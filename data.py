@@ -38,11 +38,13 @@ def open_data(spec: str, model: DiT) -> Dataset:
                 f"--data {spec}: this model draws {model.in_channels}-channel pixels; use digits"
             )
         data = _image_folder(path, pixels_of(model))
-        if len(data.classes) > model.num_classes:
+        if len(data.classes) != model.num_classes:
             raise ValueError(
-                f"--data {spec} has {len(data.classes)} folders, one a class; the model has "
-                f"{model.num_classes} classes"
+                f"--data {spec} has {len(data.classes)} folders, the model {model.num_classes} classes; "
+                "give one folder a class, in the order of the labels (they may be empty)"
             )
+        if not len(data):
+            raise ValueError(f"--data {spec} holds no images; give an ImageFolder tree")
         return data
     else:
         raise FileNotFoundError(f"--data {spec} does not exist; give an image folder, an .npz or `digits`")
@@ -56,7 +58,7 @@ def _read_latents(path: Path, num_classes: int) -> TensorDataset:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, TypeError, ValueError) as error:
         raise ValueError(f"--data {path} cannot be read ({error}); write it again with np.savez") from None
     if not {"latents", "labels"} <= set(arrays):
         raise ValueError(f"--data {path} holds {', '.join(arrays)}; `latents` and `labels` are needed")
@@ -75,7 +77,7 @@ def _image_folder(path: Path, size: int) -> Dataset:
     def load(image: Image.Image) -> Tensor:
         return torch.from_numpy(np.array(center_crop(image.convert("RGB"), size))).permute(2, 0, 1)
 
-    return ImageFolder(str(path), transform=load)
+    return ImageFolder(str(path), transform=load, allow_empty=True)
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:

@@ -5,6 +5,7 @@ NCCL where every process has a GPU of its own, gloo on CPUs. All reductions are 
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -26,8 +27,11 @@ class Processes:
         return self.rank == 0
 
 
-def start(device: str | None = None) -> Processes:
-    """Join the processes that torchrun started, or be the only one. Raises ValueError for too few GPUs."""
+def start(device: str | None = None, patience: timedelta | None = None) -> Processes:
+    """Join the processes that torchrun started, or be the only one. Raises ValueError for too few GPUs.
+
+    patience: how long one rank may wait for another; None is torch's own, minutes.
+    """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1 or "RANK" not in os.environ:  # a scheduler's WORLD_SIZE alone makes no process group
         return Processes(0, 1, choose_device(device))
@@ -44,10 +48,10 @@ def start(device: str | None = None) -> Processes:
             )
         chosen = torch.device("cuda", local_rank)
         torch.cuda.set_device(chosen)
-        dist.init_process_group("nccl", device_id=chosen)
+        dist.init_process_group("nccl", timeout=patience, device_id=chosen)
     else:
         chosen = choose_device("cpu")
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=patience)
     return Processes(rank, world_size, chosen)
 
 

@@ -24,14 +24,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cli
-from files import replacing
+from files import check_writable, replacing
 from metrics.features import Extractor, load_extractor
 from metrics.frechet import RunningStatistics, frechet_distance
-from metrics.inception_score import inception_score
-from metrics.lpips import load_lpips
+from metrics.inception_score import SPLITS, inception_score
+from metrics.lpips import SMALLEST, load_lpips
 from metrics.paired import ssim
 from metrics.precision_recall import precision_recall
 
+_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError)
 STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
 
@@ -50,8 +51,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="the last line, in a file too")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
     args = parser.parse_args()
-    if not (args.reference or args.paired or args.save_statistics):
+    args.notes, needs_features = [], args.reference or args.save_statistics
+    if not (needs_features or args.paired):
         parser.error("nothing to do; give --reference, --paired or --save-statistics")
+    if args.lpips_weights and not args.paired:
+        args.notes.append("--lpips-weights has no effect without --paired")
+    if args.inception_weights and (not needs_features or args.features != "inception"):
+        args.notes.append("--inception-weights has no effect without --reference and --features inception")
     return args
 
 
@@ -80,7 +86,7 @@ class Images:
                 n = min(size, len(self) - first)
                 try:
                     data = stream.read(n * image)
-                except (zipfile.BadZipFile, zlib.error, EOFError):
+                except _DAMAGE:
                     data = b""
                 if len(data) != n * image:
                     raise ValueError(f"{self.path} is damaged or ends early; sample again")
@@ -100,12 +106,13 @@ class _ArrayReader:
                 f"{self.path} holds {', '.join(sorted(keys)) or 'nothing'}, no images ({self.name})"
             )
         self._zip = zipfile.ZipFile(self.path)
-        stream = self._zip.open(f"{self.name}.npy")
-        version = np.lib.format.read_magic(stream)
-        read = (
-            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        )
-        shape, fortran, dtype = read(stream)
+        try:
+            stream = self._zip.open(f"{self.name}.npy")
+            first, header = np.lib.format.read_magic(stream), np.lib.format
+            read = header.read_array_header_1_0 if first == (1, 0) else header.read_array_header_2_0
+            shape, fortran, dtype = read(stream)
+        except (*_DAMAGE, ValueError):
+            raise ValueError(f"{self.path}: {self.name} is damaged; sample again") from None
         if dtype != np.uint8 or len(shape) != 4 or fortran or shape[3] not in (1, 3) or not shape[0]:
             raise ValueError(
                 f"{self.path}: {self.name} is {dtype} {shape}; uint8 (n, H, W, 3 or 1) is needed"
@@ -130,10 +137,17 @@ def keys_of(path: Path) -> set[str]:
 def read_statistics(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """What an .npz holds of ("pool": (mu, sigma), "spatial": (mu_s, sigma_s)), in float64."""
     keys, found = keys_of(path), {}
-    with np.load(path, allow_pickle=False) as file:
-        for kind, names in STATISTICS.items():
-            if set(names) <= keys:
-                found[kind] = tuple(file[name].astype(np.float64) for name in names)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            for kind, names in STATISTICS.items():
+                if set(names) <= keys:
+                    found[kind] = tuple(file[name].astype(np.float64) for name in names)
+    except (*_DAMAGE, ValueError) as error:
+        raise ValueError(f"{path}: its statistics are damaged ({error}); make it again") from None
+    for kind, (mean, covariance) in found.items():
+        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+            names = " and ".join(STATISTICS[kind])
+            raise ValueError(f"{path}: {names} of shapes {mean.shape} and {covariance.shape} do not fit")
     return found
 
 
@@ -178,8 +192,6 @@ def against_reference(samples: Summary, args: argparse.Namespace, extractor: Ext
     if "arr_0" in keys_of(args.reference):
         images = summarize(Images(args.reference), extractor, args.batch_size)
         images.probabilities = None  # not needed
-    elif not statistics:
-        raise ValueError(f"{args.reference} holds neither arr_0 nor mu and sigma; it is no reference")
     reference = (images.statistics if images else {}) | statistics
     result = {}
     for kind, name in (("pool", "fid"), ("spatial", "sfid")):
@@ -199,14 +211,10 @@ def against_reference(samples: Summary, args: argparse.Namespace, extractor: Ext
     return result
 
 
-def against_uncached(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
+def against_uncached(samples: Images, plain: Images, lpips, batch_size: int) -> dict[str, float]:
     """MSE of the grey levels scaled to [-1, 1], PSNR from it, the mean SSIM and LPIPS."""
-    samples, plain = Images(args.samples), Images(args.paired)
-    if samples.shape != plain.shape:
-        raise ValueError(f"{args.samples} is {samples.shape}, {args.paired} {plain.shape}; pairs are needed")
-    lpips = load_lpips(args.lpips_weights, device) if args.lpips_weights else None
     squares, similarity, distance = 0.0, 0.0, 0.0
-    for one, other in zip(samples.batches(args.batch_size), plain.batches(args.batch_size), strict=True):
+    for one, other in zip(samples.batches(batch_size), plain.batches(batch_size), strict=True):
         squares += (one.double() - other.double()).square().sum().item()
         similarity += ssim(one, other).sum().item()
         distance += lpips(one, other).double().sum().item() if lpips else 0.0
@@ -216,13 +224,53 @@ def against_uncached(args: argparse.Namespace, device: torch.device) -> dict[str
     return result | ({"lpips": distance / len(samples)} if lpips else {})
 
 
+def check_pairs(samples: Images, plain: Images) -> None:
+    """Refuse pairs of other shapes, or drawn from other noise where sample_ddp.py said from which."""
+    if samples.shape != plain.shape:
+        raise ValueError(f"{samples.path} is {samples.shape}, {plain.path} {plain.shape}; pairs are needed")
+    files = [Path(f"{images.path}.settings.json") for images in (samples, plain)]
+    if not all(file.is_file() for file in files):
+        return
+    one, other = (json.loads(file.read_text()) for file in files)
+    for name in ("seed", "labels"):
+        if one.get(name) != other.get(name):
+            raise ValueError(
+                f"{samples.path} was drawn with {name} {one.get(name)}, {plain.path} with {other.get(name)}; "
+                "pairs need the same noise"
+            )
+
+
+def check_reference(path: Path) -> None:
+    if "arr_0" in keys_of(path):
+        Images(path)
+    if not read_statistics(path) and "arr_0" not in keys_of(path):
+        raise ValueError(f"{path} holds neither arr_0 nor mu and sigma; it is no reference")
+
+
 def main(args: argparse.Namespace) -> None:
+    cli.show_notes(args)
     device = cli.choose_device(args.device)
     samples, result = Images(args.samples), {"samples": str(args.samples)}
     result["n"] = len(samples)
+    # What can be wrong is found before the long pass over the images.
+    for path, suffix in ((args.output, ".json"), (args.save_statistics, ".npz")):
+        if path:
+            check_writable(path, [suffix])
+    if args.reference:
+        check_reference(args.reference)
+        if len(samples) < SPLITS:
+            raise ValueError(
+                f"{args.samples} holds {len(samples)} images; IS takes {SPLITS} splits, give more"
+            )
+    if args.paired:
+        plain = Images(args.paired)
+        check_pairs(samples, plain)
+        lpips = load_lpips(args.lpips_weights, device) if args.lpips_weights else None
+        if lpips and min(samples.shape[1:3]) < SMALLEST:
+            raise ValueError(
+                f"{args.samples} is {samples.shape}; LPIPS needs {SMALLEST} pixels a side, leave it out"
+            )
     if args.reference or args.save_statistics:
-        if args.reference:
-            keys_of(args.reference)
         extractor = load_extractor(args.features, args.inception_weights, device)
         summary = summarize(samples, extractor, args.batch_size)
         result["features"] = args.features
@@ -230,13 +278,13 @@ def main(args: argparse.Namespace) -> None:
             arrays = {}
             for kind, pair in summary.statistics.items():
                 arrays |= dict(zip(STATISTICS[kind], pair, strict=True))
-            with replacing(args.save_statistics.with_suffix(".npz")) as temporary:
+            with replacing(args.save_statistics) as temporary:
                 np.savez(temporary, **arrays)
         if args.reference:
             result["reference"] = str(args.reference)
             result |= against_reference(summary, args, extractor)
     if args.paired:
-        result |= {"paired": str(args.paired)} | against_uncached(args, device)
+        result |= {"paired": str(args.paired)} | against_uncached(samples, plain, lpips, args.batch_size)
     for name, value in result.items():
         print(f"{name:20} {value:.6g}" if isinstance(value, float) else f"{name:20} {value}")
     if args.output:

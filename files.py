@@ -30,6 +30,17 @@ def replacing(path: str | Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def check_writable(path: Path, suffixes: list[str]) -> None:
+    """Refuse before the first step what could not be written after the last."""
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(
+            f"{path} cannot be written: {path.suffix or 'no suffix'} is not of {' '.join(suffixes)}"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"{path} cannot be written; give a file in a writable folder")
+
+
 def load_pickle_safely(file: Path):
     """`torch.load` that reads tensors, plain containers and an argparse.Namespace, and refuses all else.
 

@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--interval", type=cli.interval, help="fora: compute every N-th step; 3/2 is two of three"
     )
-    group.add_argument("--cur", type=float, help="random: share of branches reused, 0 .. 1")
+    group.add_argument("--cur", type=cli.finite, help="random: share of branches reused, 0 .. 1")
     group.add_argument("--schedule-seed", type=cli.non_negative_int, help="random: of the draw (default 0)")
     group.add_argument("--steps", type=cli.positive_int, help="fewer-steps: denoising steps instead")
     group.add_argument("--order", type=int, choices=(1, 2), help="taylor-*: of the forecast (default 1)")

@@ -36,6 +36,29 @@ from tables import (
 # ---- pictures --------------------------------------------------------------------------------------
 
 
+def of_main_speed(rows: list[dict]) -> list[dict]:
+    """One row a method: at the main speed, of seed 0 where it was trained; and the uncached."""
+    return [
+        row for row in rows
+        if row.get("speed") in (None, MAIN_SPEED) and row.get("train_seed") in (None, 0)
+    ]  # fmt: skip
+
+
+def of_routers(study: Path, rows: list[dict]) -> list[dict]:
+    """Those of `of_main_speed` that have a router of their own (a forecast has another's)."""
+    return [
+        row for row in of_main_speed(rows)
+        if row["router"] and (study / row["router"]).exists() and not row["method"].startswith("taylor")
+    ]  # fmt: skip
+
+
+def comparisons(rows: list[dict]) -> list[tuple[int, list[dict]]]:
+    """The rows that are no ablations, by T, the largest first."""
+    chosen = [row for row in rows if is_main(row)]
+    steps = sorted({row["num_steps"] for row in chosen}, reverse=True)
+    return [(n, [row for row in chosen if row["num_steps"] == n]) for n in steps]
+
+
 def trade_offs(folder: Path, rows: list[dict]) -> list[tuple[str, dict]]:
     axes = [
         ("speedup_macs", "mse", ("speed-up by MACs", "MSE of x_0 to uncached")),
@@ -43,8 +66,7 @@ def trade_offs(folder: Path, rows: list[dict]) -> list[tuple[str, dict]]:
         ("speedup_latency", "mse", ("measured speed-up", "MSE of x_0 to uncached")),
     ]
     found = []
-    for num_steps in sorted({row["num_steps"] for row in rows}, reverse=True):
-        chosen = [row for row in rows if is_main(row) and row["num_steps"] == num_steps]
+    for num_steps, chosen in comparisons(rows):
         every = [g for g in grouped(chosen) if g["method"] != "uncached"]
         for x, y, labels in axes:
             groups = [g for g in every if x in g["mean"] and y in g["mean"]]
@@ -58,14 +80,12 @@ def trade_offs(folder: Path, rows: list[dict]) -> list[tuple[str, dict]]:
 
 def schedule_pictures(study: Path, folder: Path, rows: list[dict]) -> list[tuple[str, dict]]:
     found = []
-    for num_steps in sorted({row["num_steps"] for row in rows}, reverse=True):
+    for num_steps, chosen in comparisons(rows):
         tables = []
-        for row in rows:
-            shown = is_main(row) and row["num_steps"] == num_steps and row.get("speed") == MAIN_SPEED
-            if shown and row["router"] and row["train_seed"] == 0 and not row["method"].startswith("taylor"):
-                router = load_router(study / row["router"])
-                table = router.schedule(router.info["threshold"]).compute.numpy()
-                tables.append((f"{row['method']}, CUR {100 * row['cur']:.1f} %", table))
+        for row in of_routers(study, chosen):
+            router = load_router(study / row["router"])
+            table = router.schedule(router.info["threshold"]).compute.numpy()
+            tables.append((f"{row['method']}, CUR {100 * row['cur']:.1f} %", table))
         if tables:
             size = (3 * min(3, len(tables)) + 0.6, (1.2 + 0.07 * num_steps) * -(-len(tables) // 3) + 0.8)
             pictures = charts.save(folder, f"schedules-T{num_steps}", charts.schedules(tables), size)
@@ -77,9 +97,8 @@ def schedule_pictures(study: Path, folder: Path, rows: list[dict]) -> list[tuple
 
 def curve_pictures(study: Path, folder: Path, rows: list[dict]) -> list[tuple[str, dict]]:
     found = []
-    for num_steps in sorted({row["num_steps"] for row in rows}, reverse=True):
-        compared = [row for row in rows if is_main(row) and row["num_steps"] == num_steps]
-        found += training_pictures(study, folder, compared, f"T{num_steps}", f"T = {num_steps}")
+    for num_steps, chosen in comparisons(rows):
+        found += training_pictures(study, folder, chosen, f"T{num_steps}", f"T = {num_steps}")
     longest = [row for row in rows if row.get("group") == "full-length"]
     return found + training_pictures(study, folder, longest, "full-length", "The published length")
 
@@ -87,12 +106,11 @@ def curve_pictures(study: Path, folder: Path, rows: list[dict]) -> list[tuple[st
 def training_pictures(
     study: Path, folder: Path, rows: list[dict], name: str, caption: str
 ) -> list[tuple[str, dict]]:
-    """Lambda over steps, and CUR, loss and beta over training, for seed 0 at the main speed."""
+    """Lambda over steps, and CUR, loss and beta over training."""
     curves, found = {}, []
-    for row in rows:
-        shown = row.get("speed") == MAIN_SPEED and row["router"] and row["train_seed"] == 0
-        path = study / "curves" / f"{Path(row['router'] or '').stem}.jsonl"
-        if shown and not row["method"].startswith("taylor") and path.exists():
+    for row in of_routers(study, rows):
+        path = study / "curves" / f"{Path(row['router']).stem}.jsonl"
+        if path.exists():
             curves[row["method"]] = [json.loads(line) for line in path.read_text().splitlines()]
     weights = {
         method: np.array(lines[-1]["proxy_weights"][:-1])
@@ -121,11 +139,10 @@ def training_pictures(
 
 def image_pictures(folder: Path, rows: list[dict]) -> list[tuple[str, dict]]:
     found = []
-    for num_steps in sorted({row["num_steps"] for row in rows}, reverse=True):
+    for num_steps, chosen in comparisons(rows):
         strips = []
-        for row in rows:
-            shown = is_main(row) and row["num_steps"] == num_steps and row.get("speed") in (None, MAIN_SPEED)
-            if shown and row.get("train_seed") in (None, 0) and row.get("images"):
+        for row in of_main_speed(chosen):
+            if row.get("images"):
                 images = np.frombuffer(base64.b64decode(row["images"]), dtype=np.uint8).reshape(-1, 8, 8)
                 strips.append((row["method"], images))
         strips.sort(key=lambda strip: strip[0] != "uncached")
@@ -242,10 +259,11 @@ def write_study(study: Path, rows: list[dict], evaluations: list[Path] | None = 
     tables = []
     for num_steps in sorted({row["num_steps"] for row in rows}, reverse=True):
         tables.append(f"T = {num_steps}\n\n{markdown(comparison_table(rows, num_steps, MAIN_SPEED))}")
+    text = page(study, rows, evaluations or [])  # before anything is written: it may find a file wrong
     with replacing(study / "table.md") as temporary:
         temporary.write_text("\n".join(tables))
     with replacing(study / "report.html") as temporary:
-        temporary.write_text(page(study, rows, evaluations or []))
+        temporary.write_text(text)
 
 
 def read_rows(study: Path) -> list[dict]:

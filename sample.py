@@ -12,9 +12,7 @@ is that of the denoising loop of one batch, without decoding.
 """
 
 import argparse
-import os
 import statistics
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,7 +24,7 @@ from torch import Tensor
 
 import cli
 import methods
-from files import replacing
+from files import check_writable, replacing
 from methods import Method
 from metrics.paired import mse, psnr
 from models import DiT
@@ -41,7 +39,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Sample images from a DiT, uncached or with a router.")
     cli.add_model_arguments(parser, with_vae=True)
     sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--cfg-scale", type=float, default=4.0, help="guidance, 1 = off (default 4)")
+    sampling.add_argument("--cfg-scale", type=cli.finite, default=4.0, help="guidance, 1 = off (default 4)")
     sampling.add_argument(
         "--num-sampling-steps", default="50", help="N, or a respacing such as ddim50 (default 50)"
     )
@@ -124,28 +122,15 @@ def picture_suffixes() -> list[str]:
     return sorted(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.SAVE)
 
 
-def check_writable(path: Path, suffixes: list[str]) -> None:
-    """Refuse before the first step what could not be written after the last."""
-    if path.suffix.lower() not in suffixes:
-        raise ValueError(
-            f"{path} cannot be written: {path.suffix or 'no suffix'} is not of {' '.join(suffixes)}"
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"{path} cannot be written; give a file in a writable folder")
-
-
 def main(args: argparse.Namespace) -> None:
-    cli.show_notes(args.notes)
+    cli.show_notes(args)
     device = cli.choose_device(args.device)
     precision, dtype = cli.set_precision(args.precision, device)
     check_writable(args.output, picture_suffixes())
     if args.save_latents:
         check_writable(args.save_latents, [".npz"])
     if args.random_weights:
-        if args.ckpt:
-            warnings.warn(f"--ckpt {args.ckpt} has no effect with --random-weights")
-        print("RANDOM WEIGHTS: no checkpoint is loaded, the pictures are noise; only speed means anything")
+        print(cli.RANDOM_WEIGHTS)
     model = load_model(
         args.model, args.ckpt, args.image_size, args.num_classes, device, dtype, args.random_weights
     )

@@ -20,6 +20,7 @@ import shutil
 import zipfile
 import zlib
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 
@@ -53,9 +54,7 @@ from sampling import (
 # Matrix products of other shapes may round otherwise: every forward takes a multiple of this many samples, at
 # the same places, so that the batch size changes nothing.
 BLOCK = 16
-_LABEL_KEY = (
-    1  # (seed, stream, k, this) draws sample k's random label, its noise is drawn from (seed, stream, k)
-)
+_LABEL_KEY = 1  # (seed, stream, k, this) draws sample k's random label; its noise comes without this
 
 
 def parse_args() -> argparse.Namespace:
@@ -63,7 +62,7 @@ def parse_args() -> argparse.Namespace:
     cli.add_model_arguments(parser, with_vae=True)
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--num-samples", type=cli.positive_int, default=50000)
-    sampling.add_argument("--cfg-scale", type=float, default=1.5, help="guidance, 1 = off (default 1.5)")
+    sampling.add_argument("--cfg-scale", type=cli.finite, default=1.5, help="guidance, 1 = off (default 1.5)")
     sampling.add_argument("--num-sampling-steps", default="50", help="N, or a respacing (default 50)")
     sampling.add_argument("--ddim-sample", action="store_true", help="DDIM, eta 0 (the default)")
     sampling.add_argument("--p-sample", action="store_true", help="DDPM (ancestral)")
@@ -124,8 +123,9 @@ class Parts:
         self.output.parent.mkdir(parents=True, exist_ok=True)
         if not (self.folder / "settings.json").exists():  # parts that nobody answers for
             shutil.rmtree(self.folder, ignore_errors=True)
-        for path in self.output.parent.glob(f"{self.output.stem}.*.part.npz"):  # a killed assembly
-            path.unlink()
+        for path in self.output.parent.iterdir():  # a killed assembly
+            if re.fullmatch(rf"{re.escape(self.output.stem)}\.\d+\.part\.npz", path.name):
+                path.unlink()
         if not os.access(self.output.parent, os.W_OK):
             raise PermissionError(f"folder {self.output.parent} is not writable; give another --output")
         missing, image = len(self.missing()), int(np.prod(self.image_shape))
@@ -166,7 +166,12 @@ class Parts:
             np.save(temporary, images.numpy())
 
     def assemble(self) -> None:
-        """One .npz of all parts, streamed; then the parts go."""
+        """One .npz of all parts, streamed; then the parts go. Raises ValueError where one is missing."""
+        if missing := self.missing():
+            raise ValueError(
+                f"{self.folder} lacks {len(missing)} samples that were drawn: is the same command running "
+                "elsewhere? Run it again when that has ended"
+            )
         with replacing(self._facts) as temporary:
             temporary.write_text(json.dumps(self.settings, indent=1) + "\n")
         shape = (self.num_samples, *self.image_shape)
@@ -184,7 +189,6 @@ class Parts:
                 if skipped < count:
                     stream.write(np.load(path)[skipped:].tobytes())
                     position = first + count
-            assert position == self.num_samples
         shutil.rmtree(self.folder)
 
 
@@ -256,6 +260,8 @@ def run(args: argparse.Namespace, processes: Processes) -> None:
     if together(lambda: processes.is_main and parts.open()):
         say(processes, f"{args.output} holds these samples already")
         return
+    if args.random_weights:
+        say(processes, cli.RANDOM_WEIGHTS)
     batch_size = -(-args.batch_size // BLOCK) * BLOCK
     todo = batches(distributed.from_main(parts.missing()), batch_size, args.num_samples)
     say(
@@ -300,9 +306,11 @@ def say(processes: Processes, text: str) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    processes = distributed.start(args.device)
+    processes = distributed.start(
+        args.device, timedelta(days=7)
+    )  # ranks meet when all have drawn their share
     if processes.is_main:
-        cli.show_notes(args.notes)
+        cli.show_notes(args)
     run(args, processes)
     distributed.stop()
 

@@ -54,7 +54,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     method = parser.add_argument_group("method (defaults: the published ones for T = 10)")
     method.add_argument("--method", choices=METHODS, default="harmonica", help="default harmonica")
     method.add_argument("--num-sampling-steps", default="10", help="T, or a respacing such as ddim50")
-    method.add_argument("--cfg-scale", type=float, help="harmonica: guidance, 1 = off (default 1.5)")
+    method.add_argument("--cfg-scale", type=cli.finite, help="harmonica: guidance, 1 = off (default 1.5)")
     method.add_argument(
         "--ste-threshold", type=cli.threshold, default=0.1, help="compute where score > threshold"
     )
@@ -78,10 +78,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     speed = parser.add_argument_group("speed: a weight, or the target that it is adjusted to")
     speed.add_argument("--l1", type=float, help="regularization weight beta (7e-8, l2c 5e-6); or its start")
     target = speed.add_mutually_exclusive_group()
-    target.add_argument("--target-cur", type=float, metavar="X", help="share of branches reused, 0 .. 1")
+    target.add_argument("--target-cur", type=cli.finite, metavar="X", help="share of branches reused, 0 .. 1")
     target.add_argument(
         "--target-speedup",
-        type=float,
+        type=cli.finite,
         metavar="X",
         help="speed-up by MACs; a run may go on for a quarter of its steps to meet it",
     )
@@ -96,7 +96,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--vae", help="of an image folder (default ema)")
     data.add_argument("--num-works", "--num-workers", type=cli.non_negative_int, help="loading processes")
     training = parser.add_argument_group("training")
-    training.add_argument("--lr", type=float, help="default 0.01, l2c 0.001")
+    training.add_argument("--lr", type=cli.positive, help="default 0.01, l2c 0.001")
     training.add_argument(
         "--epochs", type=cli.positive_int, default=2000, help="trajectories; l2c: passes of the data"
     )
@@ -331,7 +331,7 @@ def choose_target(args: argparse.Namespace, model: DiT, diffusion: GaussianDiffu
 def main(args: argparse.Namespace) -> None:
     processes = distributed.start(args.device)
     if processes.is_main:
-        cli.show_notes(args.notes)
+        cli.show_notes(args)
     if args.global_batch_size % processes.world_size:
         raise ValueError(
             f"--global-batch-size {args.global_batch_size} cannot be shared by {processes.world_size} ranks, "
@@ -353,8 +353,6 @@ def main(args: argparse.Namespace) -> None:
     settings["vae"] = args.vae if args.method == "l2c" else None
     run = Run(args, processes, model, diffusion, settings)
     run.open()
-    if args.ckpt and args.random_weights:
-        run.log.info(f"note: --ckpt {args.ckpt} has no effect with --random-weights")
     run.train()
     distributed.stop()
 

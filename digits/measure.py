@@ -34,6 +34,7 @@ from sampling import (
     load_model,
     sample_generator,
     timed,
+    weights_fingerprint,
 )
 
 SHOWN = 10  # samples of every method that the report draws
@@ -43,7 +44,7 @@ LATENCY_BATCH, REPEATS = 16, 3
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure one method on the digits model.")
     parser.add_argument("--num-sampling-steps", default="10", help="T, or a respacing (default 10)")
-    parser.add_argument("--cfg-scale", type=float, default=1.0, help="guidance, 1 = off (the default)")
+    parser.add_argument("--cfg-scale", type=cli.finite, default=1.0, help="guidance, 1 = off (the default)")
     parser.add_argument("--p-sample", action="store_true", help="DDPM instead of DDIM")
     parser.add_argument("--samples", type=cli.positive_int, default=2000)
     parser.add_argument("--seed", type=cli.non_negative_int, default=1234)
@@ -127,6 +128,7 @@ def compare(
         "cur": method.schedule.cur if method.schedule else 0.0,
         "speedup_macs": method.speedup_macs(model, num_steps),
         **fidelity(judge, own, plain, labels),
+        "digits_fid_uncached": judge.digits_fid(plain),  # of as many samples: the smaller, the greater
         "psnr": None if peak == float("inf") else peak,  # JSON has no infinity
         "ssim": ssim(images, plain_images).mean().item(),
         "cfg_scale": args.cfg_scale,
@@ -134,6 +136,7 @@ def compare(
         "samples": args.samples,
         "seed": args.seed,
         "batch_size": args.batch_size,
+        "weights": weights_fingerprint(model),
         "dtype": "float32",
         "hardware": cli.hardware(torch.device("cpu")),
     }
@@ -157,7 +160,7 @@ def pictures(x_0: Tensor) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
-    cli.show_notes(args.notes)
+    cli.show_notes(args)
     model, judge = load_model(DIGITS_MODEL), Judge()
     method, plain = methods.load_method(args, model), methods.uncached(args, model)
     uncached = draw(args, model, plain)

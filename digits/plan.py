@@ -11,11 +11,11 @@ import numpy as np
 from baselines import random_schedule
 from models import DiT
 from sampling import DIGITS_MODEL, load_model
+from tables import MAIN_SPEED
 
 ROOT = Path(__file__).parents[1]
 RANDOM_CURS = np.arange(0.005, 0.9, 0.0025)  # among which `random` finds a speed
-ABLATION_STEPS, ABLATION_SPEED = 10, "1.96"
-README_STEPS = 10  # of the table in the README, at the same speed: rows with more samples
+ABLATION_STEPS = README_STEPS = 10  # both at MAIN_SPEED; the README's rows have more samples
 MILD = 1.25  # a third speed for Learning-to-Cache, which can reuse every other step at most
 
 
@@ -82,6 +82,11 @@ class Task:
     facts: dict = field(default_factory=dict, hash=False, compare=False)
     is_training: bool = False
 
+    @property
+    def file_name(self) -> str:
+        """In routers/ or rows/."""
+        return f"{self.id}.safetensors" if self.is_training else f"{self.id}.json"
+
 
 class Plan:
     """Collects tasks in the order in which they are to be done; a training is asked for by its first row."""
@@ -126,7 +131,7 @@ class Plan:
         cfg_scale, sampler = facts.pop("cfg_scale", 1.0), facts.pop("sampler", "ddim")
         id = "-".join(str(part) for part in (method, f"T{num_steps}", *facts.values()) if part is not None)
         id += (f"-cfg{cfg_scale:g}" if cfg_scale != 1 else "") + ("-ddpm" if sampler == "ddpm" else "")
-        shown = method == "uncached" or (facts.get("speed") == ABLATION_SPEED and "group" not in facts)
+        shown = method == "uncached" or (facts.get("speed") == MAIN_SPEED and "group" not in facts)
         shown = shown and num_steps == README_STEPS and sampler == "ddim"
         samples = self.scale.samples_in_readme if shown and cfg_scale == 1 else self.scale.samples
         arguments = ["--num-sampling-steps", num_steps, "--cfg-scale", cfg_scale, "--samples", samples]
@@ -262,7 +267,7 @@ class Plan:
 
 
 def ablation_speed() -> Speed:
-    return next(one for one in SPEEDS[ABLATION_STEPS] if f"{one.target:g}" == ABLATION_SPEED)
+    return next(one for one in SPEEDS[ABLATION_STEPS] if f"{one.target:g}" == MAIN_SPEED)
 
 
 def dynamic(method: str = "dynamiclayer") -> list[str]:

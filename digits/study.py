@@ -37,7 +37,7 @@ from digits.classifier import Judge
 from digits.plan import FULL, QUICK, ROOT, Task, digits_model, plan
 from files import replacing
 from router import find_router, load_router, save_router
-from sampling import DIGITS_MODEL
+from sampling import DIGITS_MODEL, weights_fingerprint
 from tables import is_main
 
 HIDDEN = ("images", "arguments", "router_hash")  # of rows/ alone
@@ -49,20 +49,27 @@ def judge() -> Judge:
 
 
 def is_done(folder: Path, task: Task) -> bool:
-    if task.is_training:
-        path = folder / "routers" / f"{task.id}.safetensors"
-        return path.exists() and load_router(path).info.get("train_arguments") == list(task.arguments)
-    path = folder / "rows" / f"{task.id}.json"
+    """Whether its result is there: of these arguments, this router and these weights of the model."""
+    path = folder / ("routers" if task.is_training else "rows") / task.file_name
     if not path.exists():
         return False
+    weights = weights_fingerprint(digits_model())
+    if task.is_training:
+        info = load_router(path).info
+        return info.get("train_arguments") == list(task.arguments) and info["settings"]["weights"] == weights
     row = json.loads(path.read_text())
-    return row["arguments"] == list(task.arguments) and row.get("router_hash") == router_hash(folder, task)
+    found = row["arguments"], row.get("router_hash"), row.get("weights")
+    return found == (list(task.arguments), router_hash(folder, task), weights)
 
 
 def router_hash(folder: Path, task: Task) -> str | None:
     """Of the file that a row measures: a router that was trained anew is measured anew."""
     path = folder / (task.facts["router"] or "")
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else None
+    return short_hash(path.read_bytes()) if path.is_file() else None
+
+
+def short_hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def perform(folder: Path, task: Task) -> str:
@@ -80,7 +87,7 @@ def quietly(log: Path) -> Iterator[None]:
 
 def train(folder: Path, task: Task) -> str:
     """Run train_router.py's main, keep the router without its training state, and its curves."""
-    results = folder / "scratch" / task.id
+    results = folder / "scratch" / f"{task.id}-{short_hash(' '.join(task.arguments).encode())}"
     where = ["--results-dir", str(results), "--resume", "auto", "--device", "cpu"]
     train_router.main(train_router.parse_args([*task.arguments, *where]))
     run = max(results.glob("[0-9]*-*"))  # one that was stopped before its first checkpoint is left behind
@@ -88,7 +95,7 @@ def train(folder: Path, task: Task) -> str:
     (folder / "curves").mkdir(exist_ok=True)
     if (run / "metrics.jsonl").exists():  # not in a very short training
         shutil.copy(run / "metrics.jsonl", folder / "curves" / f"{task.id}.jsonl")
-    path = folder / "routers" / f"{task.id}.safetensors"
+    path = folder / "routers" / task.file_name
     save_router(path, router, train_arguments=task.arguments)
     return f"CUR {100 * router.info['cur']:.2f} %, {router.info['speedup_macs']:.3f}x by MACs"
 
@@ -102,7 +109,7 @@ def measure_row(folder: Path, task: Task) -> str:
     row = task.facts | measure.compare(args, model, judge(), method, own, plain)
     row |= {"command": f"python -m digits.measure {' '.join(task.arguments)}", "arguments": task.arguments}
     row |= {"id": task.id, "router_hash": router_hash(folder, task), "images": measure.pictures(own)}
-    with replacing(folder / "rows" / f"{task.id}.json") as temporary:
+    with replacing(folder / "rows" / task.file_name) as temporary:
         temporary.write_text(json.dumps(row, indent=1) + "\n")
     return (
         f"{row['speedup_macs']:.3f}x by MACs, MSE {row['mse']:.2e}, FD to uncached {row['fd_uncached']:.3f}"
@@ -112,7 +119,7 @@ def measure_row(folder: Path, task: Task) -> str:
 def uncached_samples(folder: Path, args: argparse.Namespace) -> torch.Tensor:
     """x_0 that a row is compared with, from scratch/ where a row before drew as many."""
     setting = f"T{args.num_sampling_steps}-cfg{args.cfg_scale:g}-{measure.sampler_of(args)}-seed{args.seed}"
-    path = folder / "scratch" / f"uncached-{setting}.npy"
+    path = folder / "scratch" / f"uncached-{weights_fingerprint(digits_model())}-{setting}.npy"
     if path.exists() and len(x_0 := np.load(path, mmap_mode="r")) >= args.samples:
         return torch.from_numpy(x_0[: args.samples].copy())
     x_0 = measure.draw(args, digits_model(), methods.uncached(args, digits_model()))
@@ -155,6 +162,8 @@ def perform_all(folder: Path, tasks: list[Task], workers: int) -> list[str]:
                 try:
                     outcome = future.result()
                     done.add(task.id)
+                except concurrent.futures.BrokenExecutor:
+                    raise ValueError("a process ended abruptly, of too little memory?; run again") from None
                 except Exception as error:  # one task's failure is not the others'
                     outcome = f"FAILED: {type(error).__name__}: {error}"
                     failed.append(task.id)
@@ -172,7 +181,11 @@ def measure_latencies(folder: Path, tasks: list[Task], repeats: int) -> None:
             groups.setdefault(row["num_steps"], []).append(row)
     for num_steps, rows in sorted(groups.items()):
         path = folder / "latency" / f"T{num_steps}.json"
-        if path.exists() and set(json.loads(path.read_text())) == {row["id"] for row in rows}:
+        measured = {row["id"]: row["router_hash"] for row in rows}
+        if "uncached" not in (row["method"] for row in rows):
+            continue  # nothing to compare with yet
+        there = json.loads(path.read_text()) if path.exists() else {}
+        if {id: one.get("router_hash") for id, one in there.items()} == measured:
             continue
         print(f"latency of {len(rows)} rows at T = {num_steps}", flush=True)
         settings = []
@@ -187,6 +200,7 @@ def measure_latencies(folder: Path, tasks: list[Task], repeats: int) -> None:
                 "latency_ms": ms,
                 "speedup_latency": plain / ms,
                 "latency_batch": measure.LATENCY_BATCH,
+                "router_hash": row["router_hash"],
             }
             for row, ms in zip(rows, medians, strict=True)
         }
@@ -205,7 +219,7 @@ def collect(folder: Path, tasks: list[Task]) -> list[dict]:
     rows = []
     for task in tasks:
         if not task.is_training and is_done(folder, task):
-            row = json.loads((folder / "rows" / f"{task.id}.json").read_text())
+            row = json.loads((folder / "rows" / task.file_name).read_text())
             router = Path(row["router"]).stem if row["router"] else None
             measured = latency.get(task.id, {"latency_ms": None, "speedup_latency": None})
             rows.append(row | measured | {"train_command": commands.get(router)})
@@ -242,6 +256,8 @@ def main(args: argparse.Namespace) -> None:
         wanted = {task.id for task in tasks if args.only in task.id}
         needed = {need for task in tasks if task.id in wanted for need in task.needs}
         chosen = [task for task in tasks if task.id in wanted | needed]
+        if not chosen:
+            raise ValueError(f"--only {args.only!r}: no task's id contains it; --list shows them")
     if args.list:
         for task in chosen:
             print("done " if is_done(folder, task) else "     ", task.id, *task.arguments)

@@ -32,7 +32,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--iterations", type=cli.positive_int, default=7_000)
     parser.add_argument("--batch-size", type=cli.positive_int, default=128)
     parser.add_argument(
-        "--lr", type=float, default=1e-3, help="peak; linear warm-up of 200, then cosine to 0"
+        "--lr", type=cli.positive, default=1e-3, help="peak; linear warm-up of 200, then cosine to 0"
     )
     parser.add_argument("--ema-decay", type=float, default=0.999)
     parser.add_argument("--seed", type=int, default=0)

@@ -2,8 +2,10 @@
 
 import numpy as np
 
+SPLITS = 10
 
-def inception_score(probabilities: np.ndarray, splits: int = 10) -> tuple[float, float]:
+
+def inception_score(probabilities: np.ndarray, splits: int = SPLITS) -> tuple[float, float]:
     """Mean and standard deviation over `splits` of `exp(mean KL(p(y|x) || p(y)))`.
 
     probabilities: (n, classes). Splits are consecutive, not shuffled, as ADM takes them: 10 of 5,000 for

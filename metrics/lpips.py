@@ -8,6 +8,8 @@ from torch import Tensor
 
 from files import load_pickle_safely
 
+SMALLEST = 32  # pixels a side that AlexNet's pooling leaves something of
+
 
 def load_lpips(weights: str | Path, device: torch.device | str = "cpu"):
     """A function of two uint8 image batches (n, H, W, 3) that returns their distances (n,).

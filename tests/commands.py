@@ -51,6 +51,6 @@ def torchrun(processes: int, *arguments, status: int = 0) -> str:
 def error_line(script: str, *arguments) -> str:
     """The one line in which a wrong use ends, with exit status 2."""
     text = run(script, *arguments, status=2)
-    lines = [line for line in text.splitlines() if re.match(r"\w+\.py: error: ", line)]
+    lines = [line for line in text.splitlines() if re.match(r"[\w.]+: error: ", line)]
     assert len(lines) == 1, text
     return lines[0]

@@ -161,6 +161,15 @@ def test_lpips_with_local_weights(colour_files, tmp_path):
     assert different["lpips"] > 1e-4
 
 
+def test_pairs_of_other_noise_are_refused(files, tmp_path):
+    for name, seed in (("one", 1), ("other", 2)):
+        (tmp_path / f"{name}.npz").write_bytes((files / "a.npz").read_bytes())
+        (tmp_path / f"{name}.npz.settings.json").write_text(json.dumps({"seed": seed, "labels": "random"}))
+    line = error_line(*EVALUATE, tmp_path / "one.npz", "--paired", tmp_path / "other.npz")
+    assert "drawn with seed 1" in line
+    assert "with 2; pairs need the same noise" in line
+
+
 def test_images_are_read_in_batches(tmp_path):
     """A file of 550 MB, one batch at a time: the peak of memory stays far below it."""
     shape = (20_000, 96, 96, 3)
@@ -193,11 +202,22 @@ def test_wrong_use_is_one_line(files, tmp_path):
     assert "nowhere.pth does not exist" in line
     assert "--features magic is unknown" in error_line(*EVALUATE, a, "--reference", a, "--features", "magic")
     assert "pairs are needed" in error_line(*EVALUATE, a, "--paired", files / "b.npz")
+    text = run(*EVALUATE, a, "--reference", a, *digits, "--lpips-weights", "w.pth")
+    assert "--lpips-weights has no effect without --paired" in text
+    assert "is not of .json" in error_line(*EVALUATE, a, "--paired", a, "--output", tmp_path / "x.txt")
     line = error_line(*EVALUATE, a, "--paired", a, "--lpips-weights", "nowhere.pth")
     assert "--lpips-weights nowhere.pth does not exist" in line
     np.savez(tmp_path / "other.npz", mu=np.zeros(3), sigma=np.eye(3))
     line = error_line(*EVALUATE, a, "--reference", tmp_path / "other.npz", *digits)
     assert "mu has 3 values" in line
+    np.savez(tmp_path / "flat.npz", mu=np.zeros(64), sigma=np.zeros(64))
+    line = error_line(*EVALUATE, a, "--reference", tmp_path / "flat.npz", *digits)
+    assert "mu and sigma of shapes (64,) and (64,) do not fit" in line
+    for name, source in (("cut.npz", files / "b.npz"), ("cut_statistics.npz", tmp_path / "flat.npz")):
+        content = bytearray(source.read_bytes())
+        content[50:70] = bytes(20)
+        (tmp_path / name).write_bytes(content)
+        assert "damaged" in error_line(*EVALUATE, a, "--reference", tmp_path / name, *digits)
     np.savez(tmp_path / "none.npz", x=np.zeros(3))
     line = error_line(*EVALUATE, tmp_path / "none.npz", "--paired", a)
     assert "holds x, no images (arr_0)" in line

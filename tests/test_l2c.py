@@ -164,5 +164,12 @@ def test_wrong_use(tmp_path, image_folder):
     assert "--method l2c needs --data" in run(*no_data, status=2)
     assert "does not exist; give an image folder" in error_line(*TRAIN, "--data", "nowhere")
     assert "use digits" in error_line(*TRAIN, "--data", image_folder)
+    latent = ["--model", "DiT-S/8", "--random-weights", "--image-size", 64, "--num-classes", 3]
+    line = error_line(*TRAIN, *latent, "--data", image_folder, "--results-dir", tmp_path / "no")
+    assert "has 2 folders, the model 3 classes" in line
+    np.save(tmp_path / "x.npy", np.zeros(3))
+    (tmp_path / "x.npy").rename(tmp_path / "x.npz")
+    assert "cannot be read" in error_line(*TRAIN, "--data", tmp_path / "x.npz")
+    assert "0 is not above 0" in run(*TRAIN, "--lr", 0, status=2)
     text = run(*TRAIN, "--results-dir", tmp_path / "r", "--max-steps", 1, "--proxy", "paper")
     assert "warning: --proxy has no effect with --method l2c" in text

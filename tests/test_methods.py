@@ -74,6 +74,7 @@ def test_fewer_steps(tmp_path):
         (["fora", "--interval", "0.5"], "0.5 is below 1; 1 computes every step"),
         (["fora", "--interval", "1/0"], "1/0 is below 1"),
         (["taylor-fora", "--interval", 2, "--order", 3], "invalid choice"),
+        (["random", "--cur", "nan"], "nan is no finite number"),
     ],
 )
 def test_wrong_flags_are_refused(arguments, message):

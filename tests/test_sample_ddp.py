@@ -14,7 +14,7 @@ from commands import ENVIRONMENT, ROOT, error_line, run, torchrun
 
 from baselines import fora_schedule
 from diffusion import create_diffusion
-from sample_ddp import batches
+from sample_ddp import Parts, batches
 from sampling import SAMPLING_STREAM, decode, draw_noise, generate, load_model, sample_generator
 
 SAMPLE = ["sample_ddp.py", "--model", "DiT-digits/2", "--num-sampling-steps", 4, "--device", "cpu"]
@@ -105,6 +105,24 @@ def test_killed_while_it_puts_things_in_place(plain, tmp_path):
     (parts / "0000000-00032.npy").write_bytes(b"")
     assert "holds these samples already" in run(*arguments)
     assert not parts.exists()
+
+
+def test_other_commands_files_are_left_alone(tmp_path):
+    """Beside x.npz another command puts together x.fora.npz."""
+    theirs = tmp_path / "x.fora.1234.part.npz"
+    theirs.write_bytes(b"half a file")
+    Parts(tmp_path / "x.npz", {}, (8, 8, 1), 48).open()
+    assert theirs.exists()
+
+
+def test_a_gap_is_never_put_in_place(tmp_path):
+    """The same command twice at once: the other one has finished and removed the parts before the last."""
+    parts = Parts(tmp_path / "x.npz", {}, (8, 8, 1), 48)
+    parts.output.write_bytes(b"what the other one wrote")
+    parts.write(32, torch.zeros(16, 8, 8, 1, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="lacks 32 samples that were drawn"):
+        parts.assemble()
+    assert parts.output.read_bytes() == b"what the other one wrote"
 
 
 def test_batches_cover_what_is_missing_in_whole_blocks():

@@ -10,6 +10,7 @@ from commands import ROOT, error_line, run
 
 from digits import measure
 from digits.plan import FULL, QUICK, SPEEDS, plan
+from digits.study import is_done
 from methods import load_method
 from router import load_router
 from sampling import build_model
@@ -125,6 +126,19 @@ def test_study_runs_and_goes_on(study):
         assert (row["train_command"] is not None) == (row["router"] is not None)
         if row["router"]:
             assert (folder / row["router"]).exists()
+
+
+def test_what_other_weights_made_is_not_done(full, monkeypatch):
+    done = [task for task in full if is_done(RESULTS, task)]
+    assert {task.is_training for task in done} == {True, False}
+    monkeypatch.setattr("digits.study.weights_fingerprint", lambda _: "of another model")
+    assert not any(is_done(RESULTS, task) for task in done)
+
+
+def test_nothing_chosen_is_one_line(tmp_path):
+    line = error_line("digits.study", "--only", "magic", "--results-dir", tmp_path)
+    assert "--only 'magic': no task's id contains it" in line
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
