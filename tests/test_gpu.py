@@ -17,17 +17,23 @@ pytestmark = [
 ]
 
 
-def test_cached_sampling_equals_the_cpus():
+@pytest.mark.parametrize("forecast_order", [0, 2])
+def test_cached_sampling_equals_the_cpus(forecast_order):
     model, labels = load_model("DiT-digits/2"), torch.arange(10)
     schedule = Schedule(torch.rand(10, 24, generator=torch.Generator().manual_seed(0)) > 0.4)
-    options = {"seed": 1, "cfg_scale": 1.5, "schedule": schedule}
+    options = {"seed": 1, "cfg_scale": 1.5, "schedule": schedule, "forecast_order": forecast_order}
     on_cpu = generate_seeded(model, create_diffusion("10"), labels, **options)
     on_gpu = generate_seeded(copy.deepcopy(model).cuda(), create_diffusion("10"), labels, **options)
     assert relative_error(on_gpu.cpu(), on_cpu) < 1e-3
 
 
-@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
-def test_training_repeats_its_bits(tmp_path, precision):
+L2C = ["--method", "l2c", "--data", "digits", "--target-cur", 0.3]
+
+
+@pytest.mark.parametrize(
+    ("precision", "method"), [("fp32", []), ("tf32", []), ("bf16", []), ("fp32", L2C)]
+)  # fmt: skip
+def test_training_repeats_its_bits(tmp_path, precision, method):
     logits = []
     for name in ("one", "other"):
         arguments = [
@@ -42,6 +48,8 @@ def test_training_repeats_its_bits(tmp_path, precision):
             "--lr",
             0.05,
         ]
-        run("train_router.py", "--precision", precision, "--results-dir", tmp_path / name, *arguments)
+        run(
+            "train_router.py", "--precision", precision, "--results-dir", tmp_path / name, *arguments, *method
+        )
         logits.append(load_router(find_router(next((tmp_path / name).iterdir()))).logits)
     assert torch.equal(*logits)

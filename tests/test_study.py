@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import os
 import re
 from collections import Counter
+from unittest import mock
 
 import pytest
 from commands import ROOT, error_line, run
@@ -85,7 +87,8 @@ def study(tmp_path_factory):
     """T = 10 at one speed, 20 samples, trainings of six updates a row, by the command itself."""
     folder = tmp_path_factory.mktemp("study")
     small = dataclasses.replace(QUICK, samples=20, samples_in_readme=20, updates={10: 6, 20: 6, 50: 6})
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, mock.patch.dict(os.environ):
+        patch.chdir(ROOT)  # where the study goes
         patch.setattr("digits.study.QUICK", small)
         patch.setattr("digits.measure.LATENCY_BATCH", 2)
         output = [run("digits.study", "--quick", "--results-dir", folder, "--only", "T10") for _ in range(2)]
