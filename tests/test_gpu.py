@@ -30,26 +30,12 @@ def test_cached_sampling_equals_the_cpus(forecast_order):
 L2C = ["--method", "l2c", "--data", "digits", "--target-cur", 0.3]
 
 
-@pytest.mark.parametrize(
-    ("precision", "method"), [("fp32", []), ("tf32", []), ("bf16", []), ("fp32", L2C)]
-)  # fmt: skip
+@pytest.mark.parametrize(("precision", "method"), [("fp32", []), ("tf32", []), ("bf16", []), ("fp32", L2C)])
 def test_training_repeats_its_bits(tmp_path, precision, method):
+    arguments = ["--model", "DiT-digits/2", "--num-sampling-steps", 5, "--max-steps", 15, "--lr", 0.05]
+    arguments += ["--global-batch-size", 8, "--precision", precision, *method]
     logits = []
     for name in ("one", "other"):
-        arguments = [
-            "--model",
-            "DiT-digits/2",
-            "--max-steps",
-            15,
-            "--num-sampling-steps",
-            5,
-            "--global-batch-size",
-            8,
-            "--lr",
-            0.05,
-        ]
-        run(
-            "train_router.py", "--precision", precision, "--results-dir", tmp_path / name, *arguments, *method
-        )
+        run("train_router.py", "--results-dir", tmp_path / name, *arguments)
         logits.append(load_router(find_router(next((tmp_path / name).iterdir()))).logits)
     assert torch.equal(*logits)
