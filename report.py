@@ -22,15 +22,12 @@ from files import replacing
 from router import load_router
 from tables import (
     MAIN_SPEED,
-    ablation_table,
     comparison_table,
     evaluation_table,
+    further_tables,
     grouped,
     is_main,
     markdown,
-    objective_table,
-    published_table,
-    target_table,
 )
 
 # ---- pictures --------------------------------------------------------------------------------------
@@ -155,6 +152,7 @@ def image_pictures(folder: Path, rows: list[dict]) -> list[tuple[str, dict]]:
 
 # ---- the page --------------------------------------------------------------------------------------
 
+TITLE = "Caching methods on the digits DiT"
 STYLE = """
 :root { color-scheme: light dark; --ground: #ffffff; --text: #1f2328; --line: #d8dee4; --soft: #59636e; }
 @media (prefers-color-scheme: dark) {
@@ -199,23 +197,27 @@ def charts_html(found: list[tuple[str, dict]], kind: str = "charts") -> str:
     return f'<div class="{kind}">{"".join(figure_html(*one) for one in found)}</div>'
 
 
-def page(study: Path, rows: list[dict], evaluations: list[Path]) -> str:
-    folder, steps = study / "pictures", sorted({row["num_steps"] for row in rows}, reverse=True)
+def setting(rows: list[dict]) -> str:
     first = rows[0]
-    setting = (
+    return (
         "The digits DiT, DDIM without guidance where nothing else is said, "
         f"{first['dtype']} on {first['hardware']} with batches of {first['batch_size']}, samples of seed "
         f"{first['seed']}; all methods from the same noise and labels. Speed asked: what methods are matched "
         "at, within 4 % by MACs; a star marks what is further away. Where a method was trained from several "
-        "seeds the figure is their mean, and bars and brackets give the least and the greatest."
+        "seeds the figure is their mean, and bars and brackets give the least and the greatest; the measured "
+        "speed-up is that of the first one."
     )
+
+
+def page(study: Path, rows: list[dict], evaluations: list[Path]) -> str:
+    folder = study / "pictures"
     parts = [
-        f"<h1>Caching methods on the digits DiT</h1><p>{html.escape(setting)}</p>",
+        f"<h1>{TITLE}</h1><p>{html.escape(setting(rows))}</p>",
         section(
             "Quality against speed", "Down and to the right is better.", charts_html(trade_offs(folder, rows))
         ),
     ]
-    tables = [f"<h3>T = {n}</h3>{table_html(comparison_table(rows, n))}" for n in steps]
+    tables = [f"<h3>T = {n}</h3>{table_html(comparison_table(chosen, n))}" for n, chosen in comparisons(rows)]
     parts.append(section("All figures", "Sorted by MSE within a speed.", *tables))
     images = image_pictures(folder, rows)
     if images:
@@ -227,28 +229,15 @@ def page(study: Path, rows: list[dict], evaluations: list[Path]) -> str:
     curves = curve_pictures(study, folder, rows)
     if curves:
         parts.append(section("Trainings", "Seed 0 at the main speed.", charts_html(curves)))
-    if len(targets := target_table(rows)) > 1:
-        intro = "train_router.py --target-cur, HarmoniCa at T = 10."
-        parts.append(section("Asking for a speed", intro, table_html(targets)))
-    if len(objective := objective_table(rows)) > 1:
-        intro = "T = 10: what step-wise training minimises, measured on schedules as they are sampled."
-        parts.append(section("The objective and the image", intro, table_html(objective)))
-    if len(ablations := ablation_table(rows)) > 1:
-        parts.append(section("Ablations", "One thing changed at a time.", table_html(ablations)))
+    for title, intro, table in further_tables(rows):
+        parts.append(section(title, intro, table_html(table)))
     if evaluations:
         table = table_html(evaluation_table(evaluations))
         parts.append(section("Evaluations", "What evaluate.py found of files of samples.", table))
-    intro = (
-        "DiT-XL/2 on ImageNet 256 px as the paper reports it (guidance 1.5, 50,000 samples, H800) beside the "
-        "digits at the nearest speed: other models and data, so only ratios to the uncached model stand side "
-        "by side."
-    )
-    parts.append(section("Published numbers beside ours", intro, table_html(published_table(rows))))
     commands = "".join(f"<li><code>{html.escape(row['command'])}</code></li>" for row in rows)
     parts.append(f"<details><summary>The command of every row</summary><ol>{commands}</ol></details>")
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-    title = "Caching methods on the digits DiT"
-    head += f"<title>{title}</title><style>{STYLE}</style>"
+    head += f"<title>{TITLE}</title><style>{STYLE}</style>"
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
 
 
@@ -256,12 +245,13 @@ def write_study(study: Path, rows: list[dict], evaluations: list[Path] | None = 
     """table.md, report.html and pictures/ of rows as digits/study.py collects them. Nothing for no rows."""
     if not rows:
         return
-    tables = []
-    for num_steps in sorted({row["num_steps"] for row in rows}, reverse=True):
-        tables.append(f"T = {num_steps}\n\n{markdown(comparison_table(rows, num_steps, MAIN_SPEED))}")
+    parts = [f"# {TITLE}\n\n{setting(rows)}\n"]
+    for num_steps, chosen in comparisons(rows):
+        parts.append(f"## T = {num_steps}\n\n{markdown(comparison_table(chosen, num_steps))}")
+    parts += [f"## {title}\n\n{intro}\n\n{markdown(table)}" for title, intro, table in further_tables(rows)]
     text = page(study, rows, evaluations or [])  # before anything is written: it may find a file wrong
     with replacing(study / "table.md") as temporary:
-        temporary.write_text("\n".join(tables))
+        temporary.write_text("\n".join(parts))
     with replacing(study / "report.html") as temporary:
         temporary.write_text(text)
 
