@@ -241,9 +241,10 @@ def check_pairs(samples: Images, plain: Images) -> None:
 
 
 def check_reference(path: Path) -> None:
+    statistics = read_statistics(path)
     if "arr_0" in keys_of(path):
         Images(path)
-    if not read_statistics(path) and "arr_0" not in keys_of(path):
+    elif not statistics:
         raise ValueError(f"{path} holds neither arr_0 nor mu and sigma; it is no reference")
 
 

@@ -63,6 +63,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     methods.add_arguments(parser)
     args = parser.parse_args(arguments)
+    if args.step_errors and args.p_sample:
+        parser.error("--step-errors is of DDIM; leave out --p-sample")
     methods.check_arguments(parser, args)
     args.model = DIGITS_MODEL
     return args
