@@ -53,7 +53,7 @@ SPEEDS = {
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is trained and measured. updates: of each router row; longer: where those miss their speed."""
+    """How much is trained and measured. updates: of each router row; longer: where those miss a speed."""
 
     samples: int
     samples_in_readme: int
@@ -63,12 +63,12 @@ class Scale:
     lr: float
     repeats: int  # of the latency
     ablations: bool
-    longer: dict[tuple[str, int], int] = field(default_factory=dict)
+    longer: dict[tuple, int] = field(default_factory=dict)  # (name, T) or (name, T, speed)
 
 
 FULL = Scale(
-    2000, 5000, {10: 3, 20: 3, 50: 1}, SPEEDS, {10: 100, 20: 50, 50: 40}, 0.1, 3, True,
-    {("l2c", 20): 100, ("l2c", 50): 80, ("harmonica-paper", 50): 80},
+    2000, 5000, {10: 3, 20: 3, 50: 1}, SPEEDS, {10: 100, 20: 50, 50: 40}, 0.1, 9, True,
+    {("l2c", 20): 100, ("l2c", 50): 80, ("harmonica-paper", 50): 80, ("harmonica-paper", 20, 2.77): 100},
 )  # fmt: skip
 QUICK = Scale(
     200, 200, {10: 1, 20: 1, 50: 1}, {steps: speeds[2:3] for steps, speeds in SPEEDS.items()},
@@ -106,6 +106,7 @@ class Plan:
         kind, value = target
         cfg_scale, lr = changes.get("cfg_scale", 1.0), changes.get("lr", self.scale.lr)
         updates = self.scale.longer.get((name, num_steps), self.scale.updates[num_steps])
+        updates = self.scale.longer.get((name, num_steps, value), updates)
         updates = changes.get("updates", updates)
         id = f"{name}-T{num_steps}-{kind}{value:g}-s{seed}" + (f"-cfg{cfg_scale:g}" if cfg_scale != 1 else "")
         rows = num_steps // 2 if name == "l2c" else num_steps
@@ -266,10 +267,10 @@ class Plan:
                 router = self.train("harmonica", 10, ("cur", cur), seed)
                 self.row("harmonica", 10, dynamic(), router, train_seed=seed, group="target-cur", variant=cur)
 
-    def full_length(self, name: str, flags: tuple = ()) -> None:
+    def full_length(self) -> None:
         """The published 20,000 train steps at the published learning rate."""
         changes = {"lr": 0.01, "updates": 2000, "facts": {"group": "full-length"}}
-        self.harmonica(ABLATION_STEPS, ablation_speed(), 0, f"{name}-20k", flags, **changes)
+        self.harmonica(ABLATION_STEPS, ablation_speed(), 0, "harmonica-20k", **changes)
 
 
 def ablation_speed() -> Speed:
@@ -305,12 +306,11 @@ def plan(folder: Path, scale: Scale) -> list[Task]:
         tasks.variants(range(1))
         tasks.settings()
     if scale.ablations:
-        tasks.full_length("harmonica")
+        tasks.full_length()
         tasks.objective()
     tasks.compare(50)
     tasks.compare(20)
     if scale.ablations:
-        tasks.full_length("harmonica-paper", ("--proxy", "paper"))
         tasks.variants(range(scale.seeds[ABLATION_STEPS]))
     return list(tasks.tasks.values())
 

@@ -181,7 +181,7 @@ def measure_latencies(folder: Path, tasks: list[Task], repeats: int) -> None:
             groups.setdefault(row["num_steps"], []).append(row)
     for num_steps, rows in sorted(groups.items()):
         path = folder / "latency" / f"T{num_steps}.json"
-        measured = {row["id"]: row["router_hash"] for row in rows}
+        measured = {row["id"]: row.get("router_hash") for row in rows}
         if "uncached" not in (row["method"] for row in rows):
             continue  # nothing to compare with yet
         there = json.loads(path.read_text()) if path.exists() else {}
@@ -200,7 +200,8 @@ def measure_latencies(folder: Path, tasks: list[Task], repeats: int) -> None:
                 "latency_ms": ms,
                 "speedup_latency": plain / ms,
                 "latency_batch": measure.LATENCY_BATCH,
-                "router_hash": row["router_hash"],
+                "latency_repeats": repeats,
+                "router_hash": row.get("router_hash"),
             }
             for row, ms in zip(rows, medians, strict=True)
         }
