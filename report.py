@@ -157,15 +157,15 @@ STYLE = """
 :root { color-scheme: light dark; --ground: #ffffff; --text: #1f2328; --line: #d8dee4; --soft: #59636e; }
 @media (prefers-color-scheme: dark) {
   :root { --ground: #0d1117; --text: #e6edf3; --line: #30363d; --soft: #9198a1; } }
-body { margin: 0 auto; max-width: 75rem; padding: 1rem; background: var(--ground); color: var(--text);
+body { margin: 0 auto; max-width: 86rem; padding: 1rem; background: var(--ground); color: var(--text);
   font: 1rem/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.6rem; } h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
 p, figcaption { color: var(--soft); max-width: 48rem; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem; }
 .wide { display: grid; gap: 1rem; }
 figure { margin: 0; } img { max-width: 100%; height: auto; }
-.table { overflow-x: auto; } table { border-collapse: collapse; font-size: 0.85rem; white-space: nowrap; }
-th, td { padding: 0.25rem 0.6rem; border-bottom: 1px solid var(--line); text-align: right; }
+.table { overflow-x: auto; } table { border-collapse: collapse; font-size: 0.8rem; white-space: nowrap; }
+th, td { padding: 0.25rem 0.45rem; border-bottom: 1px solid var(--line); text-align: right; }
 th { text-align: right; } th:first-child, td:first-child { text-align: left; }
 td { font-variant-numeric: tabular-nums; }
 details { margin: 1rem 0; } code { font-size: 0.8rem; overflow-wrap: anywhere; }
