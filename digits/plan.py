@@ -305,7 +305,6 @@ def plan(folder: Path, scale: Scale) -> list[Task]:
     if scale.ablations:
         tasks.variants(range(1))
         tasks.settings()
-    if scale.ablations:
         tasks.full_length()
         tasks.objective()
     tasks.compare(50)
