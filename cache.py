@@ -7,12 +7,15 @@ which step it is at (`cache.step = i`, a Python int). Nothing is ever read back 
 | policy | branch output | store |
 |---|---|---|
 | none (`models.compute_always`) | computed | - |
-| `StaticCache` | computed where the schedule says so, else the stored one | the last computed output |
-| `ForecastCache` | computed where the schedule says so, else extrapolated | its last outputs |
+| `StaticCache` | computed where the schedule says so, else combined from the stored | the last K computed |
+| `FittingCache` | the same, its weights solved by least squares as it goes | the same |
+| `GatedCache` | the same with gates between 0 and 1, differentiable | the same, moved on by the gate |
 | `SoftCache` | `score * computed + (1 - score) * stored` | that blend, replaced where score > threshold |
+
+The first three are what is sampled and what end-to-end training differentiates; `SoftCache` is HarmoniCa's
+and Learning-to-Cache's training.
 """
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -20,67 +23,156 @@ from torch import Tensor
 
 from router import Schedule
 
+Outputs = tuple[Tensor, ...]  # of one branch, the last computed one first
+
+
+def combined(outputs: Outputs, weights: Sequence[float] | Tensor) -> Tensor:
+    """`sum_k weights[k] * outputs[k]` over the outputs that there are."""
+    total = outputs[0] * weights[0]
+    for output, weight in zip(outputs[1:], weights[1:], strict=False):
+        total = total + output * weight
+    return total
+
+
+class _Store:
+    """What a policy keeps of every branch; trajectories that share a prefix copy it."""
+
+    _stored: list
+
+    def snapshot(self) -> list:
+        return list(self._stored)
+
+    def restore(self, stored: list) -> None:
+        self._stored = list(stored)
+
 
 class StaticCache:
-    """Inference: a reused branch executes nothing. Method: HarmoniCa sec. 3, FORA, Learning-to-Cache."""
+    """Inference: a reused branch executes none of its layers.
+
+    HarmoniCa sec. 3, FORA, Learning-to-Cache, and with `Schedule.weights` forecasts (TaylorSeer) and learned
+    combinations.
+    """
 
     def __init__(self, schedule: Schedule):
         self.step = schedule.num_steps - 1
         self._compute: list[list[bool]] = schedule.compute.tolist()
-        self._stored: list[Tensor | None] = [None] * schedule.num_branches
+        self._weights = None if schedule.weights is None else schedule.weights.tolist()
+        self._num_terms = schedule.num_terms
+        self._stored: list[Outputs] = [()] * schedule.num_branches
 
     def __call__(self, branch: int, compute: Callable[[], Tensor]) -> Tensor:
-        if self._compute[self.step][branch] or self._stored[branch] is None:
-            self._stored[branch] = compute()
-        return self._stored[branch]
+        stored = self._stored[branch]
+        if not stored or self._compute[self.step][branch]:
+            output = compute()
+            self._stored[branch] = (output, *stored[: self._num_terms - 1])
+            return output
+        if self._weights is None:
+            return stored[0]
+        return combined(stored, self._weights[self.step][branch])
 
 
-MAX_FORECAST_ORDER = 2
+class FittingCache(_Store):
+    """Sampling that solves the weights of its reuse: least squares of each output on the stored ones.
 
-
-class ForecastCache:
-    """Inference: a reused branch is extrapolated along the step axis from its last computed outputs.
-
-    TaylorSeer (Liu et al., ICCV 2025) for any schedule: with k the step of the last computed output F
-    and h its distance to the one before, the differences are `D1 = (F - F before) / h` and
-    `D2 = (D1 - D1 before) / h`, and step i gets `F + D1 (k - i) + D2 (k - i)^2 / 2`, as far as `order` goes
-    and as many outputs were computed. Order 0 is `StaticCache`. Memory: (order + 1) outputs a branch.
+    Every branch is computed, so that there is something to fit; what is returned, and so all that follows, is
+    what `StaticCache` will do with `weights`. Equations are summed over the batch, and by `reduce` over
+    ranks. `weights`, and the `gram` matrix of the stored outputs and mean square `residual` that tell how far
+    a weight may move, are filled in for all cells but those of the first step; where a cell is computed they
+    are what it could be replaced with.
     """
 
-    def __init__(self, schedule: Schedule, order: int):
-        if order not in range(MAX_FORECAST_ORDER + 1):
-            raise ValueError(f"forecast order {order} is not one of 0 .. {MAX_FORECAST_ORDER}")
-        self.step = schedule.num_steps - 1
-        self.order = order
-        self._compute: list[list[bool]] = schedule.compute.tolist()
-        self._differences: list[list[Tensor]] = [[] for _ in range(schedule.num_branches)]
-        self._computed_at = [self.step] * schedule.num_branches
+    def __init__(self, compute: Tensor, num_terms: int, reduce: Callable[[Tensor], Tensor] = lambda t: t):
+        size = (*compute.shape, num_terms)
+        self.step = len(compute) - 1
+        self._compute, self._reduce = compute.tolist(), reduce
+        self._stored: list[Outputs] = [()] * compute.shape[1]
+        self.weights = torch.zeros(size, dtype=torch.float64)
+        self.gram = torch.eye(num_terms, dtype=torch.float64).expand(*size, num_terms).clone()
+        self.residual = torch.zeros(compute.shape, dtype=torch.float64)
 
     def __call__(self, branch: int, compute: Callable[[], Tensor]) -> Tensor:
-        known = self._differences[branch]
-        if not known or self._compute[self.step][branch]:
-            return self._store(branch, compute())
-        distance = self._computed_at[branch] - self.step
-        output = known[0]
-        for n, difference in enumerate(known[1:], start=1):
-            output = output + difference * (distance**n / math.factorial(n))
+        stored, step, output = self._stored[branch], self.step, compute()
+        num_terms = self.weights.shape[2]
+        if stored:
+            weights = self._solve(branch, stored, output)
+            if not self._compute[step][branch]:
+                return combined(stored, weights.to(output.dtype).tolist())
+        self._stored[branch] = (output, *stored[: num_terms - 1])
         return output
 
-    def _store(self, branch: int, output: Tensor) -> Tensor:
-        before, distance = self._differences[branch], self._computed_at[branch] - self.step
-        differences = [output]
-        for n in range(min(self.order, len(before))):
-            differences.append((differences[n] - before[n]) / distance)
-        self._differences[branch], self._computed_at[branch] = differences, self.step
-        return output
+    def _solve(self, branch: int, stored: Outputs, output: Tensor) -> Tensor:
+        """Normal equations in float64, drawn towards plain reuse where outputs are nearly collinear."""
+        rows = torch.stack([one.double().flatten() for one in (*stored, output)])  # (k + 1, values)
+        products = self._reduce(rows @ rows.T / rows.shape[1]).cpu()
+        gram, target, k = products[:-1, :-1], products[:-1, -1], len(stored)
+        plain = torch.zeros(k, dtype=torch.float64)
+        plain[0] = 1
+        ridge = RIDGE * gram.diagonal().mean().clamp(min=1e-30) * torch.eye(k, dtype=torch.float64)
+        weights = plain + torch.linalg.solve(gram + ridge, target - gram @ plain)
+        cell = self.step, branch
+        self.weights[cell][:k], self.gram[cell][:k, :k] = weights, gram + ridge
+        self.residual[cell] = (products[-1, -1] - 2 * weights @ target + weights @ gram @ weights).clamp(
+            min=0
+        )
+        return weights
 
 
-def sampling_cache(schedule: Schedule, forecast_order: int = 0) -> StaticCache | ForecastCache:
-    """The policy of a new trajectory: plain reuse, or a forecast of order 1 or 2."""
-    return ForecastCache(schedule, forecast_order) if forecast_order else StaticCache(schedule)
+RIDGE = 1e-6  # of the mean square of the stored outputs
 
 
-class SoftCache:
+class GatedCache(_Store):
+    """Training: `gate * computed + (1 - gate) * reused`, exactly `StaticCache` where the gates are 0 or 1.
+
+    gates: (T, B), or (T, B, n) one for each sample; under guidance both halves of the batch share theirs.
+    weights: (T, B, K) of the reuse. Both may require grad. soft: bool (T, B), the cells that are blended: all
+    others follow their gate, rounded, and compute nothing that they do not need. None: where a gate is
+    neither 0 nor 1, or wants a gradient. The store moves on as far as the gate says: `gate * (computed,
+    outputs but the oldest) + (1 - gate) * outputs`; with `store_gradient` False only its values follow the
+    gate, the gradient does not. Stored outputs keep their graph: all later readers of a computed output pay
+    for it.
+    """
+
+    def __init__(
+        self, gates: Tensor, weights: Tensor, soft: Tensor | None = None, store_gradient: bool = True
+    ):
+        if soft is None:
+            undecided = (gates != 0) & (gates != 1) | gates.requires_grad
+            soft = undecided if gates.ndim == 2 else undecided.any(-1)
+        self.step = len(gates) - 1
+        self.store_gradient, self._num_terms = store_gradient, weights.shape[2]
+        # Cell by cell: the gradient of an indexed tensor would be as large as the tensor, for each cell.
+        self._gates = [row.unbind() for row in gates.unbind()]
+        self._weights = [row.unbind() for row in weights.unbind()]
+        hard = gates.detach() if gates.ndim == 2 else gates.detach().mean(-1)
+        self._compute, self._soft = (hard > 0.5).tolist(), soft.tolist()
+        self._stored: list[Outputs] = [()] * gates.shape[1]
+
+    def __call__(self, branch: int, compute: Callable[[], Tensor]) -> Tensor:
+        stored, soft = self._stored[branch], self._soft[self.step][branch]
+        if not stored or (self._compute[self.step][branch] and not soft):
+            output = compute()
+            self._stored[branch] = (output, *stored[: self._num_terms - 1])
+            return output
+        reused = combined(stored, self._weights[self.step][branch].to(stored[0].dtype))
+        if not soft:
+            return reused
+        output = compute()
+        gate = self._gate(branch, output)
+        moved = (output, *stored)[: self._num_terms]
+        share = gate if self.store_gradient else gate.detach()
+        kept = [torch.lerp(old, new, share) for old, new in zip(stored, moved, strict=False)]
+        self._stored[branch] = (*kept, *(new * share for new in moved[len(stored) :]))  # of nothing there
+        return torch.lerp(reused, output, gate)
+
+    def _gate(self, branch: int, output: Tensor) -> Tensor:
+        """Broadcast to a branch output (N, tokens, D)."""
+        gate = self._gates[self.step][branch].to(output.dtype)
+        if gate.ndim:
+            gate = gate.repeat(len(output) // len(gate)).view(-1, *[1] * (output.ndim - 1))
+        return gate
+
+
+class SoftCache(_Store):
     """Training: every branch is computed and blended with the stored output by its score.
 
     scores: (T, B) in [0, 1], or its rows apart; a row that requires grad passes its gradient on. A branch met
@@ -109,9 +201,3 @@ class SoftCache:
         # branch.
         self._stored[branch] = torch.where(refreshed, blended, stored).detach()
         return blended
-
-    def snapshot(self) -> list[Tensor | None]:
-        return list(self._stored)
-
-    def restore(self, stored: list[Tensor | None]) -> None:
-        self._stored = list(stored)

@@ -9,13 +9,18 @@
 | `dynamiclayer` | a router's, whatever trained it | `--path ROUTER`, `--thres X` |
 | `l2c` | a Learning-to-Cache router's | `--path ROUTER`, `--thres X` |
 | `taylor-` and one of the last four | the same, reused branches extrapolated | and `--order 1` or `2` |
+| `calibrated-` and one of those | the same, weights of reuse solved here | and `--calibrate N`, `--terms K` |
+
+A router of `train_router.py --method end-to-end` holds the weights of its reuse, and `dynamiclayer` uses
+them.
 """
 
 import argparse
 from dataclasses import dataclass
 
 import cli
-from baselines import fora_schedule, random_schedule
+from baselines import fora_schedule, forecast, random_schedule
+from calibrate import calibrated
 from diffusion import GaussianDiffusion, create_diffusion
 from models import DiT
 from router import Schedule, load_router
@@ -29,26 +34,23 @@ _FLAGS = {
     "dynamiclayer": ("path", "thres"),
     "l2c": ("path", "thres"),
 }
-_OPTIONAL = ("schedule_seed", "thres", "order")
 _CACHING = ("fora", "random", "dynamiclayer", "l2c")
-METHODS = (*_FLAGS, *(f"taylor-{name}" for name in _CACHING))
+_REUSE = {"taylor": ("order",), "calibrated": ("calibrate", "terms")}  # how reused branches get their output
+_OPTIONAL = ("schedule_seed", "thres", "order", "calibrate", "terms")
+METHODS = (*_FLAGS, *(f"{reuse}-{name}" for reuse in _REUSE for name in _CACHING))
+CALIBRATION_SAMPLES = 64
 
 
 @dataclass(frozen=True)
 class Method:
     """What a sampler needs to know: the chain, which branches to compute, how to reuse the others.
 
-    schedule None: all are computed. options: of `sampling.generate`.
+    schedule None: all are computed.
     """
 
     name: str
     diffusion: GaussianDiffusion
     schedule: Schedule | None
-    forecast_order: int = 0
-
-    @property
-    def options(self) -> dict:
-        return {"schedule": self.schedule, "forecast_order": self.forecast_order}
 
     def speedup_macs(self, model: DiT, num_steps: int) -> float:
         """MACs of the uncached chain of `num_steps` over this method's."""
@@ -70,6 +72,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--schedule-seed", type=cli.non_negative_int, help="random: of the draw (default 0)")
     group.add_argument("--steps", type=cli.positive_int, help="fewer-steps: denoising steps instead")
     group.add_argument("--order", type=int, choices=(1, 2), help="taylor-*: of the forecast (default 1)")
+    group.add_argument(
+        "--calibrate", type=cli.positive_int, metavar="N",
+        help="calibrated-*: samples, drawn at once, on which the weights of reuse are solved (default 64)",
+    )  # fmt: skip
+    group.add_argument(
+        "--terms",
+        type=int,
+        choices=(1, 2, 3),
+        help="calibrated-*: last outputs that are combined (default 3)",
+    )
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -78,14 +90,21 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     name = args.accelerate_method
     if name not in METHODS:
         parser.error(f"--accelerate-method {name!r} is unknown; choose one of {', '.join(METHODS)}")
-    read = _FLAGS[name.removeprefix("taylor-")] + (("order",) if name.startswith("taylor-") else ())
+    reuse, base = split_name(name)
+    read = _FLAGS[base] + _REUSE.get(reuse, ())
     for flag in read:
         if flag not in _OPTIONAL and getattr(args, flag) is None:
             what = "a router file or a folder that holds one" if flag == "path" else "a number"
             parser.error(f"--accelerate-method {name} needs --{flag}, {what}")
-    for flag in {flag for flags in _FLAGS.values() for flag in flags} | {"order"}:
+    for flag in sorted({flag for flags in (*_FLAGS.values(), *_REUSE.values()) for flag in flags}):
         if flag not in read and getattr(args, flag) is not None:
             args.notes.append(f"--{flag.replace('_', '-')} has no effect with --accelerate-method {name}")
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """`taylor-fora` as ("taylor", "fora"), `fora` as ("", "fora")."""
+    reuse, _, base = name.partition("-")
+    return (reuse, base) if reuse in _REUSE else ("", name)
 
 
 def uncached(args: argparse.Namespace, model: DiT) -> Method:
@@ -98,7 +117,7 @@ def load_method(args: argparse.Namespace, model: DiT) -> Method:
 
     Raises ValueError or FileNotFoundError where they do not fit it, in one line.
     """
-    name, base = args.accelerate_method, args.accelerate_method.removeprefix("taylor-")
+    reuse, base = split_name(args.accelerate_method)
     diffusion = uncached(args, model).diffusion
     size, schedule = (diffusion.num_timesteps, model.num_branches), None
     if base == "fewer-steps":
@@ -114,8 +133,13 @@ def load_method(args: argparse.Namespace, model: DiT) -> Method:
         schedule = random_schedule(*size, args.cur, args.schedule_seed or 0)
     elif base in ("dynamiclayer", "l2c"):
         schedule = _router_schedule(args, model, diffusion, base)
-    order = (args.order or 1) if name.startswith("taylor-") else 0
-    return Method(name, diffusion, schedule, order)
+    if reuse == "taylor":
+        schedule = forecast(schedule, args.order or 1)
+    elif reuse == "calibrated":
+        sampler = "ddpm" if args.p_sample else "ddim"
+        samples = args.calibrate or CALIBRATION_SAMPLES
+        schedule = calibrated(model, diffusion, schedule, args.terms or 3, samples, args.cfg_scale, sampler)
+    return Method(args.accelerate_method, diffusion, schedule)
 
 
 def _router_schedule(

@@ -107,7 +107,7 @@ class DiT(nn.Module):
 
     `branches` names every branch in order of execution (`"0.attn"`, `"0.mlp"`, `"1.attn"`, ...);
     `branch_macs` gives each one's multiply-accumulates for one sample, `other_macs` those of everything that
-    is never cached.
+    is never cached; `branch_size` is the number of values of a branch output.
     """
 
     def __init__(
@@ -150,6 +150,7 @@ class DiT(nn.Module):
 
         self.branches = tuple(f"{i}.{name}" for i in range(depth) for name in DiTBlock.branches)
         n, d = grid_size**2, hidden_size
+        self.branch_size = n * d
         attn_macs = 4 * n * d**2 + 2 * n**2 * d  # qkv and proj, then the two products of the attention
         mlp_macs = 2 * n * d * int(d * mlp_ratio)
         self.branch_macs = (attn_macs, mlp_macs) * depth

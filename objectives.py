@@ -1,19 +1,22 @@
-"""What a router is trained on: HarmoniCa's trajectories and image error proxy, Learning-to-Cache's pairs.
+"""What a router is trained on: HarmoniCa's trajectories and image error proxy, Learning-to-Cache's pairs, and
+the error of the final image.
 
 Step-wise denoising training (SDT) and the image error proxy (IEPO) are sections 4.2 and 4.3 of HarmoniCa
-(Huang et al., ICML 2025); the pair of steps is Learning-to-Cache's (Ma et al., NeurIPS 2024). Pure
+(Huang et al., ICML 2025); the pair of steps is Learning-to-Cache's (Ma et al., NeurIPS 2024); the error of
+the image is what HarmoniCa sets aside for its cost (docs/beyond.md says why it is affordable after all). Pure
 mathematics: no processes, files or logging. The training trajectory is a generator that yields after every
 update; its caller logs, saves and stops.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from cache import SoftCache, sampling_cache
+from cache import GatedCache, SoftCache, StaticCache
 from denoiser import Denoiser
 from diffusion import GaussianDiffusion
 from models import DiT
@@ -133,7 +136,6 @@ def step_errors(
     noise: Tensor,
     labels: Tensor,
     cfg_scale: float,
-    forecast_order: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """What SDT trains on, of a schedule as it is sampled: (T,) data loss of every step, and of eps alone.
 
@@ -141,7 +143,7 @@ def step_errors(
     x_t, along the routed trajectory; 0 where nothing is reused. Arguments as in `sampling.generate`.
     """
     denoise = Denoiser(model, diffusion, labels, cfg_scale)
-    cache = None if schedule is None else sampling_cache(schedule, forecast_order)
+    cache = None if schedule is None else StaticCache(schedule)
     x_t, errors = denoise.start(noise), []
     for step in reversed(range(diffusion.num_timesteps)):
         routed = denoise(x_t, step, cache)
@@ -238,3 +240,108 @@ def _paper_proxy(advance: Callable[..., Tensor], x_t: Tensor, scores: Tensor, th
     for step, x0 in x0_without.items():
         proxy_weights[step] = (x0 - x_t).square().mean()
     return proxy_weights
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Noise and labels, and the uncached DDIM trajectory that starts from them.
+
+    noise: (n, C, H, W); labels: (n,). states: T tensors (n, C, H, W), x after every step; states[0] is x_0.
+    """
+
+    model: DiT
+    diffusion: GaussianDiffusion
+    noise: Tensor
+    labels: Tensor
+    cfg_scale: float
+    states: list[Tensor]
+
+    @classmethod
+    @torch.no_grad()
+    def draw(
+        cls, model: DiT, diffusion: GaussianDiffusion, noise: Tensor, labels: Tensor, cfg_scale: float
+    ) -> "Paired":
+        denoise = Denoiser(model, diffusion, labels, cfg_scale)
+        x_t, states = denoise.start(noise), []
+        for step in reversed(range(diffusion.num_timesteps)):
+            x_t = diffusion.ddim_step(denoise(x_t, step), x_t, step)
+            states.append(x_t[: len(noise)])
+        return cls(model, diffusion, noise, labels, cfg_scale, states[::-1])
+
+    def rollout(
+        self, cache: GatedCache, recompute: bool = False, window: int | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
+        """The trajectory under `cache`, differentiable; yields (step, x after it), at last x_0 (n, C, H, W).
+
+        recompute: keep only x_t and what is new in the store between steps, and run each step again for its
+        gradient (activation checkpointing by step; the same gradients, a third more time). window: no
+        gradient passes from one stretch of as many steps to the one before it.
+        """
+        denoise = Denoiser(self.model, self.diffusion, self.labels, self.cfg_scale)
+
+        def advance(step: int, x_t: Tensor, stored: list) -> tuple[Tensor, list]:
+            cache.restore(stored)
+            x_t = self.diffusion.ddim_step(denoise(x_t, step, cache), x_t, step)
+            return x_t, cache.snapshot()
+
+        x_t, stored = denoise.start(self.noise), cache.snapshot()
+        for step in reversed(range(self.diffusion.num_timesteps)):
+            if recompute and torch.is_grad_enabled():
+                x_t, stored = checkpoint(
+                    advance, step, x_t, stored, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                x_t, stored = advance(step, x_t, stored)
+            yield step, x_t[: len(self.noise)]
+            if window and step % window == 0:
+                x_t = x_t.detach()
+                stored = [tuple(output.detach() for output in outputs) for outputs in stored]
+
+    def errors(self, cache: GatedCache, recompute: bool = False, window: int | None = None) -> list[Tensor]:
+        """Mean squared error (n,) of every sample against its uncached x: of x_0, or at each window's end.
+
+        The first entry is x_0's.
+        """
+        ends = []
+        for step, x in self.rollout(cache, recompute, window):
+            if step % (window or self.diffusion.num_timesteps) == 0:
+                ends.append((x - self.states[step]).square().flatten(1).mean(1))
+        return ends[::-1]
+
+
+def toggle_effects(
+    paired: Paired,
+    compute: Tensor,
+    weights: Tensor,
+    store_gradient: bool,
+    generators: Sequence[torch.Generator],
+    soft: Tensor | None = None,
+    probes: int = 2,
+    recompute: bool = False,
+) -> Tensor:
+    """What the mean squared error of x_0 would change by if a cell were toggled, (T, B), to second order.
+
+    A gate w moves x_0 by u = dx_0/dw. With e the error as it is, toggling changes |e|^2 by `+-2 e.u + |u|^2`:
+    the first term is the gradient of |e|^2, the second the mean of (v.u)^2 over random v of unit covariance,
+    so one forward and 1 + `probes` backward passes with one gate per sample tell it of all cells at once. The
+    second term matters: around a computed cell the first alone is nearly zero, whatever reuse would do.
+
+    compute: bool (T, B); weights: (T, B, K), those of computed cells too. generators: of v, one per sample.
+    soft: the cells asked about (None: all but the first step's); others are 0. store_gradient: whether later
+    readers of the store count, as they do where their weights stay as they are.
+    """
+    n = len(paired.noise)
+    if soft is None:
+        soft = torch.ones_like(compute)
+        soft[-1] = False
+    gates = compute.to(paired.noise)[..., None].repeat(1, 1, n).requires_grad_()
+    cache = GatedCache(gates, weights, soft, store_gradient)
+    *_, (_, x_0) = paired.rollout(cache, recompute)
+    (first,) = torch.autograd.grad((x_0 - paired.states[0]).square().sum(), gates, retain_graph=True)
+    second = torch.zeros_like(first)
+    for probe in range(probes):
+        v = torch.stack([torch.randn(x_0.shape[1:], generator=one) for one in generators]).to(x_0)
+        (along,) = torch.autograd.grad((v * x_0).sum(), gates, retain_graph=probe + 1 < probes)
+        second += along.square() / probes
+    sign = torch.where(compute, -1.0, 1.0).to(first)
+    return (sign * first.mean(-1) + second.mean(-1)) / x_0[0].numel()

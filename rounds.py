@@ -4,6 +4,7 @@
 |---|---|---|
 | `harmonica` | a trajectory from fresh noise (SDT), lambda refreshed before it where due | T |
 | `l2c` | a pair of steps on a batch of data | 1 |
+| `end-to-end` | a step of the search, then an update of all weights of reuse (`end_to_end.py`) | 1 |
 
 A round's noise, labels and data depend on the seed, the round's number and the sample's index alone: not on
 the number of processes, nor on interruptions.
@@ -23,16 +24,18 @@ from models import DiT
 from objectives import TrainStep, Variant, image_error_proxy, train_pair, train_trajectory
 from router import Router
 from sampling import TRAINING_STREAM, draw_labels, draw_noise, load_vae, sample_generator
-from training import Training
+from target import EXTRA_STEPS, Target
+from training import RowTraining, Training
 
 LABEL_DROPOUT = 0.1  # Learning-to-Cache trains on null labels too, as the DiT was trained
 
 
 class Rounds:
-    """What both methods share: the model, and this process's samples."""
+    """What the methods share: the model, and this process's samples."""
 
     steps_per_round: int
     steps_per_epoch: int  # what --epochs counts
+    extra_steps = EXTRA_STEPS  # share by which a run may go on to meet its target
 
     def __init__(
         self, args: argparse.Namespace, processes: Processes, model: DiT, diffusion: GaussianDiffusion
@@ -56,9 +59,22 @@ class Rounds:
         generator = torch.Generator().manual_seed(self.args.global_seed)
         return Router(self.diffusion.num_timesteps, self.model.num_branches, generator)
 
+    def new_training(self, target: Target | None) -> Training:
+        """The state that training starts from."""
+        args = self.args
+        return RowTraining(
+            self.new_router(), args.lr, self.processes.device, self.steps_per_round, args.ste_threshold,
+            args.l1, target,
+        )  # fmt: skip
+
     def run(self, training: Training) -> Iterator[TrainStep | None]:
         """The train steps of round `training.round`; None for one that trains nothing."""
         raise NotImplementedError
+
+    def draw(self, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
+        """Fresh noise (n, C, H, W) and labels (n,) on the device."""
+        noise, labels = draw_noise(self.model, generators), draw_labels(self.model, generators)
+        return noise.to(self.processes.device), labels.to(self.processes.device)
 
     def generators(self, number: int) -> list[torch.Generator]:
         """One per sample of this process in round `number`."""
@@ -76,10 +92,9 @@ class Trajectories(Rounds):
         super().__init__(args, processes, model, diffusion)
         self.steps_per_round = self.steps_per_epoch = diffusion.num_timesteps
 
-    def run(self, training: Training) -> Iterator[TrainStep | None]:
-        args, generators = self.args, self.generators(training.round)
-        noise = draw_noise(self.model, generators).to(self.processes.device)
-        labels = draw_labels(self.model, generators).to(self.processes.device)
+    def run(self, training: RowTraining) -> Iterator[TrainStep | None]:
+        args = self.args
+        noise, labels = self.draw(self.generators(training.round))
         setting = noise, labels, args.cfg_scale, args.ste_threshold
         if args.proxy != "none" and self._refresh_due(training.train_steps):
             weights = image_error_proxy(
@@ -135,7 +150,7 @@ class Pairs(Rounds):
             router.set_logits(logits)
         return router
 
-    def run(self, training: Training) -> Iterator[TrainStep | None]:
+    def run(self, training: RowTraining) -> Iterator[TrainStep | None]:
         args, device, number = self.args, self.processes.device, training.round
         if self._batches is None:
             self._batches = numbered_batches(
@@ -158,6 +173,3 @@ class Pairs(Rounds):
         steps = range(1, self.diffusion.num_timesteps, 1 if self.args.every_row else 2)
         generator = sample_generator(self.args.global_seed, TRAINING_STREAM, number)
         return steps[int(torch.randint(len(steps), (), generator=generator))]
-
-
-METHODS = {"harmonica": Trajectories, "l2c": Pairs}

@@ -28,14 +28,18 @@ LOGIT_LIMIT = 5.0
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """Which branch is computed at which step.
+    """Which branch is computed at which step, and what takes the place of an output that is not.
 
     compute: bool (T, B) on the host, True = compute, False = reuse. Row T-1 is set to True: there is nothing
-    to reuse yet. source: where it came from, for people.
+    to reuse yet. source: where it came from, for people. weights: (T, B, K) on the host, None = reuse the
+    last computed output as it is; else a reused cell's output is `sum_k weights[step, branch, k] * output_k`,
+    output_0 the last computed one, output_1 the one before, as many as there are. In the terms of a forecast
+    `alpha * last + gamma * (last - previous)`: weights alpha + gamma and -gamma.
     """
 
     compute: Tensor
     source: str = ""
+    weights: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.compute.dtype != torch.bool or self.compute.ndim != 2 or not self.compute.numel():
@@ -46,6 +50,13 @@ class Schedule:
         table = self.compute.detach().cpu().clone()
         table[-1] = True
         object.__setattr__(self, "compute", table)
+        if self.weights is not None:
+            if self.weights.ndim != 3 or self.weights.shape[:2] != table.shape or not self.weights.numel():
+                raise ValueError(
+                    f"weights of shape {tuple(self.weights.shape)} do not fit a schedule of "
+                    f"{tuple(table.shape)}; they are (steps, branches, terms)"
+                )
+            object.__setattr__(self, "weights", self.weights.detach().cpu().float().clone())
 
     @property
     def num_steps(self) -> int:
@@ -60,10 +71,26 @@ class Schedule:
         """Cache utilization ratio: reused cells over all cells, the first step included."""
         return 1.0 - self.compute.sum().item() / self.compute.numel()
 
+    @property
+    def num_terms(self) -> int:
+        """How many outputs a branch keeps; the cache holds as many times B * branch_size values."""
+        return 1 if self.weights is None else self.weights.shape[2]
+
+    def terms_used(self) -> Tensor:
+        """(T, B) products that a reused cell costs per value: its weights, but none for a plain copy."""
+        if self.weights is None:
+            return torch.zeros(self.compute.shape, dtype=torch.long)
+        earlier = self.compute.flip(0).long().cumsum(0).flip(0)  # outputs computed so far
+        there = torch.arange(self.num_terms) < earlier[..., None]
+        used = there & (self.weights != 0) & ~self.compute[..., None]
+        copied = (used.sum(-1) == 1) & used[..., 0] & (self.weights[..., 0] == 1)
+        return torch.where(copied, 0, used.sum(-1))
+
     def macs(self, model) -> int:
         """MACs of one sample's whole trajectory without guidance (twice that with it)."""
         computed = self.compute.long() @ torch.tensor(model.branch_macs)  # (T,)
-        return int(computed.sum()) + self.num_steps * model.other_macs
+        combined = int(self.terms_used().sum()) * model.branch_size
+        return int(computed.sum()) + combined + self.num_steps * model.other_macs
 
     def speedup_macs(self, model) -> float:
         """MACs of the uncached trajectory over this one's: the theoretical speed-up."""
@@ -74,7 +101,8 @@ class Router(nn.Module):
     """Learnable logits (T, B), one parameter per row: a step updates its row's optimizer state alone.
 
     Rows 0 .. T-2 are parameters, drawn from a standard normal; row T-1 is a buffer at logit 5. `info` holds
-    what a file says of the router (method, model, num_steps, threshold, ...).
+    what a file says of the router (method, model, num_steps, threshold, ...). `weights` (T, B, K), None for
+    plain reuse, are those of its schedules.
     """
 
     def __init__(self, num_steps: int, num_branches: int, generator: torch.Generator | None = None):
@@ -87,6 +115,14 @@ class Router(nn.Module):
         self.rows = nn.ParameterList(row.clone() for row in rows)
         self.register_buffer("first_row", torch.full((num_branches,), LOGIT_LIMIT))
         self.info: dict = {}
+        self.weights: Tensor | None = None
+
+    @classmethod
+    def from_schedule(cls, schedule: Schedule) -> "Router":
+        """A router whose logits, all at their limits, mean this schedule at every usual threshold."""
+        router = cls.from_logits(torch.where(schedule.compute, LOGIT_LIMIT, -LOGIT_LIMIT))
+        router.weights = schedule.weights
+        return router
 
     @classmethod
     def from_logits(cls, logits: Tensor) -> "Router":
@@ -129,11 +165,15 @@ class Router(nn.Module):
         if not 0 <= threshold < 1:
             raise ValueError(f"threshold {threshold} is outside [0, 1); the published one is 0.1")
         method = self.info.get("method", "router")
-        return Schedule(self.scores().detach() > threshold, f"{method}, threshold {threshold:g}")
+        return Schedule(
+            self.scores().detach() > threshold, f"{method}, threshold {threshold:g}", self.weights
+        )
 
 
 def save_router(path: str | Path, router: Router, tensors: dict[str, Tensor] | None = None, **facts) -> None:
     """Write a router atomically: our safetensors format, or the released layout where `path` ends in .pt.
+
+    The released layout has no place for weights: ValueError for a router that has them.
 
     facts: stored as metadata over `router.info` (method, model, image_size, cfg_scale, threshold, cur,
     reg_weight, train_steps, ...). tensors: kept beside the logits, e.g. an optimizer's state; the released
@@ -144,6 +184,9 @@ def save_router(path: str | Path, router: Router, tensors: dict[str, Tensor] | N
     info.pop("path", None)
     info |= {"num_steps": router.num_steps, "num_branches": router.num_branches, "version": FORMAT_VERSION}
     logits = router.logits.detach().cpu().contiguous()
+    own = {"logits": logits} if router.weights is None else {"logits": logits, "weights": router.weights}
+    if path.suffix == ".pt" and router.weights is not None:
+        raise ValueError(f"{path}: the released layout has no place for weights of reuse; write .safetensors")
     with replacing(path) as partial:
         if path.suffix == ".pt":
             rows = {f"{step}.prob": row.clone() for step, row in enumerate(logits)}
@@ -152,7 +195,7 @@ def save_router(path: str | Path, router: Router, tensors: dict[str, Tensor] | N
             metadata = {
                 key: value if isinstance(value, str) else json.dumps(value) for key, value in info.items()
             }
-            save_file({"logits": logits, **(tensors or {})}, partial, metadata=metadata)
+            save_file(own | (tensors or {}), partial, metadata=metadata)
 
 
 def load_router(
@@ -164,10 +207,17 @@ def load_router(
     Raises FileNotFoundError or ValueError, each naming the file and what was expected.
     """
     file = find_router(path)
-    logits, info = _read_released(file) if file.suffix == ".pt" else _read_own(file)
+    if file.suffix == ".pt":
+        (logits, info), weights = _read_released(file), None
+    else:
+        logits, weights, info = _read_own(file)
     if logits.ndim != 2 or len(logits) < 2 or logits.isnan().any():
         raise ValueError(f"{file}: logits of shape {tuple(logits.shape)} or with NaN are no router")
     router = Router.from_logits(logits)
+    if weights is not None:
+        if weights.shape[:2] != logits.shape or weights.ndim != 3 or not weights.isfinite().all():
+            raise ValueError(f"{file}: weights of shape {tuple(weights.shape)} or not finite fit no router")
+        router.weights = weights
     router.info = info | {"num_steps": len(logits), "num_branches": logits.shape[1], "path": str(file)}
     for fact, expected in (("model", model), ("num_steps", num_steps), ("num_branches", num_branches)):
         found = router.info.get(fact)
@@ -195,13 +245,14 @@ def find_router(path: str | Path) -> Path:
     raise FileNotFoundError(f"router {path} does not exist; give a router file or a folder that holds one")
 
 
-def _read_own(file: Path) -> tuple[Tensor, dict]:
+def _read_own(file: Path) -> tuple[Tensor, Tensor | None, dict]:
     try:
         with safetensors.safe_open(file, framework="pt") as opened:
             metadata, logits = opened.metadata() or {}, opened.get_tensor("logits")
+            weights = opened.get_tensor("weights").float() if "weights" in opened.keys() else None  # noqa: SIM118
     except safetensors.SafetensorError as error:
         raise ValueError(f"{file} is no router file ({error}); give one that train_router.py wrote") from None
-    return logits.float(), {key: _parse(value) for key, value in metadata.items()}
+    return logits.float(), weights, {key: _parse(value) for key, value in metadata.items()}
 
 
 def _parse(value: str):

@@ -149,15 +149,13 @@ def main(args: argparse.Namespace) -> None:
     )
     if method.schedule is not None:
         print(describe_schedule(method.schedule, model, passes=1 if args.cfg_scale == 1 else 2))
-    if method.forecast_order:
-        print(f"reused branches are forecast, order {method.forecast_order}")
 
     batch_size = args.batch_size or len(labels)
 
     def draw(method: Method, labels: Tensor, progress: bool = False) -> Tensor:
         return generate_seeded(
             model, method.diffusion, labels, args.seed, batch_size, progress,
-            cfg_scale=args.cfg_scale, sampler=sampler, **method.options,
+            cfg_scale=args.cfg_scale, sampler=sampler, schedule=method.schedule,
         )  # fmt: skip
 
     own_name = "uncached" if method.name == "none" else "cached" if method.schedule else method.name

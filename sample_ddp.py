@@ -216,7 +216,7 @@ def draw(args: argparse.Namespace, model: DiT, vae, method: Method, samples: ran
     filled = range(samples.start, -(-samples.stop // BLOCK) * BLOCK)
     x_0 = generate_seeded(
         model, method.diffusion, choose_labels(args, model, filled), args.seed, first=samples.start,
-        cfg_scale=args.cfg_scale, sampler="ddpm" if args.p_sample else "ddim", **method.options,
+        cfg_scale=args.cfg_scale, sampler="ddpm" if args.p_sample else "ddim", schedule=method.schedule,
     )  # fmt: skip
     return decode(x_0, vae)[: len(samples)]
 
@@ -226,6 +226,8 @@ def settings_of(args: argparse.Namespace, model: DiT, method: Method, precision:
     schedule = None
     if method.schedule is not None:
         table = method.schedule.compute.numpy().tobytes()
+        if method.schedule.weights is not None:
+            table += method.schedule.weights.numpy().tobytes()
         schedule = f"{method.schedule.source}, CUR {method.schedule.cur:.6f}, {zlib.crc32(table):08x}"
     read = ("model", "num_samples", "seed", "labels", "cfg_scale", "num_sampling_steps", "accelerate_method")
     return {name: getattr(args, name) for name in read} | {
@@ -235,7 +237,6 @@ def settings_of(args: argparse.Namespace, model: DiT, method: Method, precision:
         "sampler": "ddpm" if args.p_sample else "ddim",
         "executed_steps": method.diffusion.num_timesteps,
         "schedule": schedule,
-        "forecast_order": method.forecast_order,
         "precision": precision,
     }
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import download
-from cache import sampling_cache
+from cache import StaticCache
 from checkpoints import load_checkpoint
 from denoiser import Denoiser
 from diffusion import GaussianDiffusion
@@ -21,7 +21,7 @@ from router import Schedule
 
 SAMPLERS = ("ddim", "ddpm")
 # Streams of randomness that never meet, whatever the seed.
-SAMPLING_STREAM, TRAINING_STREAM, DATA_STREAM = 0, 1, 2
+SAMPLING_STREAM, TRAINING_STREAM, DATA_STREAM, CALIBRATION_STREAM = 0, 1, 2, 3
 VAE_SCALE = 0.18215
 DIGITS_MODEL = "DiT-digits/2"
 _DIGITS_WEIGHTS = Path(__file__).parent / "digits" / "dit.safetensors"
@@ -148,6 +148,30 @@ def draw_labels(model: DiT, generators: Sequence[torch.Generator]) -> Tensor:
 
 
 @torch.no_grad()
+def denoise_loop(
+    model: DiT,
+    diffusion: GaussianDiffusion,
+    labels: Tensor,
+    noise: Tensor,
+    cfg_scale: float = 1.0,
+    sampler: str = "ddim",
+    cache=None,
+    eta: float = 0.0,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+) -> Iterator[tuple[int, Tensor]]:
+    """Denoise step by step under a cache policy; yields (step, x after it), at last x_0."""
+    denoise = Denoiser(model, diffusion, labels, cfg_scale)
+    x_t = denoise.start(noise)
+    for step in reversed(range(diffusion.num_timesteps)):
+        out = denoise(x_t, step, cache)
+        if sampler == "ddpm":
+            x_t = diffusion.ddpm_step(out, x_t, step, _step_noise(x_t, len(noise), generator))
+        else:
+            step_noise = _step_noise(x_t, len(noise), generator) if eta > 0 else None
+            x_t = diffusion.ddim_step(out, x_t, step, eta, step_noise)
+        yield step, x_t[: len(noise)]
+
+
 def sample_loop(
     model: DiT,
     diffusion: GaussianDiffusion,
@@ -158,21 +182,11 @@ def sample_loop(
     schedule: Schedule | None = None,
     eta: float = 0.0,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
-    forecast_order: int = 0,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Denoise step by step; yields (step, x after it), at last x_0. Arguments as in `generate`."""
+    """The same under a schedule, its arguments checked; as in `generate`."""
     _check_arguments(model, diffusion, labels, noise, sampler, schedule, eta)
-    denoise = Denoiser(model, diffusion, labels, cfg_scale)
-    cache = None if schedule is None else sampling_cache(schedule, forecast_order)
-    x_t = denoise.start(noise)
-    for step in reversed(range(diffusion.num_timesteps)):
-        out = denoise(x_t, step, cache)
-        if sampler == "ddpm":
-            x_t = diffusion.ddpm_step(out, x_t, step, _step_noise(x_t, len(noise), generator))
-        else:
-            step_noise = _step_noise(x_t, len(noise), generator) if eta > 0 else None
-            x_t = diffusion.ddim_step(out, x_t, step, eta, step_noise)
-        yield step, x_t[: len(noise)]
+    cache = None if schedule is None else StaticCache(schedule)
+    return denoise_loop(model, diffusion, labels, noise, cfg_scale, sampler, cache, eta, generator)
 
 
 def generate(
@@ -186,19 +200,15 @@ def generate(
     eta: float = 0.0,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     progress: bool = False,
-    forecast_order: int = 0,
 ) -> Tensor:
     """Denoise `noise` (n, C, H, W) under `labels` (n,) to x_0 (n, C, H, W).
 
     cfg_scale: guidance, 1 = off. sampler: "ddim" (with `eta`) or "ddpm". schedule: which branches to compute;
     None computes all. generator: of the noise that DDPM and eta > 0 add: one for the batch (None: torch's
-    global one), or one per sample, so that a sample does not depend on its batch. forecast_order: 0 reuses
-    stored outputs as they are; 1 or 2 extrapolates them (`cache.ForecastCache`).
+    global one), or one per sample, so that a sample does not depend on its batch.
     Raises ValueError where the schedule, labels or sampler do not fit the model or the chain.
     """
-    steps = sample_loop(
-        model, diffusion, labels, noise, cfg_scale, sampler, schedule, eta, generator, forecast_order
-    )
+    steps = sample_loop(model, diffusion, labels, noise, cfg_scale, sampler, schedule, eta, generator)
     bar = tqdm(
         steps,
         total=diffusion.num_timesteps,
@@ -223,7 +233,7 @@ def generate_seeded(
     """x_0 (n, C, H, W) for labels (n,), those of samples first .. first + n; k depends on (seed, k) alone.
 
     So methods are compared on the same noise, whatever their batch size. options: those of `generate`
-    (cfg_scale, sampler, schedule, eta, forecast_order). Works on the model's device.
+    (cfg_scale, sampler, schedule, eta). Works on the model's device.
     """
     device = next(model.parameters()).device
     batch_size = batch_size or len(labels)

@@ -1,4 +1,4 @@
-"""Train a caching router for a frozen DiT: HarmoniCa, or Learning-to-Cache for comparison.
+"""Train a caching router for a frozen DiT: HarmoniCa, Learning-to-Cache, or end to end.
 
 The published HarmoniCa run (no images are needed):
 
@@ -14,6 +14,7 @@ interruption, run the same command with `--resume auto`: the logits come out the
 
 Instead of a regularization weight one can ask for a speed: `--target-cur 0.4` or `--target-speedup 1.6`.
 Learning-to-Cache needs images: `--method l2c --data FOLDER` (one folder a class, encoded by the VAE).
+Training on the error of the final image, reuse included, is `--method end-to-end --target-speedup 2`.
 """
 
 import argparse
@@ -29,23 +30,33 @@ import cli
 import distributed
 from diffusion import GaussianDiffusion, create_diffusion
 from distributed import Processes
+from end_to_end import MAX_TERMS, EndToEnd
 from files import replacing
 from logs import RunLog
 from models import DiT
 from objectives import PROXY_DEFINITIONS, TrainStep
 from pictures import schedule_heat_map
-from rounds import METHODS
+from rounds import Pairs, Trajectories
 from sampling import find_checkpoint, load_model, pixels_of, weights_fingerprint
-from target import EXTRA_STEPS, Target
-from training import Training, find_resumable, new_run_folder, read_checkpoint
+from target import Target
+from training import find_resumable, new_run_folder, read_checkpoint
 
 # The arguments that decide the numbers: a resumed run must have the same.
 SETTINGS = (
     "method", "model", "image_size", "num_classes", "num_sampling_steps", "cfg_scale",
     "ste_threshold", "l1", "target_cur", "target_speedup", "cost", "lambda_c", "proxy", "data_loss",
     "router_train", "rollout", "data", "every_row", "lr", "global_batch_size", "global_seed", "precision",
+    "terms", "init", "window", "open_share",
 )  # fmt: skip
-PUBLISHED = {"harmonica": {"lr": 0.01, "l1": 7e-8}, "l2c": {"lr": 0.001, "l1": 5e-6}}
+METHODS = {"harmonica": Trajectories, "l2c": Pairs, "end-to-end": EndToEnd}
+# Published, but for end-to-end, which is ours.
+DEFAULTS = {
+    "harmonica": {"lr": 0.01, "l1": 7e-8, "max_steps": 20000, "log_every": 100, "ckpt_every": 1000},
+    "l2c": {"lr": 0.001, "l1": 5e-6, "max_steps": 20000, "log_every": 100, "ckpt_every": 1000},
+    "end-to-end": {
+        "lr": 0.1, "max_steps": 100, "log_every": 5, "ckpt_every": 10, "terms": 3, "open_share": 1.0,
+    },
+}  # fmt: skip
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -54,7 +65,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     method = parser.add_argument_group("method (defaults: the published ones for T = 10)")
     method.add_argument("--method", choices=METHODS, default="harmonica", help="default harmonica")
     method.add_argument("--num-sampling-steps", default="10", help="T, or a respacing such as ddim50")
-    method.add_argument("--cfg-scale", type=cli.finite, help="harmonica: guidance, 1 = off (default 1.5)")
+    method.add_argument("--cfg-scale", type=cli.finite, help="guidance, 1 = off (default 1.5); not l2c")
     method.add_argument(
         "--ste-threshold", type=cli.threshold, default=0.1, help="compute where score > threshold"
     )
@@ -88,6 +99,23 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     speed.add_argument(
         "--cost", choices=("count", "macs"), default="count", help="what beta weighs a branch by"
     )
+    beyond = parser.add_argument_group("end-to-end")
+    beyond.add_argument(
+        "--terms", type=int, choices=range(MAX_TERMS + 1),
+        help="last outputs that a reused branch combines (default 3); 0: it takes the last one as it is",
+    )  # fmt: skip
+    beyond.add_argument("--init", metavar="ROUTER", help="start from its schedule, of any number of steps")
+    beyond.add_argument(
+        "--window", type=cli.positive_int, help="steps that gradients of the weights pass (default: all)"
+    )
+    beyond.add_argument(
+        "--open-share",
+        type=cli.finite,
+        help="share of the cells that a step of the search asks about (default 1)",
+    )
+    beyond.add_argument(
+        "--keep-activations", action="store_true", help="of all steps: a third faster, T times the memory"
+    )
     data = parser.add_argument_group("data (l2c)")
     data.add_argument("--data", help="an image folder, an .npz of latents and labels, or `digits`")
     data.add_argument(
@@ -96,12 +124,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--vae", help="of an image folder (default ema)")
     data.add_argument("--num-works", "--num-workers", type=cli.non_negative_int, help="loading processes")
     training = parser.add_argument_group("training")
-    training.add_argument("--lr", type=cli.positive, help="default 0.01, l2c 0.001")
+    training.add_argument("--lr", type=cli.positive, help="default 0.01, l2c 0.001, end-to-end 0.1")
     training.add_argument(
         "--epochs", type=cli.positive_int, default=2000, help="trajectories; l2c: passes of the data"
     )
     training.add_argument(
-        "--max-steps", type=cli.positive_int, default=20000, help="train steps; ends the run"
+        "--max-steps", type=cli.positive_int, help="train steps; ends the run (default 20000, end-to-end 100)"
     )
     training.add_argument(
         "--global-batch-size", type=cli.positive_int, default=64, help="samples of all processes"
@@ -109,8 +137,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     training.add_argument("--global-seed", type=cli.non_negative_int, default=42)
     output = parser.add_argument_group("output")
     output.add_argument("--results-dir", type=Path, default=Path("results"))
-    output.add_argument("--log-every", type=cli.positive_int, default=100)
-    output.add_argument("--ckpt-every", type=cli.positive_int, default=1000)
+    output.add_argument("--log-every", type=cli.positive_int, help="default 100, end-to-end 5")
+    output.add_argument("--ckpt-every", type=cli.positive_int, help="default 1000, end-to-end 10")
     output.add_argument(
         "--resume", metavar="PATH|auto", help="a run's folder or checkpoint; auto: the newest like this"
     )
@@ -123,31 +151,41 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def complete_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Fill in what the method decides, refuse what it cannot do, warn of what it does not read."""
-    args.notes, unread = [], ["data", "every_row", "vae", "num_works"]
-    if args.method == "l2c":
-        unread = [
-            name
-            for name in ("cfg_scale", "proxy", "lambda_c", "rollout")
-            if getattr(args, name) != parser.get_default(name)
-        ]
-        if not args.data:
-            parser.error("--method l2c needs --data, an image folder, an .npz of latents or `digits`")
-    for name in unread:
-        if getattr(args, name):
+    args.notes = []
+    changed = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+    for name in UNREAD[args.method]:
+        if name in changed:
             args.notes.append(f"--{name.replace('_', '-')} has no effect with --method {args.method}")
+            setattr(args, name, parser.get_default(name))
+    if args.method == "l2c" and not args.data:
+        parser.error("--method l2c needs --data, an image folder, an .npz of latents or `digits`")
+    has_target = args.target_cur is not None or args.target_speedup is not None
+    if args.method == "end-to-end" and not has_target:
+        parser.error("--method end-to-end needs --target-speedup or --target-cur, such as --target-speedup 2")
     if args.l1 is not None and not 0 <= args.l1 < math.inf:
         parser.error(f"--l1 {args.l1:g} is no weight; give 0 or more")
-    for name, value in PUBLISHED[args.method].items():
+    for name, value in DEFAULTS[args.method].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.l1 == 0 and (args.target_cur is not None or args.target_speedup is not None):
+    if args.l1 == 0 and has_target:
         parser.error("--l1 0 cannot be adjusted to a target; leave it out")
+    if args.open_share is not None and not 0 < args.open_share <= 1:
+        parser.error(f"--open-share {args.open_share:g} is outside (0, 1]")
     if args.method == "l2c":
         args.cfg_scale, args.vae, args.num_works = 1.0, args.vae or "ema", args.num_works or 0
     elif args.cfg_scale is None:
         args.cfg_scale = 1.5
 
 
+# Flags of others that a method does not read.
+_OF_L2C = ("data", "every_row", "vae", "num_works")
+_OF_HARMONICA = ("proxy", "lambda_c", "rollout")
+_OF_BEYOND = ("terms", "init", "window", "open_share", "keep_activations")
+UNREAD = {
+    "harmonica": (*_OF_L2C, *_OF_BEYOND),
+    "l2c": ("cfg_scale", *_OF_HARMONICA, *_OF_BEYOND),
+    "end-to-end": (*_OF_L2C, *_OF_HARMONICA, "l1", "cost", "data_loss", "router_train", "ste_threshold"),
+}
 LOSSES = ("loss", "data_loss", "score_sum")
 
 
@@ -205,13 +243,10 @@ class Run:
         self.args, self.processes, self.settings = args, processes, settings
         self.model, self.diffusion = model, diffusion
         self.rounds = METHODS[args.method](args, processes, model, diffusion)
-        per_round, target = self.rounds.steps_per_round, choose_target(args, model, diffusion)
-        router = self.rounds.new_router()
-        self.training = Training(
-            router, args.lr, processes.device, per_round, args.ste_threshold, args.l1, target
-        )
+        target = choose_target(args, model, diffusion)
+        self.training = self.rounds.new_training(target)
         self.total = min(args.epochs * self.rounds.steps_per_epoch, args.max_steps)
-        self.last = self.total + (int(self.total * EXTRA_STEPS) if target else 0)
+        self.last = self.total + (int(self.total * self.rounds.extra_steps) if target else 0)
         self.window = Window()
         self.folder: Path | None = None  # rank 0's alone
 
@@ -288,7 +323,7 @@ class Run:
 
     def log_line(self) -> None:
         values, steps = self.window.summary(), self.training.train_steps
-        values["cur"], values["reg_weight"] = self.training.schedule.cur, self.training.reg_weight
+        values["cur"] = self.training.schedule.cur
         values["steps_per_second"] = (steps - self.start_step) / (time.monotonic() - self.started)
         left = (self.total - steps) / values["steps_per_second"]
         losses = "".join(f"{k.replace('_', ' ')} {values[k]:.4e}  " for k in LOSSES if k in values)
@@ -296,20 +331,20 @@ class Run:
             f"step {steps:7d}/{self.total}  {losses}CUR {100 * values['cur']:.2f} %  "
             f"{values['steps_per_second']:.2f} steps/s  {left / 60:.1f} min left"
         )
-        self.log.metrics(steps, values | {"proxy_weights": self.training.proxy_weights.tolist()})
+        self.log.metrics(steps, values | self.training.figures())
 
     def checkpoint(self) -> None:
         """Rank 0 writes the router with its training state, and the schedule as a picture."""
         self.window.settle()
         if not self.processes.is_main:
             return
-        args, router, schedule = self.args, self.training.router, self.training.schedule
+        args, router, schedule = self.args, self.training.router_to_save, self.training.schedule
         facts = {"proxy": args.proxy} if args.method == "harmonica" else {}
         path = self.training.save(
             self.folder / "checkpoints", self.settings, method=self.rounds.name, model=args.model,
             image_size=pixels_of(self.model), cfg_scale=args.cfg_scale, threshold=args.ste_threshold,
             cur=round(schedule.cur, 6), speedup_macs=round(schedule.speedup_macs(self.model), 6),
-            reg_weight=self.training.reg_weight, respacing=args.num_sampling_steps, **facts,
+            respacing=args.num_sampling_steps, **facts,
         )  # fmt: skip
         steps = self.training.train_steps
         title = f"{args.model}, T = {router.num_steps}, train step {steps}, CUR {100 * schedule.cur:.1f} %"
@@ -351,6 +386,8 @@ def main(args: argparse.Namespace) -> None:
     settings |= {"image_size": pixels_of(model), "num_classes": model.num_classes}
     settings["weights"] = weights_fingerprint(model)
     settings["vae"] = args.vae if args.method == "l2c" else None
+    if args.method == "end-to-end":
+        settings["max_steps"] = args.max_steps  # decides how the learning rate falls
     run = Run(args, processes, model, diffusion, settings)
     run.open()
     run.train()

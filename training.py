@@ -21,10 +21,81 @@ from target import RegWeightControl, Target
 
 
 class Training:
-    """A router, its optimizer, lambda and beta, after `train_steps` steps of training.
+    """What every method's training has: train steps, a schedule that sampling would take, checkpoints.
 
-    steps_per_round: a round is what a resumed run repeats as a whole, a trajectory for HarmoniCa. target:
-    where given, beta starts at `reg_weight` and is moved until the schedule at `threshold` meets it.
+    steps_per_round: a round is what a resumed run repeats as a whole, a trajectory for HarmoniCa.
+    """
+
+    def __init__(self, steps_per_round: int, target: Target | None):
+        self.steps_per_round, self.target = steps_per_round, target
+        self.train_steps = 0
+
+    @property
+    def round(self) -> int:
+        """The round that the next train step belongs to."""
+        return self.train_steps // self.steps_per_round
+
+    @property
+    def schedule(self) -> Schedule:
+        """What sampling would compute now."""
+        raise NotImplementedError
+
+    @property
+    def router_to_save(self) -> Router:
+        raise NotImplementedError
+
+    def facts(self) -> dict:
+        """What the file of a router says of its training beyond its settings."""
+        return {}
+
+    def figures(self) -> dict:
+        """What a line of metrics.jsonl holds beyond the losses."""
+        return {}
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the coming round depends on, but the number of train steps."""
+        raise NotImplementedError
+
+    def set_state(self, state: dict[str, Tensor]) -> None:
+        raise NotImplementedError
+
+    @property
+    def target_met(self) -> bool:
+        return self.target is None or self.target.met(self.schedule)
+
+    @property
+    def between_rounds(self) -> bool:
+        return self.train_steps % self.steps_per_round == 0
+
+    def round_done(self, total_steps: int) -> None:
+        """Between two rounds of a run of `total_steps`."""
+
+    def mark_boundary(self) -> None:
+        """A round begins: this is the state that the checkpoints written during it resume from."""
+        state = self.state() | {"train_steps": torch.tensor(self.train_steps)}
+        self._boundary = {f"resume.{name}": tensor.detach().clone() for name, tensor in state.items()}
+
+    def save(self, folder: Path, settings: dict, **facts) -> Path:
+        """Write the checkpoint of this train step; `facts` go into the router file's metadata."""
+        if self.between_rounds:
+            self.mark_boundary()
+        path = folder / f"{self.train_steps:07d}.safetensors"
+        facts |= self.facts() | {"train_steps": self.train_steps, "settings": settings}
+        boundary = {name: tensor.cpu().contiguous() for name, tensor in self._boundary.items()}
+        save_router(path, self.router_to_save, tensors=boundary, **facts)
+        return path
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Go on from a checkpoint's `resume.*` tensors."""
+        state = {name.removeprefix("resume."): tensor for name, tensor in state.items()}
+        self.train_steps = int(state.pop("train_steps"))
+        self.set_state(state)
+
+
+class RowTraining(Training):
+    """A router whose rows are trained one at a time, its optimizer, lambda and beta.
+
+    target: where given, beta starts at `reg_weight` and is moved until the schedule at `threshold` meets it.
     """
 
     def __init__(
@@ -37,20 +108,14 @@ class Training:
         reg_weight: float,
         target: Target | None = None,
     ):
-        self.router = router.to(device)
-        self.steps_per_round, self.threshold, self.target = steps_per_round, threshold, target
+        super().__init__(steps_per_round, target)
+        self.router, self.threshold = router.to(device), threshold
         self._fixed_reg_weight = reg_weight
         self._control = target and RegWeightControl(target, threshold, math.log(reg_weight))
         self.optimizer = torch.optim.AdamW(self.router.parameters(), lr=lr, weight_decay=0.0)
         distributed.average_gradients(self.optimizer)
         self.proxy_weights = torch.ones(router.num_steps, device=device)
-        self.train_steps = 0
         self.mark_boundary()
-
-    @property
-    def round(self) -> int:
-        """The round that the next train step belongs to."""
-        return self.train_steps // self.steps_per_round
 
     @property
     def reg_weight(self) -> float:
@@ -59,19 +124,20 @@ class Training:
 
     @property
     def schedule(self) -> Schedule:
-        """What sampling would compute now."""
         return self.router.schedule(self.threshold)
 
     @property
-    def target_met(self) -> bool:
-        return self.target is None or self.target.met(self.schedule)
+    def router_to_save(self) -> Router:
+        return self.router
 
-    @property
-    def between_rounds(self) -> bool:
-        return self.train_steps % self.steps_per_round == 0
+    def facts(self) -> dict:
+        return {"reg_weight": self.reg_weight}
+
+    def figures(self) -> dict:
+        return {"reg_weight": self.reg_weight, "proxy_weights": self.proxy_weights.tolist()}
 
     def round_done(self, total_steps: int) -> None:
-        """Between two rounds of a run of `total_steps`: move beta towards the target."""
+        """Move beta towards the target."""
         if self._control:
             per_row = [
                 steps / self.router.num_steps
@@ -80,47 +146,35 @@ class Training:
             self._control.update(self.router, self.optimizer, *per_row)
             self._control.log_weight = distributed.from_main(self._control.log_weight)  # to the last bit
 
-    def mark_boundary(self) -> None:
-        """A round begins: this is the state that the checkpoints written during it resume from."""
-        self._boundary = self._state()
-
-    def _state(self) -> dict[str, Tensor]:
-        """Copies of everything that the coming round depends on."""
+    def state(self) -> dict[str, Tensor]:
         rows = list(self.router.rows)
-        moments = [self.optimizer.state.get(row) or _fresh_moments(row) for row in rows]
-        state = {key: torch.stack([m[key] for m in moments]) for key in _fresh_moments(rows[0])}
+        moments = [self.optimizer.state.get(row) or fresh_moments(row) for row in rows]
+        state = {key: torch.stack([m[key] for m in moments]) for key in fresh_moments(rows[0])}
         state |= {"logits": self.router.logits, "proxy_weights": self.proxy_weights}
-        state["train_steps"] = torch.tensor(self.train_steps)
         if self._control:
             state["log_reg_weight"] = torch.tensor(self._control.log_weight, dtype=torch.float64)
-        return {f"resume.{name}": tensor.detach().clone() for name, tensor in state.items()}
+        return state
 
-    def save(self, folder: Path, settings: dict, **facts) -> Path:
-        """Write the checkpoint of this train step; `facts` go into the router file's metadata."""
-        if self.between_rounds:
-            self.mark_boundary()
-        path = folder / f"{self.train_steps:07d}.safetensors"
-        facts |= {"train_steps": self.train_steps, "settings": settings}
-        boundary = {name: tensor.cpu() for name, tensor in self._boundary.items()}
-        save_router(path, self.router, tensors=boundary, **facts)
-        return path
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Go on from a checkpoint's `resume.*` tensors."""
-        device = self.proxy_weights.device
-        self.router.set_logits(state["resume.logits"])
+    def set_state(self, state: dict[str, Tensor]) -> None:
+        self.router.set_logits(state["logits"])
         for i, row in enumerate(self.router.rows):
-            moments = {key: state[f"resume.{key}"][i].clone() for key in _fresh_moments(row)}
-            self.optimizer.state[row] = {k: m if k == "step" else m.to(device) for k, m in moments.items()}
-        self.proxy_weights = state["resume.proxy_weights"].to(device)
-        self.train_steps = int(state["resume.train_steps"])
+            set_moments(self.optimizer, row, {key: state[key][i] for key in fresh_moments(row)})
+        self.proxy_weights = state["proxy_weights"].to(self.proxy_weights.device)
         if self._control:
-            self._control.log_weight = state["resume.log_reg_weight"].item()
+            self._control.log_weight = state["log_reg_weight"].item()
 
 
-def _fresh_moments(row: Tensor) -> dict[str, Tensor]:
-    """AdamW's state of a row before its first update; as in torch, the step count stays on the host."""
-    return {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(row), "exp_avg_sq": torch.zeros_like(row)}
+def fresh_moments(parameter: Tensor) -> dict[str, Tensor]:
+    """Adam's state of a parameter before its first update; as in torch, the step count stays on the host."""
+    zeros = torch.zeros_like(parameter)
+    return {"step": torch.tensor(0.0), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+
+
+def set_moments(optimizer: torch.optim.Optimizer, parameter: Tensor, moments: dict[str, Tensor]) -> None:
+    optimizer.state[parameter] = {
+        key: moment.clone() if key == "step" else moment.to(parameter.device, copy=True)
+        for key, moment in moments.items()
+    }
 
 
 def read_checkpoint(path: Path, settings: dict) -> dict[str, Tensor]:

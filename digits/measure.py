@@ -74,7 +74,7 @@ def draw(args: argparse.Namespace, model: DiT, method: Method) -> Tensor:
     """x_0 (n, 1, 8, 8) of samples 0 .. n-1 of the seed, with labels 0 .. 9 in turn."""
     return generate_seeded(
         model, method.diffusion, torch.arange(args.samples) % model.num_classes, args.seed, args.batch_size,
-        progress=True, cfg_scale=args.cfg_scale, sampler=sampler_of(args), **method.options,
+        progress=True, cfg_scale=args.cfg_scale, sampler=sampler_of(args), schedule=method.schedule,
     )  # fmt: skip
 
 
@@ -150,7 +150,7 @@ def training_errors(args: argparse.Namespace, model: DiT, method: Method) -> dic
     generators = [sample_generator(args.seed, SAMPLING_STREAM, k) for k in range(args.step_errors)]
     of_all, of_eps = step_errors(
         model, method.diffusion, noise=draw_noise(model, generators), labels=labels,
-        cfg_scale=args.cfg_scale, **method.options,
+        cfg_scale=args.cfg_scale, schedule=method.schedule,
     )  # fmt: skip
     means = {"step_error": of_all.mean().item(), "step_error_eps": of_eps.mean().item()}
     return means | {"step_errors": of_all.tolist(), "step_errors_eps": of_eps.tolist()}

@@ -1,6 +1,7 @@
 """What the digits study trains and measures: speeds, seeds, methods, ablations, as tasks in order."""
 
 import bisect
+import dataclasses
 import os
 from dataclasses import dataclass, field
 from functools import cache
@@ -16,6 +17,7 @@ from tables import MAIN_SPEED
 ROOT = Path(__file__).parents[1]
 RANDOM_CURS = np.arange(0.005, 0.9, 0.0025)  # among which `random` finds a speed
 ABLATION_STEPS = README_STEPS = 10  # both at MAIN_SPEED; the README's rows have more samples
+FORECAST = "end-to-end+forecast"
 MILD = 1.25  # a third speed for Learning-to-Cache, which can reuse every other step at most
 
 
@@ -25,7 +27,7 @@ class Speed:
 
     target: float
     interval: str  # FORA's
-    steps: int  # of the shorter chain
+    steps: int | None  # of the shorter chain; None: none is near enough
     l2c_target: float | None = None  # for even rows alone; None: out of its reach
 
 
@@ -35,18 +37,21 @@ SPEEDS = {
         Speed(1.42, "4/3", 7, 1.42),
         Speed(1.96, "2", 5, 1.92),
         Speed(2.44, "3", 4),
+        Speed(3.1, "10/3", None),
     ],
     20: [
         Speed(1.25, "1.25", 16, 1.25),
         Speed(1.52, "1.5", 13, 1.52),
         Speed(1.96, "2", 10, 1.92),
         Speed(2.77, "3", 7),
+        Speed(3.1, "10/3", None),
     ],
     50: [
         Speed(1.25, "1.25", 40, 1.25),
         Speed(1.5, "1.5", 33, 1.5),
         Speed(1.96, "2", 25, 1.92),
         Speed(2.77, "3", 18),
+        Speed(3.1, "10/3", 16),
     ],
 }
 
@@ -63,16 +68,21 @@ class Scale:
     lr: float
     repeats: int  # of the latency
     ablations: bool
+    beyond: dict[int, tuple[int, int]]  # end-to-end: train steps and batch
     longer: dict[tuple, int] = field(default_factory=dict)  # (name, T) or (name, T, speed)
 
 
 FULL = Scale(
     2000, 5000, {10: 3, 20: 3, 50: 1}, SPEEDS, {10: 100, 20: 50, 50: 40}, 0.1, 9, True,
-    {("l2c", 20): 100, ("l2c", 50): 80, ("harmonica-paper", 50): 80, ("harmonica-paper", 20, 2.77): 100},
+    {10: (57, 24), 20: (47, 12), 50: (47, 8)},
+    {
+        ("l2c", 20): 100, ("l2c", 50): 80, ("harmonica-paper", 50): 80,
+        ("harmonica-paper", 20, 2.77): 100, ("harmonica-paper", 20, 3.1): 100,
+    },
 )  # fmt: skip
 QUICK = Scale(
     200, 200, {10: 1, 20: 1, 50: 1}, {steps: speeds[2:3] for steps, speeds in SPEEDS.items()},
-    {10: 30, 20: 20, 50: 12}, 0.2, 1, False,
+    {10: 30, 20: 20, 50: 12}, 0.2, 1, False, {10: (37, 8), 20: (27, 4), 50: (22, 4)},
 )  # fmt: skip
 
 
@@ -161,9 +171,9 @@ class Plan:
     def static(self, num_steps: int, speed: Speed, cfg_scale: float = 1.0) -> None:
         """What nobody trains, at one speed."""
         name = {"speed": f"{speed.target:g}", "cfg_scale": cfg_scale}
-        self.row(
-            "fewer-steps", num_steps, ["--accelerate-method", "fewer-steps", "--steps", speed.steps], **name
-        )
+        if speed.steps:
+            fewer = ["--accelerate-method", "fewer-steps", "--steps", speed.steps]
+            self.row("fewer-steps", num_steps, fewer, **name)
         interval = ["--interval", speed.interval]
         self.row("fora", num_steps, ["--accelerate-method", "fora", *interval], **name)
         if speed.target == MILD:
@@ -185,6 +195,62 @@ class Plan:
         router = self.train(name, num_steps, ("speedup", speed.target), seed, *flags, **changes)
         self.row(name, num_steps, dynamic(), router, cfg_scale=cfg_scale, **facts)
         return router
+
+    def end_to_end(
+        self, num_steps: int, speed: Speed, seed: int, name: str = FORECAST, flags: tuple = (), **facts
+    ) -> str:
+        """A training on the error of x_0, and its row; returns the training's id."""
+        steps, batch = self.scale.beyond[num_steps]
+        flags = dict(zip(flags[::2], flags[1::2], strict=True))
+        id = f"{name}-T{num_steps}-speedup{speed.target:g}-s{seed}"
+        arguments = ["--method", "end-to-end", "--model", DIGITS_MODEL, "--num-sampling-steps", num_steps]
+        arguments += ["--cfg-scale", 1, "--target-speedup", speed.target, "--global-seed", seed]
+        arguments += ["--max-steps", flags.pop("--max-steps", steps), "--global-batch-size", batch]
+        arguments += ["--keep-activations", *(word for flag in flags.items() for word in flag)]
+        self.tasks.setdefault(id, Task(id, tuple(map(str, arguments)), is_training=True))
+        facts = {"speed": f"{speed.target:g}", "train_seed": seed} | facts
+        self.row(name, num_steps, dynamic(), id, **facts)
+        return id
+
+    def beyond(self, num_steps: int) -> None:
+        """End-to-end training at all speeds, with weights and without, and weights for others' schedules."""
+        for seed in range(self.scale.seeds[num_steps]):
+            for speed in self.scale.speeds[num_steps]:
+                self.end_to_end(num_steps, speed, seed)
+        for speed in self.scale.speeds[num_steps]:
+            facts = {"speed": f"{speed.target:g}"}
+            fora = ["--accelerate-method", "calibrated-fora", "--interval", speed.interval]
+            self.row("calibrated-fora", num_steps, fora, **facts)
+            if speed.target != MILD:
+                router = f"harmonica-T{num_steps}-speedup{speed.target:g}-s0"
+                flags = dynamic("calibrated-dynamiclayer")
+                self.row("calibrated-harmonica", num_steps, flags, router, **facts, train_seed=0)
+            self.end_to_end(num_steps, speed, 0, "end-to-end", ("--terms", 0, "--max-steps", 22))
+
+    def ingredients(self) -> None:
+        """Ablations of end-to-end training at T = 10 and one speed, and its routers elsewhere."""
+        num_steps, speed = ABLATION_STEPS, ablation_speed()
+        for variant, flags in (
+            ("one-term", ("--terms", 1)),
+            ("two-terms", ("--terms", 2)),
+            ("fitted-only", ("--max-steps", 17)),
+            ("window-5", ("--window", 5)),
+            ("window-2", ("--window", 2)),
+            ("open-share-0.25", ("--open-share", 0.25)),
+            ("from-50-steps", ("--init", self.routers / f"{FORECAST}-T50-speedup1.96-s0.safetensors")),
+        ):
+            facts = {"group": "end-to-end", "variant": variant}
+            id = self.end_to_end(num_steps, speed, 0, f"{FORECAST}-{variant}", flags, **facts)
+            if variant == "from-50-steps":
+                task = self.tasks[id]
+                self.tasks[id] = dataclasses.replace(task, needs=(f"{FORECAST}-T50-speedup1.96-s0",))
+        router, speed = f"{FORECAST}-T{num_steps}-speedup{speed.target:g}-s0", f"{speed.target:g}"
+        for cfg_scale, sampler in ((1.5, "ddim"), (1.0, "ddpm")):
+            for reuse, variant in (("", "as-trained"), ("calibrated-", "calibrated")):
+                self.row(
+                    FORECAST, num_steps, dynamic(f"{reuse}dynamiclayer"), router, speed=speed, train_seed=0,
+                    group="transfer", variant=variant, cfg_scale=cfg_scale, sampler=sampler,
+                )  # fmt: skip
 
     def trained(self, num_steps: int, speed: Speed, seed: int) -> None:
         """All trained methods at one speed, from one seed."""
@@ -311,6 +377,10 @@ def plan(folder: Path, scale: Scale) -> list[Task]:
     tasks.compare(20)
     if scale.ablations:
         tasks.variants(range(scale.seeds[ABLATION_STEPS]))
+    for num_steps in (10, 20, 50):
+        tasks.beyond(num_steps)
+    if scale.ablations:
+        tasks.ingredients()
     return list(tasks.tasks.values())
 
 

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from cache import ForecastCache, SoftCache, StaticCache, sampling_cache
+from baselines import forecast
+from cache import FittingCache, GatedCache, SoftCache, StaticCache, combined
 from denoiser import Denoiser
 from router import Schedule
 from sampling import generate
@@ -88,7 +89,7 @@ def computed_at(steps: set[int], outputs, order: int, num_steps: int = 8) -> lis
     """What a cache returns at every step where `outputs(step)` is computed at these steps alone."""
     table = torch.zeros(num_steps, 1, dtype=torch.bool)
     table[list(steps)] = True
-    cache, seen = sampling_cache(Schedule(table), order), {}
+    cache, seen = StaticCache(forecast(Schedule(table), order)), {}
     for step in reversed(range(num_steps)):
         cache.step = step
         seen[step] = cache(0, lambda step=step: torch.tensor(float(outputs(step)))).item()
@@ -117,22 +118,124 @@ def test_forecast_with_everything_computed_is_uncached(tiny_model, ten_steps, ti
     noise, labels = tiny_batch
     everything = Schedule(torch.ones(10, 4, dtype=torch.bool))
     plain = generate(tiny_model, ten_steps, labels, noise, 1.5)
-    cached = generate(tiny_model, ten_steps, labels, noise, 1.5, schedule=everything, forecast_order=order)
+    schedule = forecast(everything, order)
+    cached = generate(tiny_model, ten_steps, labels, noise, 1.5, schedule=schedule)
     assert torch.equal(cached, plain)
 
 
-def test_forecast_of_order_zero_is_plain_reuse(tiny_model, ten_steps, tiny_batch):
-    noise, labels = tiny_batch
-    schedule, outputs = random_schedule(10, 4), []
-    for cache in (StaticCache(schedule), ForecastCache(schedule, 0)):
-        denoise = Denoiser(tiny_model, ten_steps, labels, 1.5)
-        x_t = denoise.start(noise)
-        for step in reversed(range(10)):
-            x_t = ten_steps.ddim_step(denoise(x_t, step, cache), x_t, step)
-        outputs.append(x_t)
-    assert torch.equal(*outputs)
+def test_forecast_of_order_zero_is_plain_reuse():
+    schedule = random_schedule(10, 4)
+    assert forecast(schedule, 0) is schedule
     with pytest.raises(ValueError, match="order 3 is not one of 0 .. 2"):
-        ForecastCache(schedule, 3)
+        forecast(schedule, 3)
+
+
+def trajectory(model, diffusion, batch, cache) -> torch.Tensor:
+    noise, labels = batch
+    denoise = Denoiser(model, diffusion, labels, 1.5)
+    x_t = denoise.start(noise)
+    for step in reversed(range(diffusion.num_timesteps)):
+        x_t = diffusion.ddim_step(denoise(x_t, step, cache), x_t, step)
+    return x_t
+
+
+def random_weights(num_terms: int = 3, seed: int = 2) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    plain = torch.tensor([1.0, 0.0, 0.0])[:num_terms]
+    return plain + 0.3 * torch.randn(10, 4, num_terms, generator=generator)
+
+
+def test_weights_that_copy_are_plain_reuse_bit_for_bit(tiny_model, ten_steps, tiny_batch):
+    plain = random_schedule(10, 4)
+    copied = Schedule(plain.compute, weights=torch.tensor([1.0, 0, 0]).expand(10, 4, 3))
+    outputs = [trajectory(tiny_model, ten_steps, tiny_batch, StaticCache(one)) for one in (plain, copied)]
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("num_terms", [1, 3])
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_gates_at_zero_and_one_are_static_bit_for_bit(
+    tiny_model, ten_steps, tiny_batch, num_terms, per_sample
+):
+    schedule = Schedule(random_schedule(10, 4).compute, weights=random_weights(num_terms))
+    gates = schedule.compute.float()
+    gates = gates[..., None].repeat(1, 1, 3) if per_sample else gates
+    calls, plain_calls = [], []
+
+    def counted(cache, calls):
+        def call(branch, compute):
+            return cache(branch, lambda: calls.append(branch) or compute())
+
+        class Counted:
+            step = property(None, lambda _, step: setattr(cache, "step", step))
+            __call__ = staticmethod(call)
+
+        return Counted()
+
+    gated = counted(GatedCache(gates, schedule.weights), calls)
+    static = counted(StaticCache(schedule), plain_calls)
+    outputs = [trajectory(tiny_model, ten_steps, tiny_batch, cache) for cache in (gated, static)]
+    assert torch.equal(*outputs)
+    assert calls == plain_calls
+    # Blending at 0 and 1 computes what it does not need, and changes nothing either.
+    soft = GatedCache(gates, schedule.weights, soft=torch.ones(10, 4, dtype=torch.bool))
+    assert torch.equal(trajectory(tiny_model, ten_steps, tiny_batch, soft), outputs[0])
+
+
+def test_half_a_gate_blends_the_output_and_the_store():
+    gates = torch.tensor([[0.0], [0.25], [1.0], [1.0]])
+    cache = GatedCache(gates, torch.tensor([2.0, -1.0]).expand(4, 1, 2))
+    seen = {}
+    for step, output in ((3, 1.0), (2, 4.0), (1, 8.0), (0, 100.0)):
+        cache.step = step
+        seen[step] = cache(0, lambda output=output: torch.full((1, 1, 1), output)).item()
+    assert seen[2] == 4
+    assert seen[1] == pytest.approx(0.25 * 8 + 0.75 * (2 * 4 - 1))
+    # The store is a quarter of (8, 4) and three quarters of (4, 1).
+    assert seen[0] == pytest.approx(2 * 5 - 1.75)
+
+
+def test_fitted_weights_are_least_squares(tiny_model, ten_steps, tiny_batch):
+    """In one cell, against torch's own solver, on the outputs that the trajectory meets there."""
+    compute = torch.zeros(10, 4, dtype=torch.bool)
+    compute[[9, 7, 6]] = True
+    cache, met = FittingCache(compute, 3), []
+
+    class Spy:
+        step = property(None, lambda _, step: setattr(cache, "step", step))
+
+        def __call__(self, branch, compute):
+            stored, met_here = cache.snapshot()[branch], []
+            output = cache(branch, lambda: met_here.append(compute()) or met_here[-1])
+            if (cache.step, branch) == (5, 2):
+                met.extend([stored, met_here[0], output])
+            return output
+
+    trajectory(tiny_model, ten_steps, tiny_batch, Spy())
+    stored, target, returned = met
+    assert len(stored) == 3
+    matrix = torch.stack([one.double().flatten() for one in stored], dim=1)
+    best = torch.linalg.lstsq(matrix, target.double().flatten()).solution
+    torch.testing.assert_close(cache.weights[5, 2], best, rtol=1e-2, atol=1e-3)  # a ridge stands between
+    torch.testing.assert_close(returned, combined(stored, cache.weights[5, 2].tolist()))
+    left = (target.double().flatten() - matrix @ best).square().mean()
+    assert cache.residual[5, 2].item() == pytest.approx(left.item(), rel=1e-2)
+
+
+def test_fit_finds_the_law_of_the_outputs():
+    """Outputs on a line are extrapolated exactly, whatever the steps between the computed ones."""
+    compute = torch.zeros(8, 1, dtype=torch.bool)
+    compute[[7, 5]] = True
+    cache = FittingCache(compute, 2)
+    direction = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    start = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(1))
+    for step in reversed(range(8)):
+        cache.step = step
+        output = cache(0, lambda step=step: start + step * direction)
+        if step < 5:
+            torch.testing.assert_close(output, start + step * direction, rtol=1e-3, atol=1e-3)
+    last_step = 0
+    assert cache.weights[last_step, 0].tolist() == pytest.approx([1 + 5 / 2, -5 / 2], rel=1e-3)
 
 
 def test_straight_through_blends_hard_and_passes_the_gradient_on():

@@ -7,6 +7,7 @@ import torch
 from commands import run
 from conftest import relative_error
 
+from baselines import forecast
 from diffusion import create_diffusion
 from router import Schedule, find_router, load_router
 from sampling import generate_seeded, load_model
@@ -21,21 +22,28 @@ pytestmark = [
 def test_cached_sampling_equals_the_cpus(forecast_order):
     model, labels = load_model("DiT-digits/2"), torch.arange(10)
     schedule = Schedule(torch.rand(10, 24, generator=torch.Generator().manual_seed(0)) > 0.4)
-    options = {"seed": 1, "cfg_scale": 1.5, "schedule": schedule, "forecast_order": forecast_order}
+    options = {"seed": 1, "cfg_scale": 1.5, "schedule": forecast(schedule, forecast_order)}
     on_cpu = generate_seeded(model, create_diffusion("10"), labels, **options)
     on_gpu = generate_seeded(copy.deepcopy(model).cuda(), create_diffusion("10"), labels, **options)
     assert relative_error(on_gpu.cpu(), on_cpu) < 1e-3
 
 
 L2C = ["--method", "l2c", "--data", "digits", "--target-cur", 0.3]
+BEYOND = ["--method", "end-to-end", "--target-speedup", 1.6, "--max-steps", 20]
 
 
-@pytest.mark.parametrize(("precision", "method"), [("fp32", []), ("tf32", []), ("bf16", []), ("fp32", L2C)])
+@pytest.mark.parametrize(
+    ("precision", "method"),
+    [("fp32", []), ("tf32", []), ("bf16", []), ("fp32", L2C), ("bf16", BEYOND)],
+)
 def test_training_repeats_its_bits(tmp_path, precision, method):
     arguments = ["--model", "DiT-digits/2", "--num-sampling-steps", 5, "--max-steps", 15, "--lr", 0.05]
     arguments += ["--global-batch-size", 8, "--precision", precision, *method]
-    logits = []
+    logits, weights = [], []
     for name in ("one", "other"):
         run("train_router.py", "--results-dir", tmp_path / name, *arguments)
-        logits.append(load_router(find_router(next((tmp_path / name).iterdir()))).logits)
+        router = load_router(find_router(next((tmp_path / name).iterdir())))
+        logits.append(router.logits)
+        weights.append(torch.zeros(0) if router.weights is None else router.weights)
     assert torch.equal(*logits)
+    assert torch.equal(*weights)

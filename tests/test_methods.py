@@ -26,7 +26,7 @@ def cur_of(text: str) -> float:
     return float(re.search(r"CUR ([\d.]+) %", text)[1])
 
 
-@pytest.mark.parametrize("prefix", ["", "taylor-"])
+@pytest.mark.parametrize("prefix", ["", "taylor-", "calibrated-"])
 @pytest.mark.parametrize(
     ("method", "flags", "cur"),
     [
@@ -42,7 +42,8 @@ def test_each_method_samples(routers, tmp_path, monkeypatch, prefix, method, fla
         *SAMPLE, "--accelerate-method", prefix + method, *flags, "--output", tmp_path / "x.png", "--compare"
     )
     assert cur_of(text) == pytest.approx(100 * cur, abs=0.01)
-    assert ("are forecast, order 1" in text) == bool(prefix)
+    assert ("forecast of order 1" in text) == (prefix == "taylor-")
+    assert (", calibrated" in text) == (prefix == "calibrated-")
     assert "cached against uncached: MSE of x_0" in text
 
 
@@ -75,6 +76,9 @@ def test_fewer_steps(tmp_path):
         (["fora", "--interval", "1/0"], "1/0 is below 1"),
         (["taylor-fora", "--interval", 2, "--order", 3], "invalid choice"),
         (["random", "--cur", "nan"], "nan is no finite number"),
+        (["calibrated-none"], "'calibrated-none' is unknown"),
+        (["calibrated-fora"], "calibrated-fora needs --interval, a number"),
+        (["calibrated-fora", "--interval", 2, "--terms", 4], "invalid choice"),
     ],
 )
 def test_wrong_flags_are_refused(arguments, message):

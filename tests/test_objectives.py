@@ -4,19 +4,21 @@ import pytest
 import torch
 from conftest import relative_error
 
-from cache import SoftCache
+from cache import GatedCache, SoftCache
 from denoiser import Denoiser
 from diffusion import create_diffusion
 from models import DiT
 from objectives import (
     PROXY_DEFINITIONS,
+    Paired,
     Variant,
     image_error_proxy,
     step_errors,
+    toggle_effects,
     train_pair,
     train_trajectory,
 )
-from router import Router
+from router import Router, Schedule
 from sampling import generate
 
 
@@ -344,3 +346,139 @@ def test_step_errors_are_the_data_losses_of_a_router_of_zeros_and_ones(tiny_mode
         torch.testing.assert_close(errors[:-1].flip(0), torch.stack([one.data_loss for one in updates]))
     assert torch.equal(of_all > 0, ~schedule.compute.all(dim=1))
     assert step_errors(tiny_model, ten_steps, None, noise, labels, 1.5)[0].max() == 0
+
+
+# ---- the error of the final image ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def paired(tiny_model):
+    """Four steps in float64, guided."""
+    generator = torch.Generator().manual_seed(3)
+    noise = torch.randn(3, 4, 4, 4, generator=generator, dtype=torch.float64)
+    return Paired.draw(
+        copy.deepcopy(tiny_model).double(), create_diffusion("4"), noise, torch.tensor([0, 3, 1]), 1.5
+    )
+
+
+def drawn(*size: int, seed: int) -> torch.Tensor:
+    return torch.rand(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+WEIGHTS = torch.tensor([1.0, 0, 0], dtype=torch.float64) + 0.4 * (drawn(4, 4, 3, seed=6) - 0.5)
+
+
+def test_uncached_states_are_those_of_sampling(paired):
+    x_0 = generate(paired.model, paired.diffusion, paired.labels, paired.noise, 1.5)
+    torch.testing.assert_close(paired.states[0], x_0, rtol=0, atol=0)
+    everything = GatedCache(torch.ones(4, 4), WEIGHTS)
+    assert paired.errors(everything)[0].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("store_gradient", [True, False])
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_gradients_equal_finite_differences(paired, store_gradient, per_sample):
+    """Of log MSE of x_0, in gates and weights. Without its gradient the store is held where it is."""
+    gates = (drawn(4, 4, 3, seed=4) if per_sample else drawn(4, 4, seed=4)).requires_grad_()
+    if not store_gradient:  # then gates move the store, but their gradient does not say so
+        gates = gates.detach().round().requires_grad_()
+    weights = WEIGHTS.clone().requires_grad_()
+
+    def loss(gates, weights):
+        cache = GatedCache(gates, weights, torch.ones(4, 4, dtype=torch.bool), store_gradient)
+        return paired.errors(cache)[0].mean().log()
+
+    of_gates, of_weights = torch.autograd.grad(loss(gates, weights), (gates, weights))
+    picked = torch.Generator().manual_seed(0)
+    checked = ((weights, of_weights),) if not store_gradient else ((gates, of_gates), (weights, of_weights))
+    for tensor, gradient in checked:
+        for _ in range(12):
+            index = tuple(int(torch.randint(size, (), generator=picked)) for size in tensor.shape)
+            ends = []
+            for sign in (1, -1):
+                moved = tensor.detach().clone()
+                moved[index] += sign * 1e-5
+                with torch.no_grad():
+                    ends.append(loss(*((moved, weights) if tensor is gates else (gates, moved))))
+            difference = (ends[0] - ends[1]) / 2e-5
+            assert gradient[index].item() == pytest.approx(difference.item(), rel=1e-5, abs=1e-8), index
+    assert (of_gates[-1] == 0).all()  # the first step has nothing to reuse
+
+
+@pytest.mark.parametrize("window", [None, 2])
+def test_recomputed_gradients_equal_plain_ones(paired, window):
+    gradients = []
+    for recompute in (False, True):
+        gates, weights = drawn(4, 4, seed=4).requires_grad_(), WEIGHTS.clone().requires_grad_()
+        errors = torch.stack(paired.errors(GatedCache(gates, weights), recompute, window))
+        assert len(errors) == (2 if window else 1)
+        gradients.append(torch.autograd.grad(errors.mean(1).log().sum(), (gates, weights)))
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed, rtol=1e-12, atol=1e-14)
+        assert plain.abs().max() > 1e-4
+
+
+def test_recomputing_keeps_less(paired):
+    """Counted in what autograd saves: within a step or over all of them."""
+    kept = {}
+    for recompute in (False, True):
+        weights, saved = WEIGHTS.clone().requires_grad_(), {}
+
+        def pack(tensor, saved=saved):
+            saved[tensor.data_ptr()] = tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            paired.errors(GatedCache(drawn(4, 4, seed=4), weights), recompute)[0].mean().backward()
+        kept[recompute] = sum(saved.values())
+    assert kept[True] < 0.5 * kept[False]
+
+
+def test_windows_cut_the_gradient(paired):
+    """What the first window's cells do to x_0 is not seen through a later window's start."""
+    weights = WEIGHTS.clone().requires_grad_()
+    gates = torch.tensor([[0.0] * 4, [0.0] * 4, [0.0] * 4, [1.0] * 4], dtype=torch.float64)
+    at_x_0, at_the_cut = paired.errors(GatedCache(gates, weights), window=2)
+    (of_x_0,) = torch.autograd.grad(at_x_0.sum(), weights, retain_graph=True)
+    (of_cut,) = torch.autograd.grad(at_the_cut.sum(), weights)
+    assert (of_x_0[2:] == 0).all()
+    assert (of_x_0[:2, :, 0] != 0).all()
+    assert (of_cut[:2] == 0).all()
+    assert (of_cut[2, :, 0] != 0).all()
+
+
+def error_of(paired, compute, weights) -> float:
+    x_0 = generate(
+        paired.model, paired.diffusion, paired.labels, paired.noise, 1.5,
+        schedule=Schedule(compute, weights=weights),
+    )  # fmt: skip
+    return (x_0 - paired.states[0]).square().mean().item()
+
+
+def test_toggle_effects_tell_what_toggles_do(tiny_model):
+    """On a model whose branches matter little, so that second order is all there is."""
+    model = copy.deepcopy(tiny_model).double()
+    for block in model.blocks:
+        block.adaLN_modulation[1].weight.mul_(0.05)
+        block.adaLN_modulation[1].bias.mul_(0.05)
+    generator = torch.Generator().manual_seed(3)
+    noise = torch.randn(64, 4, 4, 4, generator=generator, dtype=torch.float64)
+    paired = Paired.draw(model, create_diffusion("4"), noise, torch.arange(64) % 5, 1.5)
+    compute = torch.tensor([[1, 0, 0, 1], [0, 1, 1, 0], [0, 0, 1, 1], [1, 1, 1, 1]], dtype=torch.bool)
+    weights = torch.ones(4, 4, 1, dtype=torch.float64)
+    generators = [torch.Generator().manual_seed(k) for k in range(64)]
+    effects = toggle_effects(paired, compute, weights, True, generators, probes=8)
+    assert (effects[-1] == 0).all()
+    before, true = error_of(paired, compute, weights), torch.zeros(4, 4, dtype=torch.float64)
+    for step in range(3):
+        for branch in range(4):
+            toggled = compute.clone()
+            toggled[step, branch] ^= True
+            true[step, branch] = error_of(paired, toggled, weights) - before
+    large = true.abs() > 0.1 * true.abs().max()
+    assert large.sum() >= 4
+    assert (effects.sign() == true.sign())[large].all()
+    torch.testing.assert_close(effects[large], true[large], rtol=0.35, atol=0)
+    some = torch.rand(4, 4, generator=generator) < 0.5
+    asked = toggle_effects(paired, compute, weights, True, generators, soft=some)
+    assert (asked[~some] == 0).all()

@@ -1,0 +1,216 @@
+"""`--method end-to-end`: a schedule and its weights of reuse, trained on the error of the final image.
+
+A train step is one of three, each on fresh noise, and each resumable:
+
+| train steps | what happens |
+|---|---|
+| 4 per candidate | a skeleton of full rows grows by cells towards the budget (`search.py`) |
+| 5 | the best candidate exchanges cells, kept where the error falls |
+| all that are left | one Adam step on all weights of reuse at once, on the log of the MSE of x_0 |
+
+With `--terms 0` (reuse as stored) there are no weights, and exchanges take all that is left. Why it is built
+so, and what did worse, is in docs/beyond.md.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+import distributed
+import search
+from cache import GatedCache
+from objectives import Paired, TrainStep, toggle_effects
+from rounds import Rounds
+from router import Router, Schedule, load_router
+from sampling import TRAINING_STREAM, sample_generator
+from target import Target
+from training import Training, fresh_moments, set_moments
+
+MAX_TERMS = 3  # as many as TaylorSeer's second order has
+GROWTHS, EXCHANGES = 4, 5  # train steps of a candidate, and of the chosen one
+
+
+class EndToEndTraining(Training):
+    """Candidate schedules (C, T, B), of which `current` is at work, and the weights of the chosen one.
+
+    The weights are `fitted + scale @ moves`: `moves` is what Adam sees, see `search.moving_scale`.
+    """
+
+    def __init__(
+        self, num_tables: int, size: tuple[int, int], num_terms: int, lr: float, target: Target, device
+    ):
+        super().__init__(1, target)
+        terms = max(1, num_terms)
+        self.num_terms, self.lr, self.device = num_terms, lr, device
+        self.tables = torch.zeros(num_tables, *size, dtype=torch.bool)
+        self.tables[:, -1] = True
+        self.current, self.part = 0, search.EXCHANGED
+        self.fitted = torch.zeros(*size, terms, device=device)
+        self.fitted[..., 0] = 1
+        self.scale = torch.zeros(*size, terms, terms, device=device)
+        self.moves = nn.Parameter(torch.zeros(*size, terms, device=device))
+        self.optimizer = torch.optim.Adam([self.moves], lr=lr, betas=(0.9, 0.99))
+        distributed.average_gradients(self.optimizer)
+        self.mark_boundary()
+
+    @property
+    def table(self) -> Tensor:
+        return self.tables[self.current]
+
+    @table.setter
+    def table(self, table: Tensor) -> None:
+        self.tables[self.current] = table
+
+    def weights(self) -> Tensor:
+        """(T, B, K), differentiable in `moves`."""
+        return self.fitted + (self.scale @ self.moves[..., None])[..., 0]
+
+    def start_moving(self, fitted) -> None:
+        """From here on the weights move away from the fitted ones, those of reused cells alone."""
+        used = search.used_weights(self.table, max(1, self.num_terms))
+        plain = torch.zeros_like(fitted.weights)
+        plain[..., 0] = 1
+        reused = used.any(-1, keepdim=True)
+        self.fitted = torch.where(reused, fitted.weights * used, plain).float().to(self.device)
+        scale = search.moving_scale(fitted) * used[..., None]
+        self.scale = scale.float().to(self.device)
+
+    @property
+    def schedule(self) -> Schedule:
+        weights = self.weights().detach() if self.num_terms else None
+        return Schedule(self.table, "end-to-end", weights)
+
+    @property
+    def router_to_save(self) -> Router:
+        return Router.from_schedule(self.schedule)
+
+    def state(self) -> dict[str, Tensor]:
+        moments = self.optimizer.state.get(self.moves) or fresh_moments(self.moves)
+        own = {"current": torch.tensor(self.current), "part": torch.tensor(self.part, dtype=torch.float64)}
+        own |= {"tables": self.tables.to(torch.uint8), "fitted": self.fitted, "scale": self.scale}
+        return own | {"moves": self.moves} | moments
+
+    def set_state(self, state: dict[str, Tensor]) -> None:
+        self.tables, self.current = state["tables"].bool(), int(state["current"])
+        self.part = state["part"].item()
+        self.fitted, self.scale = state["fitted"].to(self.device), state["scale"].to(self.device)
+        with torch.no_grad():
+            self.moves.copy_(state["moves"])
+        set_moments(self.optimizer, self.moves, {key: state[key] for key in fresh_moments(self.moves)})
+
+
+class EndToEnd(Rounds):
+    """Needs no images."""
+
+    steps_per_round = steps_per_epoch = 1
+    extra_steps = 0.0  # the budget is met by construction
+
+    def __init__(self, args, processes, model, diffusion):
+        super().__init__(args, processes, model, diffusion)
+        self.warm_start = None
+        if args.init:
+            router = load_router(args.init, args.model, num_branches=model.num_branches)
+            source = router.schedule(router.info.get("threshold", 0.1))
+            self.warm_start = search.interpolated(source.compute, diffusion.num_timesteps)
+        self.num_tables = 1 if args.init else len(search.SKELETON_SHARES)
+        self.num_growths = self.num_tables * GROWTHS
+        self.num_updates = args.max_steps - self.num_growths - EXCHANGES
+        if self.num_updates < 0:
+            raise ValueError(
+                f"--max-steps {args.max_steps} ends within the search, which takes "
+                f"{self.num_growths + EXCHANGES}; give more"
+            )
+
+    @property
+    def name(self) -> str:
+        return "end-to-end+forecast" if self.args.terms else "end-to-end"
+
+    def new_training(self, target: Target | None) -> EndToEndTraining:
+        args, size = self.args, (self.diffusion.num_timesteps, self.model.num_branches)
+        self.budget = search.Budget.of(target, args.terms)
+        return EndToEndTraining(self.num_tables, size, args.terms, args.lr, target, self.processes.device)
+
+    def run(self, training: EndToEndTraining) -> Iterator[TrainStep | None]:
+        generators, step = self.generators(training.round), training.train_steps
+        paired = Paired.draw(self.model, self.diffusion, *self.draw(generators), self.args.cfg_scale)
+        if step < self.num_growths:
+            yield self._grow(training, paired, generators)
+        elif step < self.num_growths + EXCHANGES or not self.args.terms:
+            yield self._exchange(training, paired, generators)
+        else:
+            yield self._update(training, paired, step - self.num_growths - EXCHANGES)
+
+    def _grow(self, training: EndToEndTraining, paired: Paired, generators: list) -> TrainStep:
+        """One growth of one candidate: the first builds its skeleton, the last meets the budget."""
+        training.current, growth = divmod(training.train_steps, GROWTHS)
+        if growth == 0:
+            training.table = self._skeleton(training.current, paired)
+        effects, *_ = self._effects(training, paired, generators)
+        spent = self.budget.spent(training.table)
+        goal = spent + (self.budget.allowed - spent) / (GROWTHS - growth)
+        training.table = search.grown(training.table, effects, self.budget, goal)
+        return self._outcome(training, *self._fit(paired, training.table))
+
+    def _skeleton(self, candidate: int, paired: Paired) -> Tensor:
+        if self.warm_start is not None:
+            return self.warm_start
+        tables = self.budget.skeletons(self.diffusion.num_timesteps, search.SKELETON_SHARES[candidate])
+        return search.best_of(paired, tables, self.args.terms, distributed.mean)
+
+    def _exchange(self, training: EndToEndTraining, paired: Paired, generators: list) -> TrainStep:
+        """Keep an exchange that lowers the error on this batch; else the next one is half as large."""
+        if training.train_steps == self.num_growths:
+            best = search.best_of(paired, list(training.tables), self.args.terms, distributed.mean)
+            training.current, training.tables[0] = 0, best
+        effects, fitted, error = self._effects(training, paired, generators)
+        table = search.exchanged(training.table, effects, self.budget, training.part)
+        changed = self._fit(paired, table)
+        if changed[1] < error:
+            training.table, (fitted, error) = table, changed
+        else:
+            training.part /= 2
+        return self._outcome(training, fitted, error)
+
+    def _update(self, training: EndToEndTraining, paired: Paired, update: int) -> TrainStep:
+        args = self.args
+        (group,) = training.optimizer.param_groups
+        group["lr"] = search.learning_rate(args.lr, update, self.num_updates)
+        gates = training.table.to(paired.noise)
+        cache = GatedCache(gates, training.weights())
+        errors = torch.stack([
+            one.mean() for one in paired.errors(cache, not args.keep_activations, args.window)
+        ])  # fmt: skip
+        loss = errors.log().mean()
+        training.optimizer.zero_grad()
+        loss.backward()
+        training.optimizer.step()
+        computed = training.table.sum().to(errors)
+        return TrainStep(0, loss.detach(), errors[0].detach(), computed)
+
+    def _fit(self, paired: Paired, table: Tensor):
+        return search.fit(paired, table, self.args.terms, distributed.mean)
+
+    def _effects(self, training: EndToEndTraining, paired: Paired, generators: list):
+        """(T, B) what toggles would change (infinite: not asked), the fitted weights, the error as it is."""
+        args, table = self.args, training.table
+        fitted, error = self._fit(paired, table)
+        soft = None
+        if args.open_share < 1:
+            generator = sample_generator(args.global_seed, TRAINING_STREAM, training.round)
+            soft = torch.rand(table.shape, generator=generator) < args.open_share
+            soft[-1] = False
+        effects = toggle_effects(
+            paired, table, fitted.weights.to(paired.noise), args.terms <= 1, generators, soft,
+            recompute=not args.keep_activations,
+        )  # fmt: skip
+        effects = distributed.mean(effects).cpu()
+        if soft is not None:
+            effects[~soft] = torch.inf
+        return effects, fitted, error
+
+    def _outcome(self, training: EndToEndTraining, fitted, error: float) -> TrainStep:
+        if self.args.terms:
+            training.start_moving(fitted)
+        error = torch.tensor(error, device=training.device)
+        return TrainStep(0, error.log(), error, training.table.sum().to(error))

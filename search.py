@@ -1,0 +1,180 @@
+"""Which cells to compute under a budget, searched on the error of the final image.
+
+A schedule starts from full rows (a *skeleton*: some steps computed, all others reused), whose number and
+spacing are tried, and grows by single cells: those that `objectives.toggle_effects` says reduce the error of
+x_0 most for their cost, in rounds, the weights of reuse solved anew in between. Then cells are exchanged as
+long as that helps on fresh noise. Pure mathematics; means over ranks come in as `reduce`.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cache import FittingCache, GatedCache
+from objectives import Paired
+from target import Target
+
+SKELETON_SHARES = (0.6, 0.8, 1.0)  # of the budget that full rows take, a candidate each
+WARPS = (0.8, 0.9, 1.0, 1.12, 1.25)  # of their spacing; above 1 the noisy steps are computed more often
+EXCHANGED = 0.02  # share of the budget that the first exchange may move
+
+Reduce = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What all cells may cost: (B,) `costs` of a computed one, `combining` of each output that reuse reads.
+
+    num_terms: outputs that reuse combines, where there are as many; 0: none, and it costs nothing.
+    """
+
+    costs: Tensor
+    combining: float
+    num_terms: int
+    allowed: float
+
+    @classmethod
+    def of(cls, target: Target, num_terms: int) -> "Budget":
+        """MACs for a speed-up, a count of computed cells for a CUR.
+
+        Raises ValueError where nothing is left beyond the first step.
+        """
+        model, num_steps = target.model, target.num_steps
+        costs = torch.tensor(model.branch_macs, dtype=torch.float64)
+        if target.kind == "cur":
+            allowed = (1 - target.value) * num_steps * len(costs)
+            budget = cls(torch.ones_like(costs), 0.0, num_terms, allowed)
+        else:
+            allowed = num_steps * ((costs.sum().item() + model.other_macs) / target.value - model.other_macs)
+            budget = cls(costs, float(model.branch_size), num_terms, allowed)
+        first = torch.zeros(num_steps, len(costs), dtype=torch.bool)
+        first[-1] = True
+        if budget.spent(first) > budget.allowed:
+            raise ValueError(
+                f"--target-{target.kind} {target.value:g} leaves less than the first step; ask for less"
+            )
+        return budget
+
+    def spent(self, compute: Tensor) -> float:
+        """What this schedule (T, B) costs, as `Schedule.macs` counts it."""
+        combined = used_weights(compute, self.num_terms).sum().item() if self.num_terms else 0
+        return (compute.double() @ self.costs).sum().item() + self.combining * combined
+
+    def skeletons(self, num_steps: int, share: float) -> list[Tensor]:
+        """Bool tables (T, B) of full rows for this share of the budget, one per spacing."""
+        num_rows = max(1, min(num_steps, int(share * self.allowed / self.costs.sum().item() + 1e-9)))
+        tables: list[Tensor] = []
+        for warp in WARPS:
+            executed = {int((k / num_rows) ** warp * num_steps + 1e-9) for k in range(num_rows)}
+            missing = (k for k in range(num_steps) if k not in executed)
+            executed |= {next(missing) for _ in range(num_rows - len(executed))}
+            table = torch.zeros(num_steps, len(self.costs), dtype=torch.bool)
+            table[[num_steps - 1 - k for k in executed]] = True
+            if not any(torch.equal(table, other) for other in tables):
+                tables.append(table)
+        return tables
+
+
+@torch.no_grad()
+def fit(
+    paired: Paired, compute: Tensor, num_terms: int, reduce: Reduce = lambda t: t
+) -> tuple[FittingCache, float]:
+    """Solve a schedule's weights along its own trajectory; returns them and the mean squared error of x_0.
+
+    num_terms 0: plain reuse, its weights are ones.
+    """
+    if num_terms:
+        cache = FittingCache(compute, num_terms, reduce)
+    else:
+        cache = GatedCache(compute.float(), torch.ones(*compute.shape, 1))
+    *_, (_, x_0) = paired.rollout(cache)
+    return cache, reduce((x_0 - paired.states[0]).square().mean()).item()
+
+
+def best_of(paired: Paired, tables: Sequence[Tensor], num_terms: int, reduce: Reduce) -> Tensor:
+    """The table with the smallest error on this batch."""
+    errors = [fit(paired, table, num_terms, reduce)[1] for table in tables]
+    return tables[errors.index(min(errors))]
+
+
+def grown(compute: Tensor, effects: Tensor, budget: Budget, goal: float) -> Tensor:
+    """The schedule after opening (closing, where it spends more than `goal`) the cells best toggled."""
+    compute, spent = compute.clone(), budget.spent(compute)
+    opening = spent <= goal
+    per_cost = effects / budget.costs
+    for index in per_cost.flatten().argsort(stable=True).tolist():
+        cell = divmod(index, compute.shape[1])
+        if cell[0] == len(compute) - 1 or compute[cell] == opening or (not opening and spent <= goal):
+            continue
+        compute[cell] = opening
+        after = budget.spent(compute)
+        if opening and after > goal:
+            compute[cell] = False
+        else:
+            spent = after
+    return compute if opening else grown(compute, effects, budget, goal)  # closing may have left room
+
+
+def exchanged(compute: Tensor, effects: Tensor, budget: Budget, part: float) -> Tensor:
+    """The schedule after opening the most useful reused cells and closing the least useful computed ones.
+
+    Opens at most `part` of the budget, at least one cell, and only where a pair of toggles promises a smaller
+    error; the result is within the budget.
+    """
+    order = (effects / budget.costs).flatten().argsort(stable=True).tolist()
+    cells = [divmod(index, compute.shape[1]) for index in order]
+    cells = [cell for cell in cells if cell[0] < len(compute) - 1]
+    opening = [cell for cell in cells if not compute[cell]]
+    closing = iter([cell for cell in cells if compute[cell]])
+    table, moved = compute.clone(), 0.0
+    for cell in opening:
+        trial, gain = table.clone(), effects[cell].item()
+        trial[cell] = True
+        while budget.spent(trial) > budget.allowed and (other := next(closing, None)) is not None:
+            trial[other] = False
+            gain += effects[other].item()
+        if budget.spent(trial) > budget.allowed or gain >= 0:
+            break
+        table, moved = trial, moved + budget.costs[cell[1]].item()
+        if moved >= part * budget.allowed:
+            break
+    return grown(table, effects, budget, budget.allowed)
+
+
+def interpolated(compute: Tensor, num_steps: int) -> Tensor:
+    """A schedule (T, B) for another number of steps, as dense for each branch in every part of the chain."""
+    executed = compute.flip(0).double()
+    passed = torch.cat([torch.zeros(1, compute.shape[1], dtype=torch.float64), executed.cumsum(0)]) / len(
+        compute
+    )
+    position = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps * len(compute)
+    low = position.floor().clamp(max=len(compute) - 1).long()
+    share = passed[low] + (position - low)[:, None] * (passed[low + 1] - passed[low])  # (T' + 1, B)
+    counted = torch.floor(share * num_steps + 0.5 + 1e-9)
+    table = (counted[1:] > counted[:-1]).flip(0)
+    table[-1] = True
+    return table
+
+
+def moving_scale(fitted: FittingCache) -> Tensor:
+    """(T, B, K, K): what turns a step of unit length into one of weights that matters equally for every cell.
+
+    The outputs that a weight multiplies are large and nearly collinear. In these coordinates they are
+    orthonormal, and the unit is what least squares left over.
+    """
+    factor = torch.linalg.cholesky(fitted.gram)
+    return torch.linalg.inv(factor).mT * fitted.residual.sqrt()[..., None, None]
+
+
+def used_weights(compute: Tensor, num_terms: int) -> Tensor:
+    """(T, B, K) bool: the weights that sampling reads, of reused cells and of outputs that are there."""
+    earlier = compute.flip(0).long().cumsum(0).flip(0)
+    return (torch.arange(num_terms) < earlier[..., None]) & ~compute[..., None]
+
+
+def learning_rate(lr: float, update: int, num_updates: int) -> float:
+    """A short warm-up, then a half cosine to zero."""
+    return lr * min(1.0, (update + 1) / 5) * 0.5 * (1 + math.cos(math.pi * update / max(1, num_updates)))
