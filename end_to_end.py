@@ -28,6 +28,7 @@ from target import Target
 from training import Training, fresh_moments, set_moments
 
 MAX_TERMS = 3  # as many as TaylorSeer's second order has
+LEAST_ERROR = 1e-12
 GROWTHS, EXCHANGES = 4, 5  # train steps of a candidate, and of the chosen one
 
 
@@ -66,7 +67,7 @@ class EndToEndTraining(Training):
         """(T, B, K), differentiable in `moves`."""
         return self.fitted + (self.scale @ self.moves[..., None])[..., 0]
 
-    def start_moving(self, fitted) -> None:
+    def start_moving(self, fitted: search.Fit) -> None:
         """From here on the weights move away from the fitted ones, those of reused cells alone."""
         used = search.used_weights(self.table, max(1, self.num_terms))
         plain = torch.zeros_like(fitted.weights)
@@ -146,11 +147,11 @@ class EndToEnd(Rounds):
         training.current, growth = divmod(training.train_steps, GROWTHS)
         if growth == 0:
             training.table = self._skeleton(training.current, paired)
-        effects, *_ = self._effects(training, paired, generators)
+        effects, _ = self._effects(training, paired, generators)
         spent = self.budget.spent(training.table)
         goal = spent + (self.budget.allowed - spent) / (GROWTHS - growth)
         training.table = search.grown(training.table, effects, self.budget, goal)
-        return self._outcome(training, *self._fit(paired, training.table))
+        return self._outcome(training, self._fit(paired, training.table))
 
     def _skeleton(self, candidate: int, paired: Paired) -> Tensor:
         if self.warm_start is not None:
@@ -163,14 +164,14 @@ class EndToEnd(Rounds):
         if training.train_steps == self.num_growths:
             best = search.best_of(paired, list(training.tables), self.args.terms, distributed.mean)
             training.current, training.tables[0] = 0, best
-        effects, fitted, error = self._effects(training, paired, generators)
+        effects, fitted = self._effects(training, paired, generators)
         table = search.exchanged(training.table, effects, self.budget, training.part)
         changed = self._fit(paired, table)
-        if changed[1] < error:
-            training.table, (fitted, error) = table, changed
+        if changed.error < fitted.error:
+            training.table, fitted = table, changed
         else:
             training.part /= 2
-        return self._outcome(training, fitted, error)
+        return self._outcome(training, fitted)
 
     def _update(self, training: EndToEndTraining, paired: Paired, update: int) -> TrainStep:
         args = self.args
@@ -181,20 +182,22 @@ class EndToEnd(Rounds):
         errors = torch.stack([
             one.mean() for one in paired.errors(cache, not args.keep_activations, args.window)
         ])  # fmt: skip
-        loss = errors.log().mean()
+        loss = errors.clamp(min=LEAST_ERROR).log().mean()  # a window of computed steps has none
         training.optimizer.zero_grad()
         loss.backward()
         training.optimizer.step()
         computed = training.table.sum().to(errors)
         return TrainStep(0, loss.detach(), errors[0].detach(), computed)
 
-    def _fit(self, paired: Paired, table: Tensor):
+    def _fit(self, paired: Paired, table: Tensor) -> search.Fit:
         return search.fit(paired, table, self.args.terms, distributed.mean)
 
-    def _effects(self, training: EndToEndTraining, paired: Paired, generators: list):
-        """(T, B) what toggles would change (infinite: not asked), the fitted weights, the error as it is."""
+    def _effects(
+        self, training: EndToEndTraining, paired: Paired, generators: list
+    ) -> tuple[Tensor, search.Fit]:
+        """(T, B) what toggles would change, infinite where not asked, and the schedule fitted as it is."""
         args, table = self.args, training.table
-        fitted, error = self._fit(paired, table)
+        fitted = self._fit(paired, table)
         soft = None
         if args.open_share < 1:
             generator = sample_generator(args.global_seed, TRAINING_STREAM, training.round)
@@ -207,10 +210,10 @@ class EndToEnd(Rounds):
         effects = distributed.mean(effects).cpu()
         if soft is not None:
             effects[~soft] = torch.inf
-        return effects, fitted, error
+        return effects, fitted
 
-    def _outcome(self, training: EndToEndTraining, fitted, error: float) -> TrainStep:
+    def _outcome(self, training: EndToEndTraining, fitted: search.Fit) -> TrainStep:
         if self.args.terms:
             training.start_moving(fitted)
-        error = torch.tensor(error, device=training.device)
-        return TrainStep(0, error.log(), error, training.table.sum().to(error))
+        error = torch.tensor(fitted.error, device=training.device)
+        return TrainStep(0, error.clamp(min=LEAST_ERROR).log(), error, training.table.sum().to(error))

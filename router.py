@@ -228,11 +228,19 @@ def load_router(
     return router
 
 
+SHIPPED = Path(__file__).parent / "digits" / "routers"
+
+
 def find_router(path: str | Path) -> Path:
-    """The router that `path` means: itself, or the one of most train steps in it or its `checkpoints`."""
+    """The router that `path` means: itself, one that ships under that name, or a folder's newest.
+
+    Of a folder, or its `checkpoints`, the one of most train steps. Names that ship: `digits-T20-1.96x`.
+    """
     path = Path(path)
     if path.is_file():
         return path
+    if (named := SHIPPED / f"{path}.safetensors").is_file():
+        return named
     for folder in (path, path / "checkpoints"):
         found = [file for suffix in (".safetensors", ".pt") for file in folder.glob(f"*{suffix}")]
         files = [file for file in found if not file.stem.endswith(".part")]
@@ -242,7 +250,10 @@ def find_router(path: str | Path) -> Path:
         raise FileNotFoundError(
             f"no router (*.safetensors or *.pt) in folder {path}; train one with train_router.py"
         )
-    raise FileNotFoundError(f"router {path} does not exist; give a router file or a folder that holds one")
+    raise FileNotFoundError(
+        f"router {path} does not exist; give a router file, a folder that holds one, or the name of one that "
+        "ships, such as digits-T20-1.96x"
+    )
 
 
 def _read_own(file: Path) -> tuple[Tensor, Tensor | None, dict]:

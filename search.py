@@ -9,6 +9,7 @@ long as that helps on fresh noise. Pure mathematics; means over ranks come in as
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,25 +79,37 @@ class Budget:
         return tables
 
 
-@torch.no_grad()
-def fit(
-    paired: Paired, compute: Tensor, num_terms: int, reduce: Reduce = lambda t: t
-) -> tuple[FittingCache, float]:
-    """Solve a schedule's weights along its own trajectory; returns them and the mean squared error of x_0.
+class Fit(NamedTuple):
+    """Weights (T, B, K) of a schedule, the mean squared error of x_0 with them, and how they were found.
 
-    num_terms 0: plain reuse, its weights are ones.
+    gram: (T, B, K, K), residual: (T, B), as in `cache.FittingCache`; None where there was nothing to solve.
     """
+
+    weights: Tensor
+    error: float
+    gram: Tensor | None = None
+    residual: Tensor | None = None
+
+
+@torch.no_grad()
+def fit(paired: Paired, compute: Tensor, num_terms: int, reduce: Reduce = lambda t: t) -> Fit:
+    """Solve a schedule's weights along its own trajectory. num_terms 0: plain reuse, they are ones."""
     if num_terms:
         cache = FittingCache(compute, num_terms, reduce)
-    else:
-        cache = GatedCache(compute.float(), torch.ones(*compute.shape, 1))
+        error = _final_error(paired, cache, reduce)
+        return Fit(cache.weights, error, cache.gram, cache.residual)
+    weights = torch.ones(*compute.shape, 1, dtype=torch.float64)
+    return Fit(weights, _final_error(paired, GatedCache(compute.float(), weights), reduce))
+
+
+def _final_error(paired: Paired, cache, reduce: Reduce) -> float:
     *_, (_, x_0) = paired.rollout(cache)
-    return cache, reduce((x_0 - paired.states[0]).square().mean()).item()
+    return reduce((x_0 - paired.states[0]).square().mean()).item()
 
 
 def best_of(paired: Paired, tables: Sequence[Tensor], num_terms: int, reduce: Reduce) -> Tensor:
     """The table with the smallest error on this batch."""
-    errors = [fit(paired, table, num_terms, reduce)[1] for table in tables]
+    errors = [fit(paired, table, num_terms, reduce).error for table in tables]
     return tables[errors.index(min(errors))]
 
 
@@ -159,7 +172,7 @@ def interpolated(compute: Tensor, num_steps: int) -> Tensor:
     return table
 
 
-def moving_scale(fitted: FittingCache) -> Tensor:
+def moving_scale(fitted: Fit) -> Tensor:
     """(T, B, K, K): what turns a step of unit length into one of weights that matters equally for every cell.
 
     The outputs that a weight multiplies are large and nearly collinear. In these coordinates they are
