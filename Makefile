@@ -1,5 +1,5 @@
 # `make demo`: train a router for the digits DiT and look at what it does. `make study`: compare all methods on it
-# (hours; `make study QUICK=--quick`: ten minutes). `make test`: lint and tests. All make .venv first. Without make: the commands below, in any environment with the requirements installed.
+# (hours; `make study QUICK=--quick`: a quarter of an hour). `make test`: lint and tests. All make .venv first. Without make: the commands below, in any environment with the requirements installed.
 PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet

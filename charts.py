@@ -17,9 +17,10 @@ from files import replacing
 COLOURS = {
     "fewer-steps": "#999999", "fora": "#0072B2", "taylor-fora": "#56B4E9", "taylor2-fora": "#7B8CDE",
     "random": "#B08D57", "l2c": "#009E73", "l2c-every-row": "#66C2A5", "harmonica": "#D55E00",
-    "harmonica-paper": "#E69F00", "taylor-harmonica": "#CC79A7",
+    "harmonica-paper": "#E69F00", "taylor-harmonica": "#CC79A7", "calibrated-fora": "#1B6F8A",
+    "calibrated-harmonica": "#A65628", "end-to-end": "#8E5AC8", "end-to-end+forecast": "#D6006C",
 }  # fmt: skip
-MARKERS = "osD^v<>PXp"
+MARKERS = "osD^v<>PXphdH*"
 THEMES = {
     "light": {
         "figure.facecolor": "#ffffff",

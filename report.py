@@ -42,10 +42,11 @@ def of_main_speed(rows: list[dict]) -> list[dict]:
 
 
 def of_routers(study: Path, rows: list[dict]) -> list[dict]:
-    """Those of `of_main_speed` that have a router of their own (a forecast has another's)."""
+    """Those of `of_main_speed` with a router of their own (forecast and calibrated ones have another's)."""
     return [
         row for row in of_main_speed(rows)
-        if row["router"] and (study / row["router"]).exists() and not row["method"].startswith("taylor")
+        if row["router"] and (study / row["router"]).exists()
+        and not row["method"].startswith(("taylor", "calibrated"))
     ]  # fmt: skip
 
 
@@ -120,13 +121,13 @@ def training_pictures(
         found.append((f"{caption}: lambda at the last refresh", pictures))
     for key, label, log in (
         ("cur", "CUR", False),
-        ("data_loss", "data loss", True),
+        ("data_loss", "data loss (end-to-end: MSE of x_0)", True),
         ("reg_weight", "beta", True),
     ):
-        series = [
-            (method, *np.array([(line["train_steps"], line[key]) for line in lines if key in line]).T)
-            for method, lines in curves.items()
-        ]
+        series = []
+        for method, lines in curves.items():
+            points = [(line["train_steps"], line[key]) for line in lines if key in line]
+            series += [(method, *np.array(points).T)] if points else []
         if series:
             draw = charts.lines(series, ("train step", label), log)
             pictures = charts.save(folder, f"{key}-{name}", draw, (6.6, 3.6))

@@ -106,6 +106,35 @@ def comparison_table(rows: list[dict], num_steps: int, speed: str | None = None)
     return table
 
 
+BEYOND = "end-to-end+forecast"
+OURS = (BEYOND, "end-to-end", "calibrated-fora", "calibrated-harmonica")
+
+
+def beyond_table(rows: list[dict]) -> list[list[str]]:
+    """Reuse trained end to end beside the best of all others, at each T and speed."""
+    table = [["steps", "asked", "seeds", "by MACs", "MSE", "best of the others", "ratio", "/ HarmoniCa"]]
+    table[0] += ["FD", "lowest of the others", "digits-FID / uncached"]
+    every = [g for g in grouped([row for row in rows if is_main(row)]) if g["speed"]]
+    for own in sorted(every, key=lambda g: (-g["num_steps"], float(g["speed"]))):
+        if own["method"] != BEYOND:
+            continue
+        beside = [g for g in every if (g["num_steps"], g["speed"]) == (own["num_steps"], own["speed"])]
+        others = {g["method"]: g["mean"] for g in beside if g["method"] not in OURS}
+        if not others:
+            continue
+        mean, best = own["mean"], min(others, key=lambda name: others[name]["mse"])
+        closest = min(others, key=lambda name: others[name]["fd_uncached"])
+        harmonica = others.get("harmonica")
+        table.append([
+            str(own["num_steps"]), f"{own['speed']}x", str(own["seeds"]), f"{mean['speedup_macs']:.3f}x",
+            f"{mean['mse']:.2e} ({own['least']['mse']:.2e} to {own['greatest']['mse']:.2e})",
+            f"{others[best]['mse']:.2e} ({best})", f"{mean['mse'] / others[best]['mse']:.2f}",
+            f"{mean['mse'] / harmonica['mse']:.3f}" if harmonica else "-", f"{mean['fd_uncached']:.4f}",
+            f"{others[closest]['fd_uncached']:.4f} ({closest})", f"{mean['fid_ratio']:.3f}",
+        ])  # fmt: skip
+    return table
+
+
 def ablation_table(rows: list[dict]) -> list[list[str]]:
     table = [["of", "method", "variant", "steps", "guidance", "sampler", "seeds", *HEADS]]
     apart = ("target-cur", "objective")
@@ -207,6 +236,12 @@ def markdown(table: list[list[str]]) -> str:
 def further_tables(rows: list[dict]) -> list[tuple[str, str, list[list[str]]]]:
     """Title, a line on it and the table, of all that is beside the comparison; those with rows."""
     found = [
+        (
+            "Beyond the paper",
+            "Schedule and reuse trained on the error of the image (`--method end-to-end`), the mean over "
+            "training seeds, beside the best of all other methods at the same speed.",
+            beyond_table(rows),
+        ),
         ("Asking for a speed", "train_router.py --target-cur, HarmoniCa at T = 10.", target_table(rows)),
         (
             "The objective and the image",

@@ -1,7 +1,7 @@
 """The digits study: train what is missing, measure every method, write results/digits.
 
     python -m digits.study            # hours; after an interruption run it again (`make study`)
-    python -m digits.study --quick    # ten minutes: fewer samples, seeds, speeds; results/digits-quick
+    python -m digits.study --quick    # a quarter of an hour: fewer samples, seeds, speeds; results/digits-quick
 
 `digits/plan.py` says what is trained and measured, in the order in which it is done; each row of `study.json`
 holds the command that measures it again, and the one that trained its router. Trainings and rows that are
@@ -237,7 +237,7 @@ def write_results(folder: Path, tasks: list[Task]) -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare all methods on the digits model.")
-    parser.add_argument("--quick", action="store_true", help="ten minutes instead of hours")
+    parser.add_argument("--quick", action="store_true", help="a quarter of an hour instead of hours")
     parser.add_argument("--results-dir", type=Path, help="default results/digits, or results/digits-quick")
     parser.add_argument(
         "--processes", type=cli.positive_int, default=os.cpu_count(), help="default: all cores"

@@ -8,14 +8,16 @@ from collections import Counter
 from unittest import mock
 
 import pytest
+import torch
 from commands import ROOT, error_line, run
 
 from digits import measure
 from digits.plan import FULL, QUICK, SPEEDS, plan
 from digits.study import is_done
 from methods import load_method
-from router import load_router
+from router import SHIPPED, load_router
 from sampling import build_model
+from tables import beyond_table
 
 RESULTS = ROOT / "results" / "digits"
 
@@ -34,10 +36,11 @@ def test_plan_compares_every_method_at_three_speeds(full):
             speeds.setdefault((facts["method"], num_steps), Counter())[facts.get("speed")] += 1
     methods = {"fewer-steps", "fora", "taylor-fora", "taylor2-fora", "random", "l2c", "l2c-every-row"}
     methods |= {"harmonica", "harmonica-paper", "taylor-harmonica"}
+    methods |= {"end-to-end+forecast", "end-to-end", "calibrated-fora", "calibrated-harmonica"}
     for num_steps, seeds in ((10, 3), (20, 3), (50, 1)):
         for method in methods:
             assert len(speeds[method, num_steps]) >= 3, (method, num_steps)
-            if "harmonica" in method or "l2c" in method:
+            if method in ("harmonica", "harmonica-paper", "l2c", "l2c-every-row", "end-to-end+forecast"):
                 assert set(speeds[method, num_steps].values()) == {seeds}
     assert all(int(task.arguments[task.arguments.index("--samples") + 1]) >= 2000 for task in rows)
 
@@ -75,6 +78,8 @@ def test_committed_rows_are_matched_and_hold_their_routers(full):
         assert row["command"].split()[3:] == list(planned[row["id"]].arguments)
         if row.get("speed"):
             assert abs(row["speedup_macs"] / float(row["speed"]) - 1) < 0.04, row["id"]
+        if row["method"] == "end-to-end+forecast":
+            assert abs(row["speedup_macs"] / float(row["speed"]) - 1) < 0.01, row["id"]
         if row["router"] and row.get("group") != "threshold":
             router = load_router(RESULTS / row["router"])
             assert router.schedule(0.1).cur == pytest.approx(row["cur"]), row["id"]
@@ -86,7 +91,10 @@ def test_committed_rows_are_matched_and_hold_their_routers(full):
 def study(tmp_path_factory):
     """T = 10 at one speed, 20 samples, trainings of six updates a row, by the command itself."""
     folder = tmp_path_factory.mktemp("study")
-    small = dataclasses.replace(QUICK, samples=20, samples_in_readme=20, updates={10: 6, 20: 6, 50: 6})
+    few = {10: 6, 20: 6, 50: 6}
+    small = dataclasses.replace(
+        QUICK, samples=20, samples_in_readme=20, updates=few, beyond=dict.fromkeys(few, (18, 2))
+    )
     with pytest.MonkeyPatch.context() as patch, mock.patch.dict(os.environ):
         patch.chdir(ROOT)  # where the study goes
         patch.setattr("digits.study.QUICK", small)
@@ -111,6 +119,10 @@ def test_study_runs_and_goes_on(study):
         "harmonica",
         "harmonica-paper",
         "taylor-harmonica",
+        "end-to-end+forecast",
+        "end-to-end",
+        "calibrated-fora",
+        "calibrated-harmonica",
     } <= methods
     for row in rows:
         wanted = {
@@ -129,6 +141,33 @@ def test_study_runs_and_goes_on(study):
         assert (row["train_command"] is not None) == (row["router"] is not None)
         if row["router"]:
             assert (folder / row["router"]).exists()
+
+
+@pytest.mark.parametrize("num_steps", [10, 20, 50])
+def test_shipped_routers_load_by_name(num_steps):
+    """Three speeds each, the trainings of seed 0, and what they promise is what they do."""
+    model, files = build_model("DiT-digits/2"), sorted(SHIPPED.glob(f"digits-T{num_steps}-*.safetensors"))
+    assert len(files) == 3
+    for file in files:
+        speed = float(re.search(r"-([\d.]+)x$", file.stem)[1])
+        router = load_router(file.stem, "DiT-digits/2", num_steps, model.num_branches)
+        assert router.weights.shape == (num_steps, 24, 3)
+        assert speed <= router.schedule(0.1).speedup_macs(model) < 1.01 * speed
+        trained = RESULTS / "routers" / f"end-to-end+forecast-T{num_steps}-speedup{speed:g}-s0.safetensors"
+        assert torch.equal(router.weights, load_router(trained).weights)
+
+
+def test_end_to_end_beats_all_others_where_both_are_measured():
+    """The claim of docs/beyond.md, on the committed rows: two thirds of the best, a quarter of HarmoniCa."""
+    rows = json.loads((RESULTS / "study.json").read_text())["rows"]
+    table = beyond_table(rows)
+    head, *body = table
+    assert len(body) >= 13
+    for line in body:
+        row = dict(zip(head, line, strict=True))
+        assert float(row["ratio"]) <= 2 / 3, row
+        assert row["/ HarmoniCa"] == "-" or float(row["/ HarmoniCa"]) <= 0.25, row
+        assert float(row["FD"]) <= float(row["lowest of the others"].split()[0]), row
 
 
 def test_what_other_weights_made_is_not_done(full, monkeypatch):
