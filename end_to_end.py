@@ -12,6 +12,7 @@ With `--terms 0` (reuse as stored) there are no weights, and exchanges take all 
 so, and what did worse, is in docs/beyond.md.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -213,6 +214,11 @@ class EndToEnd(Rounds):
         return effects, fitted
 
     def _outcome(self, training: EndToEndTraining, fitted: search.Fit) -> TrainStep:
+        if not math.isfinite(fitted.error):
+            raise ValueError(
+                f"the error of x_0 is {fitted.error} at train step {training.train_steps + 1}; check the "
+                "model's weights, or use --precision fp32"
+            )
         if self.args.terms:
             training.start_moving(fitted)
         error = torch.tensor(fitted.error, device=training.device)

@@ -1,7 +1,7 @@
 """The digits study: train what is missing, measure every method, write results/digits.
 
     python -m digits.study            # hours; after an interruption run it again (`make study`)
-    python -m digits.study --quick    # a quarter of an hour: fewer samples, seeds, speeds; results/digits-quick
+    python -m digits.study --quick    # a quarter of an hour, into results/digits-quick
 
 `digits/plan.py` says what is trained and measured, in the order in which it is done; each row of `study.json`
 holds the command that measures it again, and the one that trained its router. Trainings and rows that are

@@ -5,7 +5,8 @@ import re
 
 import pytest
 import torch
-from commands import error_line, run, torchrun
+from commands import ROOT, error_line, run, torchrun
+from safetensors.torch import load_file, save_file
 
 import train_router
 from baselines import fora_schedule
@@ -136,6 +137,15 @@ def test_options_for_scale_train(tmp_path):
 def test_what_cannot_be_is_one_line(tmp_path, arguments, message):
     assert message in error_line(*TRAIN, "--results-dir", tmp_path, *arguments)
     assert not list(tmp_path.glob("*/checkpoints/*"))
+
+
+def test_broken_weights_are_one_line(tmp_path):
+    state = load_file(ROOT / "digits" / "dit.safetensors")
+    state["blocks.3.mlp.fc1.weight"][0, 0] = torch.nan
+    save_file(state, tmp_path / "broken.safetensors")
+    line = error_line(*TRAIN, "--results-dir", tmp_path / "r", "--ckpt", tmp_path / "broken.safetensors")
+    assert "the error of x_0 is nan at train step 1" in line
+    assert not list(tmp_path.glob("r/*/checkpoints/*"))
 
 
 def test_wrong_flags_are_refused(tmp_path):

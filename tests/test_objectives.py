@@ -1,7 +1,9 @@
 import copy
+import json
 
 import pytest
 import torch
+from commands import run
 from conftest import relative_error
 
 from cache import GatedCache, SoftCache
@@ -482,3 +484,15 @@ def test_toggle_effects_tell_what_toggles_do(tiny_model):
     some = torch.rand(4, 4, generator=generator) < 0.5
     asked = toggle_effects(paired, compute, weights, True, generators, soft=some)
     assert (asked[~some] == 0).all()
+
+
+@pytest.mark.slow
+def test_cost_of_a_trajectory():
+    """Recomputing needs less memory than keeping, and no step-wise trajectory is half as dear."""
+    arguments = ["--model", "DiT-S/8", "--num-sampling-steps", 12, "--batch-size", 2]
+    found = json.loads(run("training_cost.py", *arguments).splitlines()[-1])
+    rows = {row["mode"]: row for row in found["rows"]}
+    recomputed, kept = rows["end-to-end"], rows["end-to-end, activations kept"]
+    assert recomputed["kept_mb"] == round(4 * 12 // 2 * 24 * 2 * 2 * 16 * 384 / 2**20)
+    assert recomputed["kept_mb"] <= recomputed["peak_mb"] < kept["peak_mb"]
+    assert recomputed["seconds"] < 1.5 * rows["sdt"]["seconds"]
