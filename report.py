@@ -199,10 +199,10 @@ def charts_html(found: list[tuple[str, dict]], kind: str = "charts") -> str:
 
 
 def setting(rows: list[dict]) -> str:
-    first = rows[0]
+    first, machines = rows[0], " and ".join(sorted({row["hardware"] for row in rows}))
     return (
         "The digits DiT, DDIM without guidance where nothing else is said, "
-        f"{first['dtype']} on {first['hardware']} with batches of {first['batch_size']}, samples of seed "
+        f"{first['dtype']} on {machines} with batches of {first['batch_size']}, samples of seed "
         f"{first['seed']}; all methods from the same noise and labels. Speed asked: what methods are matched "
         "at, within 4 % by MACs; a star marks what is further away. Where a method was trained from several "
         "seeds the figure is their mean, and bars and brackets give the least and the greatest; the measured "
