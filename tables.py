@@ -129,8 +129,8 @@ def beyond_table(rows: list[dict]) -> list[list[str]]:
             str(own["num_steps"]), f"{own['speed']}x", str(own["seeds"]), f"{mean['speedup_macs']:.3f}x",
             f"{mean['mse']:.2e} ({own['least']['mse']:.2e} to {own['greatest']['mse']:.2e})",
             f"{others[best]['mse']:.2e} ({best})", f"{mean['mse'] / others[best]['mse']:.2f}",
-            f"{mean['mse'] / harmonica['mse']:.3f}" if harmonica else "-", f"{mean['fd_uncached']:.4f}",
-            f"{others[closest]['fd_uncached']:.4f} ({closest})", f"{mean['fid_ratio']:.3f}",
+            f"{mean['mse'] / harmonica['mse']:.3f}" if harmonica else "-", f"{mean['fd_uncached']:.2e}",
+            f"{others[closest]['fd_uncached']:.2e} ({closest})", f"{mean['fid_ratio']:.3f}",
         ])  # fmt: skip
     return table
 
