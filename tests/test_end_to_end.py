@@ -97,15 +97,15 @@ def test_fewer_terms(tmp_path, terms):
         assert router.weights.shape == (4, 24, 1)
 
 
-@pytest.mark.parametrize(("kind", "value"), [("speedup", 3), ("cur", 0.4)])
-def test_the_target_is_met(tmp_path, kind, value):
+@pytest.mark.parametrize(("kind", "value", "num_steps"), [("speedup", 3, 8), ("cur", 0.4, 4)])
+def test_the_target_is_met(tmp_path, kind, value, num_steps):
     arguments = [argument for argument in TRAIN if argument not in ("--target-speedup", 1.7)]
-    arguments[arguments.index("--num-sampling-steps") + 1] = 8
+    arguments[arguments.index("--num-sampling-steps") + 1] = num_steps
     text = run(*arguments, "--results-dir", tmp_path, f"--target-{kind}", value, "--max-steps", 17)
     assert "the target was not met" not in text
     schedule = router_in(tmp_path).schedule(0.1)
     if kind == "cur":
-        assert schedule.cur == pytest.approx(value, abs=1 / 192)
+        assert schedule.cur == pytest.approx(value, abs=1 / 96)
     else:
         assert value <= schedule.speedup_macs(load_model("DiT-digits/2")) < 1.01 * value
 
