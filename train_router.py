@@ -99,30 +99,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     speed.add_argument(
         "--cost", choices=("count", "macs"), default="count", help="what beta weighs a branch by"
     )
-    beyond = parser.add_argument_group("end-to-end")
-    beyond.add_argument(
-        "--terms", type=int, choices=range(MAX_TERMS + 1),
-        help="last outputs that a reused branch combines (default 3); 0: it takes the last one as it is",
-    )  # fmt: skip
-    beyond.add_argument("--init", metavar="ROUTER", help="start from its schedule, of any number of steps")
-    beyond.add_argument(
-        "--window", type=cli.positive_int, help="steps that gradients of the weights pass (default: all)"
-    )
-    beyond.add_argument(
-        "--open-share",
-        type=cli.finite,
-        help="share of the cells that a step of the search asks about (default 1)",
-    )
-    beyond.add_argument(
-        "--keep-activations", action="store_true", help="of all steps: a third faster, T times the memory"
-    )
-    data = parser.add_argument_group("data (l2c)")
-    data.add_argument("--data", help="an image folder, an .npz of latents and labels, or `digits`")
-    data.add_argument(
-        "--every-row", action="store_true", help="train all rows, not the even ones alone (not in the paper)"
-    )
-    data.add_argument("--vae", help="of an image folder (default ema)")
-    data.add_argument("--num-works", "--num-workers", type=cli.non_negative_int, help="loading processes")
+    add_single_method_arguments(parser)
     training = parser.add_argument_group("training")
     training.add_argument("--lr", type=cli.positive, help="default 0.01, l2c 0.001, end-to-end 0.1")
     training.add_argument(
@@ -147,6 +124,34 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     complete_arguments(parser, args)
     return args
+
+
+def add_single_method_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags that one method alone reads."""
+    beyond = parser.add_argument_group("end-to-end")
+    beyond.add_argument(
+        "--terms", type=int, choices=range(MAX_TERMS + 1),
+        help="last outputs that a reused branch combines (default 3); 0: it takes the last one as it is",
+    )  # fmt: skip
+    beyond.add_argument("--init", metavar="ROUTER", help="start from its schedule, of any number of steps")
+    beyond.add_argument(
+        "--window", type=cli.positive_int, help="steps that gradients of the weights pass (default: all)"
+    )
+    beyond.add_argument(
+        "--open-share",
+        type=cli.finite,
+        help="share of the cells that a step of the search asks about (default 1)",
+    )
+    beyond.add_argument(
+        "--keep-activations", action="store_true", help="of all steps: a third faster, T times the memory"
+    )
+    data = parser.add_argument_group("data (l2c)")
+    data.add_argument("--data", help="an image folder, an .npz of latents and labels, or `digits`")
+    data.add_argument(
+        "--every-row", action="store_true", help="train all rows, not the even ones alone (not in the paper)"
+    )
+    data.add_argument("--vae", help="of an image folder (default ema)")
+    data.add_argument("--num-works", "--num-workers", type=cli.non_negative_int, help="loading processes")
 
 
 def complete_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
