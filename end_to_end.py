@@ -23,7 +23,7 @@ import search
 from cache import GatedCache
 from objectives import Paired, TrainStep, toggle_effects
 from rounds import Rounds
-from router import Router, Schedule, load_router
+from router import Router, Schedule, load_router, weights_read
 from sampling import TRAINING_STREAM, sample_generator
 from target import Target
 from training import Training, fresh_moments, set_moments
@@ -44,7 +44,7 @@ class EndToEndTraining(Training):
     ):
         super().__init__(1, target)
         terms = max(1, num_terms)
-        self.num_terms, self.lr, self.device = num_terms, lr, device
+        self.num_terms, self.device = num_terms, device
         self.tables = torch.zeros(num_tables, *size, dtype=torch.bool)
         self.tables[:, -1] = True
         self.current, self.part = 0, search.EXCHANGED
@@ -70,7 +70,7 @@ class EndToEndTraining(Training):
 
     def start_moving(self, fitted: search.Fit) -> None:
         """From here on the weights move away from the fitted ones, those of reused cells alone."""
-        used = search.used_weights(self.table, max(1, self.num_terms))
+        used = weights_read(self.table, max(1, self.num_terms))
         plain = torch.zeros_like(fitted.weights)
         plain[..., 0] = 1
         reused = used.any(-1, keepdim=True)

@@ -80,9 +80,7 @@ class Schedule:
         """(T, B) products that a reused cell costs per value: its weights, but none for a plain copy."""
         if self.weights is None:
             return torch.zeros(self.compute.shape, dtype=torch.long)
-        earlier = self.compute.flip(0).long().cumsum(0).flip(0)  # outputs computed so far
-        there = torch.arange(self.num_terms) < earlier[..., None]
-        used = there & (self.weights != 0) & ~self.compute[..., None]
+        used = weights_read(self.compute, self.num_terms) & (self.weights != 0)
         copied = (used.sum(-1) == 1) & used[..., 0] & (self.weights[..., 0] == 1)
         return torch.where(copied, 0, used.sum(-1))
 
@@ -95,6 +93,12 @@ class Schedule:
     def speedup_macs(self, model) -> float:
         """MACs of the uncached trajectory over this one's: the theoretical speed-up."""
         return self.num_steps * (sum(model.branch_macs) + model.other_macs) / self.macs(model)
+
+
+def weights_read(compute: Tensor, num_terms: int) -> Tensor:
+    """(T, B, K) bool: the weights that sampling reads, of reused cells and of outputs that are there."""
+    computed_so_far = compute.flip(0).long().cumsum(0).flip(0)
+    return (torch.arange(num_terms) < computed_so_far[..., None]) & ~compute[..., None]
 
 
 class Router(nn.Module):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cache import FittingCache, GatedCache
 from objectives import Paired
+from router import weights_read
 from target import Target
 
 SKELETON_SHARES = (0.6, 0.8, 1.0)  # of the budget that full rows take, a candidate each
@@ -61,7 +62,7 @@ class Budget:
 
     def spent(self, compute: Tensor) -> float:
         """What this schedule (T, B) costs, as `Schedule.macs` counts it."""
-        combined = used_weights(compute, self.num_terms).sum().item() if self.num_terms else 0
+        combined = weights_read(compute, self.num_terms).sum().item() if self.num_terms else 0
         return (compute.double() @ self.costs).sum().item() + self.combining * combined
 
     def skeletons(self, num_steps: int, share: float) -> list[Tensor]:
@@ -180,12 +181,6 @@ def moving_scale(fitted: Fit) -> Tensor:
     """
     factor = torch.linalg.cholesky(fitted.gram)
     return torch.linalg.inv(factor).mT * fitted.residual.sqrt()[..., None, None]
-
-
-def used_weights(compute: Tensor, num_terms: int) -> Tensor:
-    """(T, B, K) bool: the weights that sampling reads, of reused cells and of outputs that are there."""
-    earlier = compute.flip(0).long().cumsum(0).flip(0)
-    return (torch.arange(num_terms) < earlier[..., None]) & ~compute[..., None]
 
 
 def learning_rate(lr: float, update: int, num_updates: int) -> float:

@@ -8,7 +8,7 @@ from conftest import relative_error
 
 from baselines import fora_schedule, random_schedule
 from objectives import Paired
-from router import Schedule
+from router import Schedule, weights_read
 from sampling import build_model, generate
 from search import (
     Budget,
@@ -19,7 +19,6 @@ from search import (
     interpolated,
     learning_rate,
     moving_scale,
-    used_weights,
 )
 from target import Target
 
@@ -156,7 +155,7 @@ def test_a_step_of_unit_length_matters_equally(tiny_model, ten_steps, tiny_batch
     paired = Paired.draw(tiny_model, ten_steps, noise, labels, 1.5)
     compute = fora_schedule(10, 4, 2).compute
     fitted = fit(paired, compute, 3)
-    scale, used = moving_scale(fitted), used_weights(compute, 3)
+    scale, used = moving_scale(fitted), weights_read(compute, 3)
     assert not used[-1].any()
     assert used[2].all()
     assert used[8].sum(-1).tolist() == [1] * 4
