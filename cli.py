@@ -145,6 +145,16 @@ def hardware(device: torch.device) -> str:
     return f"{name}, {torch.get_num_threads()} threads"
 
 
+def peak_memory() -> int:
+    """The most bytes of RAM that this process has held."""
+    status = Path("/proc/self/status")
+    if status.exists() and (found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
+        return 1024 * int(found[1])
+    import resource  # macOS; on Linux a new process would begin with its parent's figure
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def choose_device(name: str | None) -> torch.device:
     """The named device, or a GPU where there is one. Raises ValueError for a device that is not there."""
     try:

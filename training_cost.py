@@ -13,8 +13,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import resource
-import sys
 import time
 
 import torch
@@ -40,11 +38,6 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--cfg-scale", type=cli.finite, default=1.5, help="guidance, 1 = off (default 1.5)")
     return parser.parse_args()
-
-
-def peak_mb() -> float:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes, on macOS bytes
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def measure(args: argparse.Namespace, mode: str) -> dict:
@@ -74,9 +67,9 @@ def measure(args: argparse.Namespace, mode: str) -> dict:
             cache = GatedCache(table.float(), weights)
             paired.errors(cache, recompute=mode == "end-to-end")[0].mean().log().backward()
 
-    before = peak_mb()
+    before = cli.peak_memory()
     run()
-    needed, began = peak_mb() - before, time.process_time()
+    needed, began = (cli.peak_memory() - before) / 2**20, time.process_time()
     run()
     row = {"mode": mode, "seconds": round(time.process_time() - began, 2), "peak_mb": round(needed)}
     if mode.startswith("end-to-end"):

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 RANDOM_CURS = np.arange(0.005, 0.9, 0.0025)  # among which `random` finds a speed
 ABLATION_STEPS = README_STEPS = 10  # both at MAIN_SPEED; the README's rows have more samples
 FORECAST = "end-to-end+forecast"
+FRESH_SEED = 20261125  # of samples that nobody looked at before every setting was chosen
 MILD = 1.25  # a third speed for Learning-to-Cache, which can reuse every other step at most
 
 
@@ -146,7 +147,10 @@ class Plan:
         return id
 
     def row(self, method: str, num_steps: int, flags: list, router: str | None = None, **facts) -> None:
-        """A row; facts (speed, train_seed, group, variant, cfg_scale, sampler) go into it as they are."""
+        """A row; facts (speed, train_seed, group, variant, cfg_scale, sampler) go into it as they are.
+
+        A row of group `fresh-seed` is drawn from FRESH_SEED.
+        """
         cfg_scale, sampler = facts.pop("cfg_scale", 1.0), facts.pop("sampler", "ddim")
         id = "-".join(str(part) for part in (method, f"T{num_steps}", *facts.values()) if part is not None)
         id += (f"-cfg{cfg_scale:g}" if cfg_scale != 1 else "") + ("-ddpm" if sampler == "ddpm" else "")
@@ -155,6 +159,7 @@ class Plan:
         samples = self.scale.samples_in_readme if shown and cfg_scale == 1 else self.scale.samples
         arguments = ["--num-sampling-steps", num_steps, "--cfg-scale", cfg_scale, "--samples", samples]
         arguments += (["--p-sample"] if sampler == "ddpm" else []) + flags
+        arguments += ["--seed", FRESH_SEED] if facts.get("group") == "fresh-seed" else []
         needs = []
         if router:
             arguments += ["--path", self.routers / f"{router}.safetensors"]
@@ -226,6 +231,21 @@ class Plan:
                 flags = dynamic("calibrated-dynamiclayer")
                 self.row("calibrated-harmonica", num_steps, flags, router, **facts, train_seed=0)
             self.end_to_end(num_steps, speed, 0, "end-to-end", ("--terms", 0, "--max-steps", 22))
+
+    def fresh(self, num_steps: int) -> None:
+        """The end-to-end rows and the best of the others once more, at a sampling seed of their own."""
+        taylor = "--accelerate-method taylor-fora --interval {} --order {}"
+        for speed in self.scale.speeds[num_steps]:
+            facts = {"speed": f"{speed.target:g}", "group": "fresh-seed"}
+            if speed.target == MILD:
+                router = f"l2c-T{num_steps}-speedup{speed.l2c_target:g}-s0"
+                self.row("l2c", num_steps, dynamic("l2c"), router, train_seed=0, **facts)
+            else:
+                for order, name in ((1, "taylor-fora"), (2, "taylor2-fora")):
+                    self.row(name, num_steps, taylor.format(speed.interval, order).split(), **facts)
+            for seed in range(self.scale.seeds[num_steps]):
+                router = f"{FORECAST}-T{num_steps}-speedup{speed.target:g}-s{seed}"
+                self.row(FORECAST, num_steps, dynamic(), router, train_seed=seed, **facts)
 
     def ingredients(self) -> None:
         """Ablations of end-to-end training at T = 10 and one speed, and its routers elsewhere."""
@@ -381,6 +401,7 @@ def plan(folder: Path, scale: Scale) -> list[Task]:
         tasks.beyond(num_steps)
     if scale.ablations:
         tasks.ingredients()
+        tasks.fresh(20)  # where a row of the other seed was seen before the length of training was chosen
     return list(tasks.tasks.values())
 
 
