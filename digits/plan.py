@@ -149,7 +149,7 @@ class Plan:
     def row(self, method: str, num_steps: int, flags: list, router: str | None = None, **facts) -> None:
         """A row; facts (speed, train_seed, group, variant, cfg_scale, sampler) go into it as they are.
 
-        A row of group `fresh-seed` is drawn from FRESH_SEED.
+        A row of group `fresh-seed` is drawn from FRESH_SEED, and of three times the samples.
         """
         cfg_scale, sampler = facts.pop("cfg_scale", 1.0), facts.pop("sampler", "ddim")
         id = "-".join(str(part) for part in (method, f"T{num_steps}", *facts.values()) if part is not None)
@@ -157,9 +157,11 @@ class Plan:
         shown = method == "uncached" or (facts.get("speed") == MAIN_SPEED and "group" not in facts)
         shown = shown and num_steps == README_STEPS and sampler == "ddim"
         samples = self.scale.samples_in_readme if shown and cfg_scale == 1 else self.scale.samples
+        fresh = facts.get("group") == "fresh-seed"
+        samples = 3 * samples if fresh else samples
         arguments = ["--num-sampling-steps", num_steps, "--cfg-scale", cfg_scale, "--samples", samples]
         arguments += (["--p-sample"] if sampler == "ddpm" else []) + flags
-        arguments += ["--seed", FRESH_SEED] if facts.get("group") == "fresh-seed" else []
+        arguments += ["--seed", FRESH_SEED] if fresh else []
         needs = []
         if router:
             arguments += ["--path", self.routers / f"{router}.safetensors"]
