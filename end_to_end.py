@@ -52,7 +52,7 @@ class EndToEndTraining(Training):
         self.fitted[..., 0] = 1
         self.scale = torch.zeros(*size, terms, terms, device=device)
         self.moves = nn.Parameter(torch.zeros(*size, terms, device=device))
-        self.optimizer = torch.optim.Adam([self.moves], lr=lr, betas=(0.9, 0.99))
+        self.optimizer = torch.optim.Adam([self.moves], lr=lr, betas=(0.9, 0.99), fused=True)
         distributed.average_gradients(self.optimizer)
         self.mark_boundary()
 
@@ -136,6 +136,9 @@ class EndToEnd(Rounds):
     def run(self, training: EndToEndTraining) -> Iterator[TrainStep | None]:
         generators, step = self.generators(training.round), training.train_steps
         paired = Paired.draw(self.model, self.diffusion, *self.draw(generators), self.args.cfg_scale)
+        if self.args.compare_every:
+            setting = self.args.compare_every, self.args.along_share, self.budget, distributed.mean
+            paired = search.compared_along(paired, *setting)
         if step < self.num_growths:
             yield self._grow(training, paired, generators)
         elif step < self.num_growths + EXCHANGES or not self.args.terms:
@@ -183,6 +186,9 @@ class EndToEnd(Rounds):
         errors = torch.stack([
             one.mean() for one in paired.errors(cache, not args.keep_activations, args.window)
         ])  # fmt: skip
+        if args.window is None:
+            weights = torch.tensor(list(paired.compare.values())).to(errors)
+            errors = (weights @ errors)[None]
         loss = errors.clamp(min=LEAST_ERROR).log().mean()  # a window of computed steps has none
         training.optimizer.zero_grad()
         loss.backward()

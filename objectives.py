@@ -8,8 +8,9 @@ mathematics: no processes, files or logging. The training trajectory is a genera
 update; its caller logs, saves and stops.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -212,9 +213,9 @@ def _released_proxy(advance: Callable[..., Tensor], x_t: Tensor, scores: Tensor,
     """Pass i is routed down to step i and computed after it: each continues the routed run that all share."""
     proxy_weights = scores.new_zeros(len(scores))
     first_step = len(scores) - 1
-    previous_x0 = advance(x_t, range(first_step, -1, -1))
     cache = SoftCache(scores, threshold)
-    x_t = advance(x_t, range(first_step, first_step - 1, -1), cache)
+    x_t = advance(x_t, range(first_step, first_step - 1, -1), cache)  # where all is computed in any case
+    previous_x0 = advance(x_t, range(first_step - 1, -1, -1))
     for step in reversed(range(first_step)):
         x_t = advance(x_t, range(step, step - 1, -1), cache)
         x0 = advance(x_t, range(step - 1, -1, -1))
@@ -247,6 +248,8 @@ class Paired:
     """Noise and labels, and the uncached DDIM trajectory that starts from them.
 
     noise: (n, C, H, W); labels: (n,). states: T tensors (n, C, H, W), x after every step; states[0] is x_0.
+    compare: the steps after which x is compared with the uncached one, 0 among them, and what each error
+    weighs in a sum.
     """
 
     model: DiT
@@ -255,6 +258,7 @@ class Paired:
     labels: Tensor
     cfg_scale: float
     states: list[Tensor]
+    compare: dict[int, float] = field(default_factory=lambda: {0: 1.0})
 
     @classmethod
     @torch.no_grad()
@@ -277,7 +281,7 @@ class Paired:
         gradient (activation checkpointing by step; the same gradients, a third more time). window: no
         gradient passes from one stretch of as many steps to the one before it.
         """
-        denoise = Denoiser(self.model, self.diffusion, self.labels, self.cfg_scale)
+        denoise = Denoiser(self.model, self.diffusion, self.labels, self.cfg_scale, cache.computed)
 
         def advance(step: int, x_t: Tensor, stored: list) -> tuple[Tensor, list]:
             cache.restore(stored)
@@ -298,15 +302,19 @@ class Paired:
                 stored = [tuple(output.detach() for output in outputs) for outputs in stored]
 
     def errors(self, cache: GatedCache, recompute: bool = False, window: int | None = None) -> list[Tensor]:
-        """Mean squared error (n,) of every sample against its uncached x: of x_0, or at each window's end.
+        """Mean squared error (n,) of every sample against its uncached x, where x is compared.
 
-        The first entry is x_0's.
+        The first entry is x_0's, the last that of the noisiest x. With a window x is compared at its end.
         """
-        ends = []
-        for step, x in self.rollout(cache, recompute, window):
-            if step % (window or self.diffusion.num_timesteps) == 0:
-                ends.append((x - self.states[step]).square().flatten(1).mean(1))
-        return ends[::-1]
+        return [(x - self.states[step]).square().flatten(1).mean(1) for step, x in
+                self.compared(cache, recompute, window)]  # fmt: skip
+
+    def compared(
+        self, cache: GatedCache, recompute: bool = False, window: int | None = None
+    ) -> list[tuple[int, Tensor]]:
+        """The steps after which x is compared, ascending from 0, and x (n, C, H, W) there."""
+        steps = range(0, self.diffusion.num_timesteps, window) if window else self.compare
+        return [one for one in self.rollout(cache, recompute, window) if one[0] in steps][::-1]
 
 
 def toggle_effects(
@@ -319,7 +327,7 @@ def toggle_effects(
     probes: int = 2,
     recompute: bool = False,
 ) -> Tensor:
-    """What the mean squared error of x_0 would change by if a cell were toggled, (T, B), to second order.
+    """What the mean squared error would change by if a cell were toggled, (T, B), to second order.
 
     A gate w moves x_0 by u = dx_0/dw. With e the error as it is, toggling changes |e|^2 by `+-2 e.u + |u|^2`:
     the first term is the gradient of |e|^2, the second the mean of (v.u)^2 over random v of unit covariance,
@@ -328,7 +336,8 @@ def toggle_effects(
 
     compute: bool (T, B); weights: (T, B, K), those of computed cells too. generators: of v, one per sample.
     soft: the cells asked about (None: all but the first step's); others are 0. store_gradient: whether later
-    readers of the store count, as they do where their weights stay as they are.
+    readers of the store count, as they do where their weights stay as they are. Where more than x_0 is
+    compared, it is the change of the weighted sum of the errors.
     """
     n = len(paired.noise)
     if soft is None:
@@ -336,12 +345,16 @@ def toggle_effects(
         soft[-1] = False
     gates = compute.to(paired.noise)[..., None].repeat(1, 1, n).requires_grad_()
     cache = GatedCache(gates, weights, soft, store_gradient)
-    *_, (_, x_0) = paired.rollout(cache, recompute)
-    (first,) = torch.autograd.grad((x_0 - paired.states[0]).square().sum(), gates, retain_graph=True)
+    errors = [
+        math.sqrt(paired.compare[step]) * (x - paired.states[step]).flatten(1)
+        for step, x in paired.compared(cache, recompute)
+    ]
+    e, size = torch.cat(errors, dim=1), paired.noise[0].numel()
+    (first,) = torch.autograd.grad(e.square().sum(), gates, retain_graph=True)
     second = torch.zeros_like(first)
     for probe in range(probes):
-        v = torch.stack([torch.randn(x_0.shape[1:], generator=one) for one in generators]).to(x_0)
-        (along,) = torch.autograd.grad((v * x_0).sum(), gates, retain_graph=probe + 1 < probes)
+        v = torch.stack([torch.randn(e.shape[1:], generator=one) for one in generators]).to(e)
+        (along,) = torch.autograd.grad((v * e).sum(), gates, retain_graph=probe + 1 < probes)
         second += along.square() / probes
     sign = torch.where(compute, -1.0, 1.0).to(first)
-    return (sign * first.mean(-1) + second.mean(-1)) / x_0[0].numel()
+    return (sign * first.mean(-1) + second.mean(-1)) / size

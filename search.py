@@ -6,6 +6,7 @@ x_0 most for their cost, in rounds, the weights of reuse solved anew in between.
 long as that helps on fresh noise. Pure mathematics; means over ranks come in as `reduce`.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -65,11 +66,11 @@ class Budget:
         combined = weights_read(compute, self.num_terms).sum().item() if self.num_terms else 0
         return (compute.double() @ self.costs).sum().item() + self.combining * combined
 
-    def skeletons(self, num_steps: int, share: float) -> list[Tensor]:
+    def skeletons(self, num_steps: int, share: float, warps: Sequence[float] = WARPS) -> list[Tensor]:
         """Bool tables (T, B) of full rows for this share of the budget, one per spacing."""
         num_rows = max(1, min(num_steps, int(share * self.allowed / self.costs.sum().item() + 1e-9)))
         tables: list[Tensor] = []
-        for warp in WARPS:
+        for warp in warps:
             executed = {int((k / num_rows) ** warp * num_steps + 1e-9) for k in range(num_rows)}
             missing = (k for k in range(num_steps) if k not in executed)
             executed |= {next(missing) for _ in range(num_rows - len(executed))}
@@ -97,15 +98,33 @@ def fit(paired: Paired, compute: Tensor, num_terms: int, reduce: Reduce = lambda
     """Solve a schedule's weights along its own trajectory. num_terms 0: plain reuse, they are ones."""
     if num_terms:
         cache = FittingCache(compute, num_terms, reduce)
-        error = _final_error(paired, cache, reduce)
+        error = _error(paired, cache, reduce)
         return Fit(cache.weights, error, cache.gram, cache.residual)
     weights = torch.ones(*compute.shape, 1, dtype=torch.float64)
-    return Fit(weights, _final_error(paired, GatedCache(compute.float(), weights), reduce))
+    return Fit(weights, _error(paired, GatedCache(compute.float(), weights), reduce))
 
 
-def _final_error(paired: Paired, cache, reduce: Reduce) -> float:
-    *_, (_, x_0) = paired.rollout(cache)
-    return reduce((x_0 - paired.states[0]).square().mean()).item()
+def _error(paired: Paired, cache, reduce: Reduce) -> float:
+    """Mean squared error of x_0, or the weighted sum of all that are compared."""
+    errors = zip(paired.compare.values(), paired.errors(cache), strict=True)
+    return sum(weight * reduce(one.mean()).item() for weight, one in errors)
+
+
+def compared_along(paired: Paired, every: int, share: float, budget: Budget, reduce: Reduce) -> Paired:
+    """The same pair, x compared after every so many steps too, not x_0 alone.
+
+    An error of a noisy x fades on most samples, and decides on a few what they become: these few carry much
+    of the mean squared error, and training hardly ever meets them. Together the errors along the way weigh
+    `share` of x_0's, each as much as any other where steps are computed at regular distances.
+    """
+    num_steps = paired.diffusion.num_timesteps
+    steps = range(0, num_steps, every)
+    regular = budget.skeletons(num_steps, 1.0, warps=(1.0,))[0]
+    paired = dataclasses.replace(paired, compare=dict.fromkeys(steps, 1.0))
+    cache = FittingCache(regular, max(1, budget.num_terms), reduce)
+    of_x_0, *along = (reduce(one.mean()).item() for one in paired.errors(cache))
+    weights = [share * of_x_0 / one / len(along) if one > 0 else 0.0 for one in along]
+    return dataclasses.replace(paired, compare=dict(zip(steps, [1.0, *weights], strict=True)))
 
 
 def best_of(paired: Paired, tables: Sequence[Tensor], num_terms: int, reduce: Reduce) -> Tensor:

@@ -121,7 +121,17 @@ def test_a_schedule_of_other_steps_as_a_start(uninterrupted, tmp_path):
 
 
 def test_options_for_scale_train(tmp_path):
-    options = ["--window", 2, "--open-share", 0.5, "--keep-activations", "--precision", "bf16"]
+    options = [
+        "--compare-every",
+        2,
+        "--window",
+        2,
+        "--open-share",
+        0.5,
+        "--keep-activations",
+        "--precision",
+        "bf16",
+    ]
     run(*TRAIN, *options, "--results-dir", tmp_path, "--max-steps", 19)
     assert router_in(tmp_path).weights.isfinite().all()
 
