@@ -2,13 +2,14 @@
 
 A policy is called as `cache(branch, compute)` by every branch of the model and returns the branch output
 (before its gate). It lives for one trajectory, starts with an empty store, and learns from the sampling loop
-which step it is at (`cache.step = i`, a Python int). Nothing is ever read back from the device.
+which step it is at (`cache.step = i`, a Python int). Nothing is ever read back from the device. `computed`
+says beforehand at which steps a policy computes which branches, None: everywhere.
 
 | policy | branch output | store |
 |---|---|---|
 | none (`models.compute_always`) | computed | - |
-| `StaticCache` | computed where the schedule says so, else combined from the stored | the last K computed |
-| `FittingCache` | the same, its weights solved by least squares as it goes | the same |
+| `StaticCache` | computed where the schedule says so, else combined from the stored | what will be read |
+| `FittingCache` | the same, its weights solved by least squares as it goes | the last K computed |
 | `GatedCache` | the same with gates between 0 and 1, differentiable | the same, moved on by the gate |
 | `SoftCache` | `score * computed + (1 - score) * stored` | that blend, replaced where score > threshold |
 
@@ -37,6 +38,7 @@ def combined(outputs: Outputs, weights: Sequence[float] | Tensor) -> Tensor:
 class _Store:
     """What a policy keeps of every branch; trajectories that share a prefix copy it."""
 
+    computed: list[list[bool]] | None = None
     _stored: list
 
     def snapshot(self) -> list:
@@ -53,22 +55,32 @@ class StaticCache:
     combinations.
     """
 
-    def __init__(self, schedule: Schedule):
+    def __init__(self, schedule: Schedule, dtype: torch.dtype | None = None):
+        """dtype: of what is stored; None: as it was computed."""
         self.step = schedule.num_steps - 1
-        self._compute: list[list[bool]] = schedule.compute.tolist()
+        self.computed: list[list[bool]] = schedule.compute.tolist()
+        self._kept: list[list[int]] = schedule.kept().tolist()
         self._weights = None if schedule.weights is None else schedule.weights.tolist()
-        self._num_terms = schedule.num_terms
         self._stored: list[Outputs] = [()] * schedule.num_branches
+        self._dtype = dtype
 
     def __call__(self, branch: int, compute: Callable[[], Tensor]) -> Tensor:
-        stored = self._stored[branch]
-        if not stored or self._compute[self.step][branch]:
+        stored, kept = self._stored[branch], self._kept[self.step][branch]
+        if self.computed[self.step][branch]:
             output = compute()
-            self._stored[branch] = (output, *stored[: self._num_terms - 1])
+            new = output if self._dtype is None else output.to(self._dtype)
+            self._stored[branch] = (new, *stored)[:kept]
+            self._computed_dtype = output.dtype
             return output
+        self._stored[branch] = stored[:kept]  # the last reader of an output lets go of it
+        if self._dtype is not None:
+            stored = tuple(output.to(self._computed_dtype) for output in stored)
         if self._weights is None:
             return stored[0]
         return combined(stored, self._weights[self.step][branch])
+
+    def stored_bytes(self) -> int:
+        return sum(output.nbytes for outputs in self._stored for output in outputs)
 
 
 class FittingCache(_Store):
@@ -145,6 +157,7 @@ class GatedCache(_Store):
         self._weights = [row.unbind() for row in weights.unbind()]
         hard = gates.detach() if gates.ndim == 2 else gates.detach().mean(-1)
         self._compute, self._soft = (hard > 0.5).tolist(), soft.tolist()
+        self.computed = (hard.gt(0.5).cpu() | soft.cpu()).tolist()
         self._stored: list[Outputs] = [()] * gates.shape[1]
 
     def __call__(self, branch: int, compute: Callable[[], Tensor]) -> Tensor:
@@ -196,7 +209,7 @@ class SoftCache(_Store):
         score = self.scores[self.step][branch]
         refreshed = score > self.threshold
         weight = refreshed + (score - score.detach()) if self.straight_through else score
-        blended = weight * computed + (1 - weight) * stored
+        blended = torch.lerp(stored, computed, weight.to(computed.dtype))
         # A device-side choice: asking `score > threshold` on the host would wait for the device at every
         # branch.
         self._stored[branch] = torch.where(refreshed, blended, stored).detach()

@@ -12,7 +12,14 @@ from cache import FittingCache
 from diffusion import GaussianDiffusion
 from models import DiT
 from router import Schedule
-from sampling import CALIBRATION_STREAM, denoise_loop, draw_labels, draw_noise, sample_generator
+from sampling import (
+    CALIBRATION_STREAM,
+    denoise_loop,
+    draw_labels,
+    draw_noise,
+    draw_step_noise,
+    sample_generator,
+)
 
 
 def calibrated(
@@ -34,6 +41,7 @@ def calibrated(
     generators = [sample_generator(seed, CALIBRATION_STREAM, k) for k in range(num_samples)]
     noise, labels = draw_noise(model, generators).to(device), draw_labels(model, generators).to(device)
     cache = FittingCache(schedule.compute, num_terms)
-    for _ in denoise_loop(model, diffusion, labels, noise, cfg_scale, sampler, cache, generator=generators):
+    step_noise = draw_step_noise(diffusion, noise, cfg_scale, sampler, 0.0, generators)
+    for _ in denoise_loop(model, diffusion, labels, noise, cfg_scale, sampler, cache, step_noise=step_noise):
         pass
     return Schedule(schedule.compute, f"{schedule.source}, calibrated", cache.weights.to(torch.float32))

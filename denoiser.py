@@ -1,21 +1,34 @@
 """One denoising step of a guided model, as every loop of this project takes it."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from diffusion import GaussianDiffusion
-from models import DiT
+from models import DiT, Modulations
+
+MODULATION_BYTES = 2**28  # made ahead at most, by as many steps as fit
 
 
 class Denoiser:
     """Model, chain, labels and guidance scale as one function of (x_t, step, cache).
 
     labels: (n,). With guidance the batch is [cond; uncond], both halves starting from the same noise; a
-    `cfg_scale` of 1 turns guidance off and the batch is n. The state x_t keeps its own
-    dtype, whatever the model's.
+    `cfg_scale` of 1 turns guidance off and the batch is n. The state x_t keeps its own dtype, whatever the
+    model's. What depends on step and label alone is computed for many steps at once, and once for all
+    trajectories that share a Denoiser. computed: a policy's `computed`, (T, B) bools, where it leaves some
+    branches out; None: every branch of every step is wanted.
     """
 
-    def __init__(self, model: DiT, diffusion: GaussianDiffusion, labels: Tensor, cfg_scale: float):
+    def __init__(
+        self,
+        model: DiT,
+        diffusion: GaussianDiffusion,
+        labels: Tensor,
+        cfg_scale: float,
+        computed: Sequence[Sequence[bool]] | None = None,
+    ):
         self.model, self.diffusion, self.cfg_scale = model, diffusion, cfg_scale
         self.guided = cfg_scale != 1.0
         if self.guided and not model.has_null_label:
@@ -25,6 +38,10 @@ class Denoiser:
         null = torch.full_like(labels, model.num_classes)
         self.y = torch.cat([labels, null]) if self.guided else labels
         self.dtype = next(model.parameters()).dtype
+        self.computed = computed
+        step_bytes = len(self.y) * model.modulation_size * self.dtype.itemsize
+        self.chunk_size = min(diffusion.num_timesteps, max(1, MODULATION_BYTES // max(1, step_bytes)))
+        self._chunk, self._modulations = -1, []
 
     def start(self, noise: Tensor) -> Tensor:
         """The first x_t from noise (n, C, H, W): (2n, C, H, W) under guidance."""
@@ -34,8 +51,20 @@ class Denoiser:
         """The model's output (N, 2C, H, W) at `step`; tells `cache` the step."""
         if cache is not None:
             cache.step = step
-        t = self.diffusion.timesteps(step, len(x_t), x_t.device)
         x = x_t.to(self.dtype)
         if self.guided:
-            return self.model.forward_with_cfg(x, t, self.y, self.cfg_scale, cache).to(x_t.dtype)
-        return self.model(x, t, self.y, cache).to(x_t.dtype)
+            x = x[: len(x) // 2].repeat(2, 1, 1, 1)  # both halves take the first one's state
+        out = self.model.predict(x, self._modulations_at(step), cache)
+        return (self.model.guide(out, self.cfg_scale) if self.guided else out).to(x_t.dtype)
+
+    @torch.no_grad()
+    def _modulations_at(self, step: int) -> Modulations:
+        chunk, offset = divmod(step, self.chunk_size)
+        if chunk != self._chunk:
+            steps = range(self.diffusion.num_timesteps)[chunk * self.chunk_size :][: self.chunk_size]
+            t = torch.cat([self.diffusion.timesteps(one, 1, self.y.device) for one in steps])
+            computed = None if self.computed is None else [self.computed[one] for one in steps]
+            self._modulations = []  # freed before the next ones are made
+            self._modulations = self.model.modulations(self.model.embed(t, self.y), computed)
+            self._chunk = chunk
+        return self._modulations[offset]

@@ -6,15 +6,17 @@ hands its index and a function that computes its output to `cache`, and adds wha
 cache every branch is computed.
 
 Letters in the shape comments: N batch (cond and uncond together under guidance), C channels, H, W input size,
-P patch size, T tokens = (H/P) * (W/P), D hidden size.
+P patch size, T tokens = (H/P) * (W/P), D hidden size, S steps.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from timm.layers import Mlp, PatchEmbed
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
@@ -27,8 +29,31 @@ def compute_always(_branch: int, compute: Callable[[], Tensor]) -> Tensor:
     return compute()
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+class Modulation(NamedTuple):
+    """What the conditioning does to one branch; every field is (N, 1, D).
+
+    shift and scale (here with its 1 added) are of the branch's input: None where it will not be computed.
+    """
+
+    shift: Tensor | None
+    scale: Tensor | None
+    gate: Tensor
+
+    def of_input(self, x: Tensor) -> Tensor:
+        return torch.addcmul(self.shift, x, self.scale)
+
+    def of_output(self, x: Tensor, output: Tensor) -> Tensor:
+        """Adds the branch output (N, T, D) to the residual stream x (N, T, D); in place without gradients."""
+        if torch.is_grad_enabled():
+            return torch.addcmul(x, self.gate, output)
+        return x.addcmul_(self.gate, output)
+
+
+class Modulations(NamedTuple):
+    """Everything that one evaluation of the model takes from its timestep and labels."""
+
+    branches: list[Modulation]
+    final: tuple[Tensor, Tensor]  # shift and scale (N, 1, D)
 
 
 class TimestepEmbedder(nn.Module):
@@ -80,14 +105,39 @@ class DiTBlock(nn.Module):
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=gelu, drop=0)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
-    def forward(self, x: Tensor, c: Tensor, cache: Cache | None = None) -> Tensor:
+    def modulations(self, c: Tensor, computed: Sequence[Sequence[bool]]) -> list[list[Modulation]]:
+        """For every step its branches' modulations. c: (S, N, D), after its SiLU; computed: as in `DiT`'s."""
+        linear = self.adaLN_modulation[1]
+        of_branches = []
+        for k, branch in enumerate((self.attn_branch, self.mlp_branch)):
+            weight, bias = (values.chunk(2)[k] for values in (linear.weight, linear.bias))
+            sizes = [2 * c.shape[-1], c.shape[-1]]  # shift and scale, gate
+            of_input, gate_weight = weight.split(sizes)
+            of_input_bias, gate_bias = bias.split(sizes)
+            gates = F.linear(c, gate_weight, gate_bias).unsqueeze(2)  # (S, N, 1, D)
+            steps = [step for step, row in enumerate(computed) if row[branch]]
+            inputs = dict.fromkeys(range(len(c)), (None, None))
+            if steps:
+                chosen = c if len(steps) == len(c) else torch.stack([c[step] for step in steps])
+                shift, scale = F.linear(chosen, of_input, of_input_bias).unsqueeze(2).chunk(2, dim=-1)
+                inputs |= dict(zip(steps, zip(shift, 1 + scale, strict=True), strict=True))
+            of_branches.append([Modulation(*inputs[step], gate) for step, gate in enumerate(gates)])
+        return [list(branches) for branches in zip(*of_branches, strict=True)]
+
+    def attend(self, x: Tensor, modulation: Modulation) -> Tensor:
+        return self.attn(modulation.of_input(self.norm1(x)))
+
+    def transform(self, x: Tensor, modulation: Modulation) -> Tensor:
+        return self.mlp(modulation.of_input(self.norm2(x)))
+
+    def forward(
+        self, x: Tensor, attn_modulation: Modulation, mlp_modulation: Modulation, cache: Cache | None = None
+    ) -> Tensor:
         cache = cache or compute_always
-        modulation = self.adaLN_modulation(c)  # (N, 6D)
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
-        attn = cache(self.attn_branch, lambda: self.attn(modulate(self.norm1(x), shift_msa, scale_msa)))
-        x = x + gate_msa.unsqueeze(1) * attn  # (N, T, D)
-        mlp = cache(self.mlp_branch, lambda: self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp)))
-        return x + gate_mlp.unsqueeze(1) * mlp  # (N, T, D)
+        attn = cache(self.attn_branch, partial(self.attend, x, attn_modulation))
+        x = attn_modulation.of_output(x, attn)  # (N, T, D)
+        mlp = cache(self.mlp_branch, partial(self.transform, x, mlp_modulation))
+        return mlp_modulation.of_output(x, mlp)  # (N, T, D)
 
 
 class FinalLayer(nn.Module):
@@ -97,9 +147,13 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))  # (N, T, P * P * C_out)
+    def modulations(self, c: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """For every step shift and scale, its 1 added, (N, 1, D). c: (S, N, D), after its SiLU."""
+        shift, scale = self.adaLN_modulation[1](c).unsqueeze(2).chunk(2, dim=-1)
+        return list(zip(shift, 1 + scale, strict=True))
+
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        return self.linear(torch.addcmul(shift, self.norm_final(x), scale))  # (N, T, P * P * C_out)
 
 
 class DiT(nn.Module):
@@ -107,7 +161,8 @@ class DiT(nn.Module):
 
     `branches` names every branch in order of execution (`"0.attn"`, `"0.mlp"`, `"1.attn"`, ...);
     `branch_macs` gives each one's multiply-accumulates for one sample, `other_macs` those of everything that
-    is never cached; `branch_size` is the number of values of a branch output.
+    is never cached; `branch_size` is the number of values of a branch output, `modulation_size` that of what
+    one sample's conditioning becomes in all layers.
     """
 
     def __init__(
@@ -150,13 +205,13 @@ class DiT(nn.Module):
 
         self.branches = tuple(f"{i}.{name}" for i in range(depth) for name in DiTBlock.branches)
         n, d = grid_size**2, hidden_size
-        self.branch_size = n * d
+        self.branch_size, self.modulation_size = n * d, (6 * depth + 2) * d
         attn_macs = 4 * n * d**2 + 2 * n**2 * d  # qkv and proj, then the two products of the attention
         mlp_macs = 2 * n * d * int(d * mlp_ratio)
         self.branch_macs = (attn_macs, mlp_macs) * depth
         patch_values = patch_size**2
         embed_macs = n * patch_values * in_channels * d + (self.t_embedder.num_frequencies + d) * d
-        self.other_macs = embed_macs + (6 * depth + 2) * d**2 + n * d * patch_values * self.out_channels
+        self.other_macs = embed_macs + self.modulation_size * d + n * d * patch_values * self.out_channels
 
     @property
     def num_branches(self) -> int:
@@ -187,29 +242,56 @@ class DiT(nn.Module):
         x = x.reshape(-1, grid, grid, p, p, c).permute(0, 5, 1, 3, 2, 4)  # (N, C, grid, P, grid, P)
         return x.reshape(-1, c, self.input_size, self.input_size)
 
+    def embed(self, t: Tensor, y: Tensor) -> Tensor:
+        """The conditioning (S, N, D) of S timesteps (S,) on each of N labels (N,)."""
+        return self.t_embedder(t).unsqueeze(1) + self.y_embedder(y)
+
+    def modulations(self, c: Tensor, computed: Sequence[Sequence[bool]] | None = None) -> list[Modulations]:
+        """What each of S evaluations takes from its conditioning c (S, N, D); for `predict`.
+
+        It does not depend on x, so a sampler has it of all steps at once: a large matrix product instead of
+        many small ones. computed: for every step a row of num_branches, whether the branch will be computed
+        there; of the others only the gate is made. None: all are.
+        """
+        computed = [[True] * self.num_branches] * len(c) if computed is None else computed
+        c = F.silu(c)
+        of_blocks = [block.modulations(c, computed) for block in self.blocks]
+        finals = self.final_layer.modulations(c)
+        return [
+            Modulations([one for block in of_blocks for one in block[step]], final)
+            for step, final in enumerate(finals)
+        ]
+
+    def predict(self, x: Tensor, modulations: Modulations, cache: Cache | None = None) -> Tensor:
+        """(N, C_out, H, W) of x (N, C, H, W), its timesteps and labels given by `modulations`."""
+        x = self.x_embedder(x) + self.pos_embed  # (N, T, D)
+        for i, block in enumerate(self.blocks):
+            x = block(x, *modulations.branches[2 * i : 2 * i + 2], cache)  # (N, T, D)
+        return self.unpatchify(self.final_layer(x, *modulations.final))
+
     def forward(self, x: Tensor, t: Tensor, y: Tensor, cache: Cache | None = None) -> Tensor:
         """Predict noise and, with `learn_sigma`, the variance interpolation.
 
         x: (N, C, H, W) noisy input; t: (N,) timesteps of the 1000-step chain; y: (N,) labels, `num_classes`
         is the null label. Returns (N, 2C, H, W), or (N, C, H, W) without `learn_sigma`.
         """
-        x = self.x_embedder(x) + self.pos_embed  # (N, T, D)
         c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
-        for block in self.blocks:
-            x = block(x, c, cache)  # (N, T, D)
-        x = self.final_layer(x, c)  # (N, T, P * P * C_out)
-        return self.unpatchify(x)  # (N, C_out, H, W)
+        (modulations,) = self.modulations(c.unsqueeze(0))
+        return self.predict(x, modulations, cache)
 
     def forward_with_cfg(
         self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, cache: Cache | None = None
     ) -> Tensor:
-        """Classifier-free guidance on a batch [cond; uncond] of which only the first half of x is read.
+        """Classifier-free guidance on a batch [cond; uncond] of which only the first half of x is read."""
+        half = x[: len(x) // 2]
+        return self.guide(self.forward(torch.cat([half, half]), t, y, cache), cfg_scale)
+
+    def guide(self, out: Tensor, cfg_scale: float) -> Tensor:
+        """The guided output (N, C_out, H, W) of an output [cond; uncond] (N, C_out, H, W).
 
         As in the official model, guidance is applied to the first three channels (all of eps where there are
         fewer); the other channels keep their own half's output.
         """
-        half = x[: len(x) // 2]
-        out = self.forward(torch.cat([half, half]), t, y, cache)  # (N, C_out, H, W)
         out = out.to(torch.promote_types(out.dtype, torch.float32))  # guidance would amplify bf16's rounding
         guided_channels = min(3, self.in_channels)
         cond, uncond = out[:, :guided_channels].chunk(2)

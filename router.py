@@ -73,7 +73,7 @@ class Schedule:
 
     @property
     def num_terms(self) -> int:
-        """How many outputs a branch keeps; the cache holds as many times B * branch_size values."""
+        """K, how many outputs a reused cell combines at most."""
         return 1 if self.weights is None else self.weights.shape[2]
 
     def terms_used(self) -> Tensor:
@@ -83,6 +83,24 @@ class Schedule:
         used = weights_read(self.compute, self.num_terms) & (self.weights != 0)
         copied = (used.sum(-1) == 1) & used[..., 0] & (self.weights[..., 0] == 1)
         return torch.where(copied, 0, used.sum(-1))
+
+    def kept(self) -> Tensor:
+        """(T, B) how many of its last outputs a branch keeps after a step: those that will be read."""
+        depth = (~self.compute).long()  # of the stored outputs, how far a cell reaches
+        if self.weights is not None:
+            read = weights_read(self.compute, self.num_terms) & (self.weights != 0)
+            depth = depth.maximum((read * torch.arange(1, self.num_terms + 1)).amax(-1))
+        kept = torch.zeros_like(depth)
+        for step in range(self.num_steps - 1):
+            computed_here = (kept[step] - 1).clamp(min=0)
+            kept[step + 1] = torch.where(self.compute[step], computed_here, kept[step].maximum(depth[step]))
+        return kept
+
+    def stored_outputs(self) -> int:
+        """The most branch outputs that the cache holds at once; each has `branch_size` values per sample."""
+        in_order = self.kept().flip(0).flatten()  # cell by cell as they are executed
+        before = torch.cat([torch.zeros(self.num_branches, dtype=torch.long), in_order])[: len(in_order)]
+        return int((in_order - before).cumsum(0).amax())
 
     def macs(self, model) -> int:
         """MACs of one sample's whole trajectory without guidance (twice that with it)."""

@@ -1,7 +1,6 @@
-"""What every sampling command shares: models, noise from seeds, the denoising loop, decoding, timing."""
+"""What every sampling command shares: models, noise from seeds, the denoising loop, decoding."""
 
 import hashlib
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -157,18 +156,21 @@ def denoise_loop(
     sampler: str = "ddim",
     cache=None,
     eta: float = 0.0,
-    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    step_noise: Tensor | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Denoise step by step under a cache policy; yields (step, x after it), at last x_0."""
-    denoise = Denoiser(model, diffusion, labels, cfg_scale)
+    """Denoise step by step under a cache policy; yields (step, x after it), at last x_0.
+
+    step_noise: of `draw_step_noise`. Nothing in here makes the device wait for the host.
+    """
+    denoise = Denoiser(model, diffusion, labels, cfg_scale, None if cache is None else cache.computed)
     x_t = denoise.start(noise)
     for step in reversed(range(diffusion.num_timesteps)):
         out = denoise(x_t, step, cache)
+        own_noise = None if step_noise is None else step_noise[step]
         if sampler == "ddpm":
-            x_t = diffusion.ddpm_step(out, x_t, step, _step_noise(x_t, len(noise), generator))
+            x_t = diffusion.ddpm_step(out, x_t, step, own_noise)
         else:
-            step_noise = _step_noise(x_t, len(noise), generator) if eta > 0 else None
-            x_t = diffusion.ddim_step(out, x_t, step, eta, step_noise)
+            x_t = diffusion.ddim_step(out, x_t, step, eta, own_noise)
         yield step, x_t[: len(noise)]
 
 
@@ -182,11 +184,13 @@ def sample_loop(
     schedule: Schedule | None = None,
     eta: float = 0.0,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    cache_dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """The same under a schedule, its arguments checked; as in `generate`."""
-    _check_arguments(model, diffusion, labels, noise, sampler, schedule, eta)
-    cache = None if schedule is None else StaticCache(schedule)
-    return denoise_loop(model, diffusion, labels, noise, cfg_scale, sampler, cache, eta, generator)
+    check_arguments(model, diffusion, labels, noise, sampler, schedule, eta)
+    cache = None if schedule is None else StaticCache(schedule, cache_dtype)
+    step_noise = draw_step_noise(diffusion, noise, cfg_scale, sampler, eta, generator)
+    return denoise_loop(model, diffusion, labels, noise, cfg_scale, sampler, cache, eta, step_noise)
 
 
 def generate(
@@ -200,15 +204,19 @@ def generate(
     eta: float = 0.0,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     progress: bool = False,
+    cache_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Denoise `noise` (n, C, H, W) under `labels` (n,) to x_0 (n, C, H, W).
 
     cfg_scale: guidance, 1 = off. sampler: "ddim" (with `eta`) or "ddpm". schedule: which branches to compute;
     None computes all. generator: of the noise that DDPM and eta > 0 add: one for the batch (None: torch's
-    global one), or one per sample, so that a sample does not depend on its batch.
+    global one), or one per sample, so that a sample does not depend on its batch. cache_dtype: of stored
+    branch outputs, None: the model's.
     Raises ValueError where the schedule, labels or sampler do not fit the model or the chain.
     """
-    steps = sample_loop(model, diffusion, labels, noise, cfg_scale, sampler, schedule, eta, generator)
+    steps = sample_loop(
+        model, diffusion, labels, noise, cfg_scale, sampler, schedule, eta, generator, cache_dtype
+    )
     bar = tqdm(
         steps,
         total=diffusion.num_timesteps,
@@ -228,12 +236,14 @@ def generate_seeded(
     batch_size: int | None = None,
     progress: bool = False,
     first: int = 0,
+    generate: Callable[..., Tensor] = generate,
     **options,
 ) -> Tensor:
     """x_0 (n, C, H, W) for labels (n,), those of samples first .. first + n; k depends on (seed, k) alone.
 
-    So methods are compared on the same noise, whatever their batch size. options: those of `generate`
-    (cfg_scale, sampler, schedule, eta). Works on the model's device.
+    So methods are compared on the same noise, whatever their batch size. generate: the function above, or
+    one of `execution.py` that stands for it. options: its (cfg_scale, sampler, schedule, eta, cache_dtype).
+    Works on the model's device.
     """
     device = next(model.parameters()).device
     batch_size = batch_size or len(labels)
@@ -246,7 +256,7 @@ def generate_seeded(
     return torch.cat(parts)
 
 
-def _check_arguments(model, diffusion, labels, noise, sampler, schedule, eta) -> None:
+def check_arguments(model, diffusion, labels, noise, sampler, schedule, eta) -> None:
     if not 0 <= eta <= 1:
         raise ValueError(f"eta {eta} is outside [0, 1]; 0 is DDIM, 1 as noisy as DDPM")
     if sampler not in SAMPLERS:
@@ -267,18 +277,35 @@ def _check_arguments(model, diffusion, labels, noise, sampler, schedule, eta) ->
         )
 
 
-def _step_noise(x_t: Tensor, n: int, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
-    """Fresh noise like x_t (N, C, H, W), N = n or 2n.
+def draw_step_noise(
+    diffusion: GaussianDiffusion,
+    noise: Tensor,
+    cfg_scale: float,
+    sampler: str,
+    eta: float,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+) -> Tensor | None:
+    """Fresh noise (T, N, C, H, W) for every step, N = n or 2n, in the order of execution; None for DDIM.
 
-    From one generator both halves of a guided batch draw, as in the official sampler. Only the first half of
-    x_t is ever read, so with one generator per sample the halves share their noise.
+    All is drawn before the first step, or the device would wait for the host at each. From one generator both
+    halves of a guided batch draw, as in the official sampler. Only the first half of x_t is ever read, so
+    with one generator per sample the halves share their noise.
     """
-    if generator is None:
-        return torch.randn_like(x_t)
-    if isinstance(generator, torch.Generator):
-        return torch.randn(x_t.shape, generator=generator, device=generator.device).to(x_t.device)
-    noise = torch.stack([torch.randn(x_t.shape[1:], generator=one, device=one.device) for one in generator])
-    return noise.to(x_t.device).repeat(len(x_t) // n, 1, 1, 1)
+    if sampler != "ddpm" and eta == 0:
+        return None
+    halves = 1 if cfg_scale == 1 else 2
+    shape = (halves * len(noise), *noise.shape[1:])
+
+    def draw() -> Tensor:
+        if generator is None:
+            return torch.randn(shape, device=noise.device, dtype=noise.dtype)
+        if isinstance(generator, torch.Generator):
+            return torch.randn(shape, generator=generator, device=generator.device)
+        own = [torch.randn(shape[1:], generator=one, device=one.device) for one in generator]
+        return torch.stack(own).repeat(halves, 1, 1, 1)
+
+    drawn = [draw() for _ in range(diffusion.num_timesteps)]
+    return torch.stack(drawn[::-1]).to(noise.device)
 
 
 # ---- decoding --------------------------------------------------------------------------------------
@@ -334,20 +361,3 @@ def decode(x_0: Tensor, vae=None, batch_size: int = 8) -> Tensor:
         x_0 = x_0[:, :3] / 3.0
     pixels = ((x_0.float() + 1) * 127.5).round().clamp(0, 255)
     return pixels.to(torch.uint8).permute(0, 2, 3, 1).cpu()
-
-
-# ---- timing ----------------------------------------------------------------------------------------
-
-
-def timed(function: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, float]:
-    """The function's result and its wall-clock seconds, the device synchronised before and after."""
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    wait()
-    began = time.perf_counter()
-    result = function()
-    wait()
-    return result, time.perf_counter() - began

@@ -112,7 +112,7 @@ class RowTraining(Training):
         self.router, self.threshold = router.to(device), threshold
         self._fixed_reg_weight = reg_weight
         self._control = target and RegWeightControl(target, threshold, math.log(reg_weight))
-        self.optimizer = torch.optim.AdamW(self.router.parameters(), lr=lr, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(self.router.parameters(), lr=lr, weight_decay=0.0, fused=True)
         distributed.average_gradients(self.optimizer)
         self.proxy_weights = torch.ones(router.num_steps, device=device)
         self.mark_boundary()
@@ -165,15 +165,15 @@ class RowTraining(Training):
 
 
 def fresh_moments(parameter: Tensor) -> dict[str, Tensor]:
-    """Adam's state of a parameter before its first update; as in torch, the step count stays on the host."""
+    """Adam's state of a parameter before its first update."""
     zeros = torch.zeros_like(parameter)
-    return {"step": torch.tensor(0.0), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+    step = torch.zeros((), device=parameter.device)
+    return {"step": step, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
 
 
 def set_moments(optimizer: torch.optim.Optimizer, parameter: Tensor, moments: dict[str, Tensor]) -> None:
     optimizer.state[parameter] = {
-        key: moment.clone() if key == "step" else moment.to(parameter.device, copy=True)
-        for key, moment in moments.items()
+        key: moment.to(parameter.device, copy=True) for key, moment in moments.items()
     }
 
 

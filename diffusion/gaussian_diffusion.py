@@ -57,14 +57,12 @@ class GaussianDiffusion:
         return torch.full((n,), self.timestep_map[step], device=device)
 
     def posterior(self, model_output: Tensor, x_t: Tensor, step: int | Tensor) -> Posterior:
-        """The only place that turns a model output (N, C or 2C, H, W) at x_t (N, C, H, W) into a posterior.
+        """What a model output (N, C or 2C, H, W) at x_t (N, C, H, W) says.
 
         step: an int for the whole batch, or an integer tensor (N,).
         """
-        eps, variance = model_output, None
-        if self.learn_sigma:
-            eps, variance = model_output.chunk(2, dim=1)
-        pred_x0 = _at(self._x0_from_xt, step) * x_t - _at(self._x0_from_eps, step) * eps
+        eps, variance = model_output.chunk(2, dim=1) if self.learn_sigma else (model_output, None)
+        pred_x0 = self._predict_x0(eps, x_t, step)
         mean = _at(self._mean_from_x0, step) * pred_x0 + _at(self._mean_from_xt, step) * x_t
         low = _at(self.posterior_log_variance_clipped, step)
         if variance is None:
@@ -73,11 +71,15 @@ class GaussianDiffusion:
         log_variance = fraction * _at(self._log_betas, step) + (1 - fraction) * low
         return Posterior(pred_x0, eps, mean, log_variance)
 
+    def _predict_x0(self, eps: Tensor, x_t: Tensor, step: int | Tensor) -> Tensor:
+        return _at(self._x0_from_xt, step) * x_t - _at(self._x0_from_eps, step) * eps
+
     def ddim_step(
         self, model_output: Tensor, x_t: Tensor, step: int, eta: float = 0.0, noise: Tensor | None = None
     ) -> Tensor:
         """One DDIM step from `step` to `step - 1` (from 0 to x_0). eta > 0 needs `noise` (N, C, H, W)."""
-        pred_x0, eps, _, _ = self.posterior(model_output, x_t, step)
+        eps = model_output.chunk(2, dim=1)[0] if self.learn_sigma else model_output
+        pred_x0 = self._predict_x0(eps, x_t, step)
         alpha, alpha_prev = float(self.alphas_cumprod[step]), float(self.alphas_cumprod_prev[step])
         sigma = eta * math.sqrt((1 - alpha_prev) / (1 - alpha)) * math.sqrt(1 - alpha / alpha_prev)
         x_prev = math.sqrt(alpha_prev) * pred_x0 + math.sqrt(1 - alpha_prev - sigma**2) * eps
