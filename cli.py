@@ -1,6 +1,8 @@
 """What every command shares: how it fails, and on which device in which precision it runs."""
 
 import argparse
+import contextlib
+import ctypes
 import math
 import os
 import platform
@@ -21,6 +23,7 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
 
     Set HARMONICA_TRACEBACK=1 to see where such an error was raised.
     """
+    keep_freed_memory()
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         main(args)
@@ -39,6 +42,16 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
         print("interrupted", file=sys.stderr)
         sys.exit(130)
 
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what tensors leave: else it gives large blocks back and faults them in at every step."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26)):
+            mallopt(parameter, value)
+
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
 
 RANDOM_WEIGHTS = "RANDOM WEIGHTS: no checkpoint is loaded, the pictures are noise; only speed means anything"
 
@@ -143,16 +156,6 @@ def hardware(device: torch.device) -> str:
     if cpuinfo.exists() and (found := re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())):
         name = found[1]
     return f"{name}, {torch.get_num_threads()} threads"
-
-
-def peak_memory() -> int:
-    """The most bytes of RAM that this process has held."""
-    status = Path("/proc/self/status")
-    if status.exists() and (found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
-        return 1024 * int(found[1])
-    import resource  # macOS; on Linux a new process would begin with its parent's figure
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -29,7 +29,8 @@ from files import replacing
 from models import DiT
 from pictures import comparison, schedule_heat_map
 from router import Router, Schedule, load_router
-from sampling import DIGITS_MODEL, decode, generate_seeded, load_model, timed
+from sampling import DIGITS_MODEL, decode, generate_seeded, load_model
+from timing import in_turn
 
 NUM_STEPS, THRESHOLD = 10, 0.1
 CFG_SCALE = 1.0  # no guidance: there the uncached model is closest to the data
@@ -130,10 +131,8 @@ def main(args: argparse.Namespace) -> None:
             generate_seeded, model, create_diffusion(str(chosen.num_steps)), seed=SEED, **options
         )
         samples[method] = draws[method](labels, batch_size=250, progress=True)
-    seconds = {method: [] for method in draws}
-    for _ in range(REPEATS):
-        for method, draw in draws.items():
-            seconds[method].append(timed(partial(draw, labels[:BATCH_SIZE]), torch.device("cpu"))[1])
+    batches = [partial(draw, labels[:BATCH_SIZE]) for draw in draws.values()]
+    seconds = dict(zip(draws, in_turn(batches, REPEATS, torch.device("cpu"), warm_up=0), strict=True))
 
     rows = []
     for method, x_0 in samples.items():

@@ -101,6 +101,18 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
             args.notes.append(f"--{flag.replace('_', '-')} has no effect with --accelerate-method {name}")
 
 
+def spec_flags(spec: str) -> dict[str, str]:
+    """Flags of a method as one word: `none`, `fora:2`, `random:0.375`, `l2c:ROUTER`, or a router alone."""
+    name, _, value = spec.partition(":")
+    if name not in METHODS:
+        return {"accelerate_method": "dynamiclayer", "path": spec}
+    flags = _FLAGS[split_name(name)[1]]
+    if bool(value) != bool(flags):
+        example = f"{name}:{flags[0].upper()}" if flags else name
+        raise ValueError(f"method {spec!r} does not read; write {example}")
+    return {"accelerate_method": name} | ({flags[0]: value} if flags else {})
+
+
 def split_name(name: str) -> tuple[str, str]:
     """`taylor-fora` as ("taylor", "fora"), `fora` as ("", "fora")."""
     reuse, _, base = name.partition("-")

@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 import cli
+import execution
 import methods
 from files import check_writable, replacing
 from methods import Method
@@ -30,7 +31,8 @@ from metrics.paired import mse, psnr
 from models import DiT
 from pictures import branch_types, comparison, sheet
 from router import Schedule
-from sampling import choose_vae, decode, generate_seeded, is_latent, load_model, load_vae, timed
+from sampling import choose_vae, decode, generate_seeded, is_latent, load_model, load_vae
+from timing import in_turn
 
 PUBLISHED_LABELS = [207, 360, 387, 974, 88, 979, 417, 279]
 
@@ -61,6 +63,7 @@ def parse_args() -> argparse.Namespace:
         default=3,
         help="timed runs after the warm-up; 0: no timing (default 3)",
     )
+    execution.add_arguments(parser)
     cli.add_device_arguments(parser)
     args = parser.parse_args()
     if args.ddim_sample and args.p_sample:
@@ -102,10 +105,8 @@ def report_latency(
     draw: Callable[..., Tensor], labels: Tensor, chosen: dict[str, Method], repeats: int, device: torch.device
 ) -> None:
     """Time one batch of every method in turn (A B A B); drawing the images has been the warm-up."""
-    seconds: dict[str, list[float]] = {name: [] for name in chosen}
-    for _ in range(repeats):
-        for name, method in chosen.items():
-            seconds[name].append(timed(partial(draw, method, labels), device)[1])
+    batches = [partial(draw, method, labels) for method in chosen.values()]
+    seconds = dict(zip(chosen, in_turn(batches, repeats, device, warm_up=0), strict=True))
     for name, times in seconds.items():
         middle, low, high = (1000 * f(times) for f in (statistics.median, min, max))
         print(
@@ -151,11 +152,12 @@ def main(args: argparse.Namespace) -> None:
         print(describe_schedule(method.schedule, model, passes=1 if args.cfg_scale == 1 else 2))
 
     batch_size = args.batch_size or len(labels)
+    generate = execution.prepare(args, model, device)
 
     def draw(method: Method, labels: Tensor, progress: bool = False) -> Tensor:
         return generate_seeded(
             model, method.diffusion, labels, args.seed, batch_size, progress,
-            cfg_scale=args.cfg_scale, sampler=sampler, schedule=method.schedule,
+            generate=generate, cfg_scale=args.cfg_scale, sampler=sampler, schedule=method.schedule,
         )  # fmt: skip
 
     own_name = "uncached" if method.name == "none" else "cached" if method.schedule else method.name

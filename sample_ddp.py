@@ -19,6 +19,7 @@ import re
 import shutil
 import zipfile
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
@@ -31,6 +32,7 @@ from tqdm import tqdm
 
 import cli
 import distributed
+import execution
 import methods
 from distributed import Processes
 from files import replacing
@@ -79,6 +81,7 @@ def parse_args() -> argparse.Namespace:
     )  # fmt: skip
     methods.add_arguments(parser)
     parser.add_argument("--output", type=Path, default=Path("samples.npz"))
+    execution.add_arguments(parser)
     cli.add_device_arguments(parser)
     args = parser.parse_args()
     if args.ddim_sample and args.p_sample:
@@ -211,12 +214,15 @@ def choose_labels(args: argparse.Namespace, model: DiT, samples: range) -> Tenso
     return draw_labels(model, [sample_generator(args.seed, SAMPLING_STREAM, k, _LABEL_KEY) for k in samples])
 
 
-def draw(args: argparse.Namespace, model: DiT, vae, method: Method, samples: range) -> Tensor:
+def draw(
+    args: argparse.Namespace, model: DiT, vae, method: Method, generate: Callable[..., Tensor], samples: range
+) -> Tensor:
     """uint8 images (n, H, W, C); the last block is filled up with samples that are then dropped."""
     filled = range(samples.start, -(-samples.stop // BLOCK) * BLOCK)
     x_0 = generate_seeded(
         model, method.diffusion, choose_labels(args, model, filled), args.seed, first=samples.start,
-        cfg_scale=args.cfg_scale, sampler="ddpm" if args.p_sample else "ddim", schedule=method.schedule,
+        generate=generate, cfg_scale=args.cfg_scale, sampler="ddpm" if args.p_sample else "ddim",
+        schedule=method.schedule,
     )  # fmt: skip
     return decode(x_0, vae)[: len(samples)]
 
@@ -238,6 +244,8 @@ def settings_of(args: argparse.Namespace, model: DiT, method: Method, precision:
         "executed_steps": method.diffusion.num_timesteps,
         "schedule": schedule,
         "precision": precision,
+        "quantize": args.quantize,
+        "cache_dtype": args.cache_dtype,
     }
 
 
@@ -261,6 +269,7 @@ def run(args: argparse.Namespace, processes: Processes) -> None:
     if together(lambda: processes.is_main and parts.open()):
         say(processes, f"{args.output} holds these samples already")
         return
+    generate = execution.prepare(args, model, processes.device)
     if args.random_weights:
         say(processes, cli.RANDOM_WEIGHTS)
     batch_size = -(-args.batch_size // BLOCK) * BLOCK
@@ -276,7 +285,7 @@ def run(args: argparse.Namespace, processes: Processes) -> None:
 
     def draw_mine() -> None:
         for samples in mine:
-            parts.write(samples.start, draw(args, model, vae, method, samples))
+            parts.write(samples.start, draw(args, model, vae, method, generate, samples))
             bar.update(len(samples))
         bar.close()
 

@@ -1,97 +1,140 @@
-"""What one training trajectory costs: processor time and memory, HarmoniCa's beside end-to-end.
+"""What router training costs, for `benchmark.py --train`: in forward passes of the bare model, and in memory.
 
-    python training_cost.py --model DiT-S/4 --num-sampling-steps 12 --batch-size 2
-
-Four rows, each in a process of its own: the uncached reference alone, a trajectory of step-wise denoising
-training (SDT), and one update of end-to-end training at half of the MACs (FORA's schedule), with activations
-recomputed and with all of them kept. Speed does not depend on weights, so they are random. `kept_mb` is what
-the computed outputs take between steps, by their number; `peak_mb` is what the process needed on top of the
-model. For a CPU; the last line is JSON.
+| case | what runs |
+|---|---|
+| `forward` | `model.forward_with_cfg` at every step of a trajectory |
+| `update` | a trajectory of step-wise denoising training (SDT), T - 1 updates of a row |
+| `update, backbone gradients` | the same with a model that is not frozen, as the released code has it |
+| `update, branches recomputed` | the same with `--recompute-branches` |
+| `refresh` | lambda by the image error proxy; the naive way is T trajectories |
+| `end-to-end` | an update of end-to-end training at half of the MACs, activations recomputed |
+| `end-to-end, kept` | the same, activations of all steps kept |
 """
 
 import argparse
-import json
+import copy
 import multiprocessing
 import os
-import time
+import statistics
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
-import cli
 from baselines import fora_schedule
 from cache import GatedCache
-from diffusion import create_diffusion
-from objectives import Paired, train_trajectory
+from denoiser import Denoiser
+from diffusion import GaussianDiffusion, create_diffusion
+from execution import recompute_branches
+from models import DiT
+from objectives import Paired, image_error_proxy, train_trajectory
 from router import Router
 from sampling import load_model
+from timing import in_turn, peak_memory, reset_peak_memory
 
-MODES = ("reference", "sdt", "end-to-end", "end-to-end, activations kept")
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Time and memory of one training trajectory, on a CPU.")
-    parser.add_argument("--model", default="DiT-S/4", help="DiT-XL/2 and its family, or DiT-digits/2")
-    parser.add_argument("--image-size", type=cli.positive_int, help="pixels (default 256)")
-    parser.add_argument("--num-sampling-steps", default="12", help="T (default 12)")
-    parser.add_argument(
-        "--batch-size", type=cli.positive_int, default=2, help="trajectories at once (default 2)"
-    )
-    parser.add_argument("--cfg-scale", type=cli.finite, default=1.5, help="guidance, 1 = off (default 1.5)")
-    return parser.parse_args()
+THRESHOLD, REG_WEIGHT = 0.1, 1e-7
+CASES = (
+    "forward", "update", "update, backbone gradients", "update, branches recomputed", "refresh",
+    "end-to-end", "end-to-end, kept",
+)  # fmt: skip
 
 
-def measure(args: argparse.Namespace, mode: str) -> dict:
-    """One row, in this process: memory of the first run, time of the second."""
-    torch.set_num_threads(1)
-    model = load_model(args.model, image_size=args.image_size, random_weights=True)
-    diffusion = create_diffusion(args.num_sampling_steps, learn_sigma=model.learn_sigma)
-    num_steps, branches = diffusion.num_timesteps, model.num_branches
+def plain_loop(
+    model: DiT, diffusion: GaussianDiffusion, labels: Tensor, noise: Tensor, cfg_scale: float
+) -> Tensor:
+    """DDIM with nothing taken out of the loop: the bare model, called at every step. Returns x_0."""
+    denoise = Denoiser(model, diffusion, labels, cfg_scale)  # for its labels and its start alone
+    x_t = denoise.start(noise)
+    with torch.no_grad():
+        for step in reversed(range(diffusion.num_timesteps)):
+            setting = x_t.to(denoise.dtype), diffusion.timesteps(step, len(x_t), x_t.device), denoise.y
+            out = model.forward_with_cfg(*setting, cfg_scale) if denoise.guided else model(*setting)
+            x_t = diffusion.ddim_step(out.to(x_t.dtype), x_t, step)
+    return x_t[: len(noise)]
+
+
+def case(
+    name: str, model: DiT, diffusion: GaussianDiffusion, batch_size: int, cfg_scale: float
+) -> Callable[[], object]:
+    """What is run of one case, on random noise and the model's device."""
+    device, num_steps = next(model.parameters()).device, diffusion.num_timesteps
     generator = torch.Generator().manual_seed(0)
-    shape = (args.batch_size, model.in_channels, model.input_size, model.input_size)
-    batch = torch.randn(shape, generator=generator), torch.arange(args.batch_size) % model.num_classes
-    table = fora_schedule(num_steps, branches, 2).compute
+    shape = (batch_size, model.in_channels, model.input_size, model.input_size)
+    noise = torch.randn(shape, generator=generator).to(device)
+    labels = (torch.arange(batch_size) % model.num_classes).to(device)
+    router = Router(num_steps, model.num_branches, generator).to(device)
+    optimizer = torch.optim.AdamW(router.parameters(), fused=True)
+    table = fora_schedule(num_steps, model.num_branches, 2).compute
+    setting = noise, labels, cfg_scale
 
-    def run() -> None:
-        if mode == "sdt":
-            router = Router(num_steps, branches, generator)
-            optimizer = torch.optim.AdamW(router.parameters())
-            ones = torch.ones(num_steps)
-            for _ in train_trajectory(
-                model, diffusion, router, optimizer, *batch, args.cfg_scale, 0.1, ones, 1e-7
-            ):
-                pass
-            return
-        paired = Paired.draw(model, diffusion, *batch, args.cfg_scale)
-        if mode != "reference":
-            weights = torch.tensor([1.0, 0.1, -0.1]).repeat(num_steps, branches, 1).requires_grad_()
-            cache = GatedCache(table.float(), weights)
-            paired.errors(cache, recompute=mode == "end-to-end")[0].mean().log().backward()
+    if name.endswith("recomputed"):
+        model = copy.deepcopy(model)
+        recompute_branches(model)
 
-    before = cli.peak_memory()
+    def update() -> None:
+        model.requires_grad_(name.endswith("backbone gradients"))
+        ones = torch.ones(num_steps, device=device)
+        for _ in train_trajectory(model, diffusion, router, optimizer, *setting, THRESHOLD, ones, REG_WEIGHT):
+            model.zero_grad()  # nothing where it is frozen
+        model.requires_grad_(False)
+
+    def end_to_end() -> None:
+        paired = Paired.draw(model, diffusion, *setting)
+        weights = torch.tensor([1.0, 0.1, -0.1], device=device)
+        weights = weights.repeat(num_steps, model.num_branches, 1).requires_grad_()
+        cache = GatedCache(table.float(), weights)
+        paired.errors(cache, recompute=name == "end-to-end")[0].mean().log().backward()
+
+    if name == "forward":
+        return lambda: plain_loop(model, diffusion, labels, noise, cfg_scale)
+    if name.startswith("update"):
+        return update
+    if name == "refresh":
+        return lambda: image_error_proxy(model, diffusion, router, *setting, THRESHOLD)
+    return end_to_end
+
+
+def training_rows(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> list[dict]:
+    """One row per case: seconds, forward passes, and the most memory on top of the model."""
+    model, diffusion = _setup(args, device, dtype)
+    num_steps = diffusion.num_timesteps
+    sizes = args.batch_size[0], args.cfg_scale
+    runs = [case(name, model, diffusion, *sizes) for name in CASES]
+    seconds = dict(zip(CASES, map(statistics.median, in_turn(runs, args.repeats, device)), strict=True))
+    forward, rows = seconds["forward"] / num_steps, []
+    for name in CASES:
+        own = seconds[name]
+        row = {"case": name, "num_steps": num_steps, "batch_size": sizes[0], "trajectory_seconds": own}
+        if name.startswith("update"):  # its first step is a forward without an update
+            row["forwards"] = (own - forward) / (num_steps - 1) / forward
+        elif name == "refresh":
+            row["of_naive"] = own / (num_steps * seconds["forward"])
+        else:
+            row["forwards"] = own / seconds["forward"]
+        row["peak_mb_on_top"] = _memory(args, name, device, dtype) / 2**20
+        rows.append(row)
+    return rows
+
+
+def _setup(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> tuple:
+    model = load_model(
+        args.model, image_size=args.image_size, device=device, dtype=dtype, random_weights=True
+    )
+    return model, create_diffusion(args.num_sampling_steps[0], learn_sigma=model.learn_sigma)
+
+
+def _memory(args: argparse.Namespace, name: str, device: torch.device, dtype: torch.dtype) -> int:
+    """Bytes that a case needs on top of the model; of RAM they can be told in a fresh process alone."""
+    if device.type == "cuda":
+        return _measure_memory(args, name, device, dtype)
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")  # what large tensors leave goes back at once
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_measure_memory, (args, name, device, dtype))
+
+
+def _measure_memory(args: argparse.Namespace, name: str, device: torch.device, dtype: torch.dtype) -> int:
+    run = case(name, *_setup(args, device, dtype), args.batch_size[0], args.cfg_scale)
+    reset_peak_memory(device)
+    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else peak_memory(device)
     run()
-    needed, began = (cli.peak_memory() - before) / 2**20, time.process_time()
-    run()
-    row = {"mode": mode, "seconds": round(time.process_time() - began, 2), "peak_mb": round(needed)}
-    if mode.startswith("end-to-end"):
-        passes = 1 if args.cfg_scale == 1 else 2
-        values = int(table.sum()) * model.branch_size * args.batch_size * passes
-        row["kept_mb"] = round(4 * values / 2**20)
-    return row
-
-
-def main(args: argparse.Namespace) -> None:
-    # glibc would keep and split what large tensors leave, and the peak would say little.
-    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")
-    context = multiprocessing.get_context("spawn")
-    rows = []
-    for mode in MODES:
-        with context.Pool(1) as pool:
-            rows.append(pool.apply(measure, (args, mode)))
-        found = rows[-1]
-        print(f"{mode:30} {found['seconds']:7.2f} s  {found['peak_mb']:6} MB on top of the model", flush=True)
-    setting = vars(args) | {"dtype": "float32", "hardware": cli.hardware(torch.device("cpu"))}
-    print(json.dumps(setting | {"rows": rows}))
-
-
-if __name__ == "__main__":
-    cli.run(main, parse_args())
+    return peak_memory(device) - before

@@ -12,12 +12,14 @@ import argparse
 import base64
 import json
 import statistics
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
 import cli
+import execution
 import methods
 from digits.classifier import Judge
 from methods import Method
@@ -30,12 +32,13 @@ from sampling import (
     SAMPLING_STREAM,
     decode,
     draw_noise,
+    generate,
     generate_seeded,
     load_model,
     sample_generator,
-    timed,
     weights_fingerprint,
 )
+from timing import in_turn
 
 SHOWN = 10  # samples of every method that the report draws
 LATENCY_BATCH, REPEATS = 16, 3
@@ -62,6 +65,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         help="on the first N samples, the error of each step that SDT trains on (DDIM only)",
     )
     methods.add_arguments(parser)
+    execution.add_arguments(parser)
     args = parser.parse_args(arguments)
     if args.step_errors and args.p_sample:
         parser.error("--step-errors is of DDIM; leave out --p-sample")
@@ -70,11 +74,14 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def draw(args: argparse.Namespace, model: DiT, method: Method) -> Tensor:
+def draw(
+    args: argparse.Namespace, model: DiT, method: Method, generate: Callable[..., Tensor] = generate
+) -> Tensor:
     """x_0 (n, 1, 8, 8) of samples 0 .. n-1 of the seed, with labels 0 .. 9 in turn."""
     return generate_seeded(
         model, method.diffusion, torch.arange(args.samples) % model.num_classes, args.seed, args.batch_size,
-        progress=True, cfg_scale=args.cfg_scale, sampler=sampler_of(args), schedule=method.schedule,
+        progress=True, generate=generate, cfg_scale=args.cfg_scale, sampler=sampler_of(args),
+        schedule=method.schedule,
     )  # fmt: skip
 
 
@@ -82,27 +89,14 @@ def sampler_of(args: argparse.Namespace) -> str:
     return "ddpm" if args.p_sample else "ddim"
 
 
-def latencies(
-    settings: list[tuple[argparse.Namespace, Method]], model: DiT, repeats: int = REPEATS
-) -> list[list[float]]:
-    """Milliseconds of every repeat of a batch of LATENCY_BATCH, one list per setting.
+def timed_batch(args: argparse.Namespace, *setting) -> Callable[[], Tensor]:
+    """What is timed: `draw` of LATENCY_BATCH samples; setting as there."""
+    return partial(draw, argparse.Namespace(**vars(args) | {"samples": LATENCY_BATCH}), *setting)
 
-    After a warm-up, settings take turns, so that a machine that slows down slows all of them.
-    """
 
-    def once(args: argparse.Namespace, method: Method) -> float:
-        draw_batch = partial(
-            draw, argparse.Namespace(**vars(args) | {"samples": LATENCY_BATCH}), model, method
-        )
-        return 1000 * timed(draw_batch, torch.device("cpu"))[1]
-
-    times: list[list[float]] = [[] for _ in settings]
-    for repeat in range(repeats + 1):
-        for own, setting in zip(times, settings, strict=True):
-            elapsed = once(*setting)
-            if repeat > 0:
-                own.append(elapsed)
-    return times
+def latencies(batches: list[Callable[[], Tensor]], repeats: int = REPEATS) -> list[float]:
+    """Median milliseconds of every batch, taken in turn after a warm-up."""
+    return [1000 * statistics.median(own) for own in in_turn(batches, repeats, torch.device("cpu"))]
 
 
 def fidelity(judge: Judge, x_0: Tensor, uncached: Tensor, labels: Tensor) -> dict[str, float]:
@@ -165,12 +159,14 @@ def main(args: argparse.Namespace) -> None:
     cli.show_notes(args)
     model, judge = load_model(DIGITS_MODEL), Judge()
     method, plain = methods.load_method(args, model), methods.uncached(args, model)
-    uncached = draw(args, model, plain)
-    own = uncached if method.name == "none" else draw(args, model, method)
+    own_model = load_model(DIGITS_MODEL)
+    setting = own_model, method, execution.prepare(args, own_model, torch.device("cpu"))
+    uncached, own = draw(args, model, plain), draw(args, *setting)
     row = compare(args, model, judge, method, own, uncached)
+    row |= {"quantize": args.quantize, "compile": args.compile, "cache_dtype": args.cache_dtype}
     if args.repeats:
-        times = latencies([(args, plain), (args, method)], model, args.repeats)
-        plain_ms, own_ms = map(statistics.median, times)
+        batches = [timed_batch(args, model, plain), timed_batch(args, *setting)]
+        plain_ms, own_ms = latencies(batches, args.repeats)
         row |= {"latency_ms": own_ms, "speedup_latency": plain_ms / own_ms, "latency_batch": LATENCY_BATCH}
     print(json.dumps(row))
 

@@ -17,7 +17,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import statistics
 import sys
 import threading
 import time
@@ -131,6 +130,7 @@ def uncached_samples(folder: Path, args: argparse.Namespace) -> torch.Tensor:
 def start_worker() -> None:
     """One thread for the work; another that ends the process when the study is killed."""
     torch.set_num_threads(1)
+    cli.keep_freed_memory()
 
     def follow_parent() -> None:
         multiprocessing.parent_process().join()
@@ -141,9 +141,7 @@ def start_worker() -> None:
 
 def perform_all(folder: Path, tasks: list[Task], workers: int) -> list[str]:
     """Everything that is not done, in order as far as needs allow; returns the ids of what failed."""
-    # One thread a process is the most efficient; glibc's allocator would return and refault large blocks.
-    os.environ |= {"OMP_NUM_THREADS": "1", "MALLOC_TRIM_THRESHOLD_": str(2**32)}
-    os.environ |= {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TOP_PAD_": str(2**28)}
+    os.environ["OMP_NUM_THREADS"] = "1"  # one thread a process is the most efficient
     done = {task.id for task in tasks if is_done(folder, task)}
     waiting, failed, running = [task for task in tasks if task.id not in done], [], {}
     print(f"{len(done)} of {len(tasks)} tasks are done; {workers} processes", flush=True)
@@ -188,12 +186,12 @@ def measure_latencies(folder: Path, tasks: list[Task], repeats: int) -> None:
         if {id: one.get("router_hash") for id, one in there.items()} == measured:
             continue
         print(f"latency of {len(rows)} rows at T = {num_steps}", flush=True)
-        settings = []
+        batches = []
         for row in rows:
             args = measure.parse_args(row["arguments"])
             with contextlib.redirect_stdout(None):
-                settings.append((args, methods.load_method(args, model)))
-        medians = [statistics.median(times) for times in measure.latencies(settings, model, repeats)]
+                batches.append(measure.timed_batch(args, model, methods.load_method(args, model)))
+        medians = measure.latencies(batches, repeats)
         plain = medians[[row["method"] for row in rows].index("uncached")]
         found = {
             row["id"]: {

@@ -1,0 +1,222 @@
+"""How fast methods are beside what their MACs promise: a card of what theory says, then timings in turn.
+
+    python benchmark.py --model DiT-B/2 --batch-size 1 --num-sampling-steps 20 --methods fora:2 random:0.375
+    python benchmark.py --model DiT-XL/2 --precision bf16 --compile --methods fora:2 ROUTER --output h200.json
+    python benchmark.py --model DiT-B/2 --batch-size 1 --num-sampling-steps 10 --train
+
+A method is `none`, `fora:2`, `random:0.375`, `fewer-steps:10`, any other value of `--accelerate-method` with
+its number or file, or a router file or name alone; `none` is always measured, and so is `loop`, which calls
+`model.forward_with_cfg` step by step. Weights are random: speed does not depend on them. Everything takes
+turns (A B A B); the figures are medians over repeats. The last line is JSON, `--output` writes it to a file.
+`speedup_latency` is the median ratio to the neighbouring run of `none`; `ratio` is what is left of the
+speed-up that the MACs promise. With `--train`: an update of router training, and a refresh of lambda, in
+forward passes.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import cli
+import execution
+import methods
+import training_cost
+from files import check_writable, replacing
+from methods import Method
+from metrics.paired import mse
+from models import DiT
+from pictures import branch_types
+from sampling import load_model, pixels_of
+from timing import copy_ceiling, in_turn, matmul_ceiling, paired_ratio, peak_memory, reset_peak_memory
+
+LOOP = "loop"
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Latency, memory and ceilings of caching methods.")
+    parser.add_argument("--model", default="DiT-XL/2", help="DiT-XL/2 and its family, or DiT-digits/2")
+    parser.add_argument("--image-size", type=cli.positive_int, help="pixels (default 256)")
+    parser.add_argument("--methods", nargs="+", default=[], metavar="METHOD[:VALUE]", help="see above")
+    parser.add_argument(
+        "--batch-size", type=cli.positive_int, nargs="+", default=[8], help="images, one or more (default 8)"
+    )
+    parser.add_argument("--num-sampling-steps", nargs="+", default=["20"], help="one or more (default 20)")
+    parser.add_argument("--cfg-scale", type=cli.finite, default=4.0, help="guidance, 1 = off (default 4)")
+    parser.add_argument("--repeats", type=cli.positive_int, default=5, help="after a warm-up (default 5)")
+    parser.add_argument("--train", action="store_true", help="router training instead of sampling")
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="the last line, indented")
+    execution.add_arguments(parser)
+    cli.add_device_arguments(parser)
+    return parser.parse_args()
+
+
+def load_methods(args: argparse.Namespace, model: DiT, num_steps: str) -> dict[str, Method]:
+    """Every method asked for, `none` first, at one number of steps."""
+    parser = argparse.ArgumentParser()
+    methods.add_arguments(parser)
+    found = {}
+    for spec in dict.fromkeys(["none", *args.methods]):
+        words = [word for flag, value in methods.spec_flags(spec).items() for word in (flag, value)]
+        words[::2] = [f"--{flag.replace('_', '-')}" for flag in words[::2]]
+        own = parser.parse_args(words)
+        shared = {"model": args.model, "cfg_scale": args.cfg_scale, "p_sample": False}
+        own = argparse.Namespace(**vars(own) | shared | {"num_sampling_steps": num_steps})
+        found[spec] = methods.load_method(own, model)
+    return found
+
+
+def card(args: argparse.Namespace, model: DiT, device: torch.device, dtype: torch.dtype, batch: int) -> dict:
+    """What is known before anything is timed, and the two ceilings, which are measured."""
+    rows = batch * (1 if args.cfg_scale == 1 else 2)
+    tokens = (model.input_size // model.patch_size) ** 2
+    width = model.branch_size // tokens
+    kinds = branch_types(model.branches)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return {
+        "parameters": parameters,
+        "weights_mb": sum(parameter.nbytes for parameter in model.parameters()) / 2**20,
+        "gmacs_per_step": rows * (sum(model.branch_macs) + model.other_macs) / 1e9,
+        "gmacs_of_branch": {kind: rows * model.branch_macs[k] / 1e9 for k, kind in enumerate(kinds)},
+        "branch_output_mb": rows * model.branch_size * dtype.itemsize / 2**20,
+        "matmul_gmacs_per_second": matmul_ceiling(device, dtype, rows * tokens, width) / 1e9,
+        "copy_gb_per_second": copy_ceiling(device) / 1e9,
+    }
+
+
+def floor_seconds(facts: dict, macs: float, num_steps: int) -> float:
+    """No run is shorter: its products at the ceiling, or the weights read once a step."""
+    products = macs / (facts["matmul_gmacs_per_second"] * 1e9)
+    reads = num_steps * facts["weights_mb"] * 2**20 / (facts["copy_gb_per_second"] * 1e9)
+    return max(products, reads)
+
+
+def sampling_rows(
+    args: argparse.Namespace, model: DiT, generate: Callable[..., Tensor], device: torch.device, facts: dict,
+    num_steps: str, batch: int,
+) -> list[dict]:  # fmt: skip
+    """One row per method at one batch size and number of steps."""
+    chosen = load_methods(args, model, num_steps)
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch, model.in_channels, model.input_size, model.input_size)
+    noise = torch.randn(shape, generator=generator).to(device)
+    labels = (torch.arange(batch) % model.num_classes).to(device)
+
+    def runner(method: Method) -> Callable[[], Tensor]:
+        setting = {"cfg_scale": args.cfg_scale, "schedule": method.schedule}
+        return lambda: generate(model, method.diffusion, labels, noise, **setting)
+
+    runs = {name: runner(method) for name, method in chosen.items()}
+    if not args.compile and not args.cuda_graph:
+        plain = chosen["none"].diffusion
+        runs[LOOP] = lambda: training_cost.plain_loop(model, plain, labels, noise, args.cfg_scale)
+    times = dict(zip(runs, in_turn(list(runs.values()), args.repeats, device), strict=True))
+    passes, rows = 1 if args.cfg_scale == 1 else 2, []
+    for name, run in runs.items():
+        method = chosen.get(name, chosen["none"])
+        reset_peak_memory(device)
+        x_0, peak = run(), peak_memory(device)
+        schedule, steps = method.schedule, method.diffusion.num_timesteps
+        full = steps * (sum(model.branch_macs) + model.other_macs)
+        macs = batch * passes * (full if schedule is None else schedule.macs(model))
+        seconds = statistics.median(times[name])
+        row = {"method": name, "num_steps": steps, "batch_size": batch, "ms": 1000 * seconds}
+        row |= {"ms_least": 1000 * min(times[name]), "ms_most": 1000 * max(times[name])}
+        row["speedup_latency"] = paired_ratio(times["none"], times[name])
+        row["speedup_macs"] = method.speedup_macs(model, chosen["none"].diffusion.num_timesteps)
+        row["ratio"] = row["speedup_latency"] / row["speedup_macs"]
+        row["of_ceiling"] = macs / seconds / (facts["matmul_gmacs_per_second"] * 1e9)
+        row["floor_ms"] = 1000 * floor_seconds(facts, macs, steps)
+        row["cache_mb"] = cache_bytes(args, model, method, batch * passes) / 2**20
+        row["peak_mb"] = peak / 2**20
+        row["mse_to_loop"] = mse(x_0, runs[LOOP]()) if LOOP in runs and name == "none" else None
+        rows.append(row)
+    return rows
+
+
+def cache_bytes(args: argparse.Namespace, model: DiT, method: Method, rows: int) -> int:
+    """The most that stored branch outputs take at once."""
+    if method.schedule is None:
+        return 0
+    dtype = execution.CACHE_DTYPES.get(args.cache_dtype, next(model.parameters()).dtype)
+    return method.schedule.stored_outputs() * rows * model.branch_size * dtype.itemsize
+
+
+COLUMNS = (
+    ("method", lambda row: row["method"]),
+    ("steps", lambda row: str(row["num_steps"])),
+    ("batch", lambda row: str(row["batch_size"])),
+    ("ms", lambda row: f"{row['ms']:,.1f} ({row['ms_least']:,.1f} to {row['ms_most']:,.1f})"),
+    ("speed-up", lambda row: f"{row['speedup_latency']:.3f}x"),
+    ("by MACs", lambda row: f"{row['speedup_macs']:.3f}x"),
+    ("ratio", lambda row: f"{row['ratio']:.3f}"),
+    ("of ceiling", lambda row: f"{100 * row['of_ceiling']:.0f} %"),
+    ("floor ms", lambda row: f"{row['floor_ms']:,.1f}"),
+    ("cache MB", lambda row: f"{row['cache_mb']:,.1f}"),
+    ("peak MB", lambda row: f"{row['peak_mb']:,.0f}"),
+)
+
+
+TRAINING_COLUMNS = (
+    ("case", lambda row: row["case"]),
+    ("seconds", lambda row: f"{row['trajectory_seconds']:.2f}"),
+    ("forwards", lambda row: f"{row['forwards']:.2f}" if "forwards" in row else "-"),
+    ("of T trajectories", lambda row: f"{row['of_naive']:.3f}" if "of_naive" in row else "-"),
+    ("MB on top", lambda row: f"{row['peak_mb_on_top']:,.0f}"),
+)
+
+
+def print_table(rows: list[dict], columns: tuple) -> None:
+    table = [[head for head, _ in columns], *([show(row) for _, show in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for line in table:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)), flush=True)
+
+
+def print_card(facts: dict, title: str) -> None:
+    print(title)
+    for name, value in facts.items():
+        parts = value.items() if isinstance(value, dict) else [("", value)]
+        shown = ", ".join(f"{kind} {number:,.4g}".strip() for kind, number in parts)
+        print(f"  {name.replace('_', ' '):24} {shown}", flush=True)
+
+
+def main(args: argparse.Namespace) -> None:
+    device = cli.choose_device(args.device)
+    precision, dtype = cli.set_precision(args.precision, device)
+    if args.output:
+        check_writable(args.output, [".json"])
+    model = load_model(
+        args.model, image_size=args.image_size, device=device, dtype=dtype, random_weights=True
+    )
+    named = (*execution.FLAGS, "model", "cfg_scale", "repeats")
+    result = {name: getattr(args, name) for name in named} | {"image_size": pixels_of(model)}
+    result |= {"precision": precision, "hardware": cli.hardware(device), "torch": torch.__version__}
+    title = f"{args.model}, {pixels_of(model)} px, {precision} on {result['hardware']}, batch "
+    result["cards"] = {batch: card(args, model, device, dtype, batch) for batch in args.batch_size}
+    for batch, facts in result["cards"].items():
+        print_card(facts, f"{title}{batch}")
+    if args.train:
+        rows = training_cost.training_rows(args, device, dtype)
+        print_table(rows, TRAINING_COLUMNS)
+    else:
+        generate, rows = execution.prepare(args, model, device), []
+        for num_steps, batch in itertools.product(args.num_sampling_steps, args.batch_size):
+            setting = device, result["cards"][batch], num_steps, batch
+            found = sampling_rows(args, model, generate, *setting)
+            print_table(found, COLUMNS)
+            rows += found
+    result["rows"] = rows
+    if args.output:
+        with replacing(args.output) as temporary:
+            temporary.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    cli.run(main, parse_args())

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Every figure of docs/performance.md that needs a GPU: a JSON file each under results/benchmark/, named after
+# the card. About ten minutes on an H200. Needs no weights. For the quantised rows: pip install torchao.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python}
+card=$("$python" -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))')
+folder=results/benchmark
+mkdir -p "$folder"
+
+measure() { # NAME ARGUMENTS: one run of benchmark.py
+    local name=$1
+    shift
+    "$python" benchmark.py --output "$folder/$card-$name.json" "$@"
+}
+
+methods=(fora:2 random:0.375)
+for size in 256 512; do
+    shared=(--model DiT-XL/2 --image-size "$size" --precision bf16 --methods "${methods[@]}")
+    measure "xl-$size-plain" "${shared[@]}" --batch-size 1 8
+    measure "xl-$size-compiled" "${shared[@]}" --batch-size 1 8 --compile
+done
+measure xl-256-scaling --model DiT-XL/2 --precision bf16 --compile --methods fora:2 \
+    --batch-size 1 2 4 8 16 --num-sampling-steps 10 20 50
+for kind in int8wo int8 fp8; do
+    measure "xl-256-$kind" --model DiT-XL/2 --precision bf16 --compile --quantize "$kind" \
+        --methods "${methods[@]}" --batch-size 1 8
+done
+measure xl-256-train --model DiT-XL/2 --precision bf16 --batch-size 64 --num-sampling-steps 10 \
+    --cfg-scale 1.5 --repeats 3 --train

@@ -1,0 +1,161 @@
+"""How a model is executed: compiled, captured as a CUDA graph, quantised, with a cache of another dtype.
+
+None of it changes what is computed, but for rounding and, with `--quantize`, the precision of weights. A
+schedule does not depend on the input, so a whole trajectory, sampler included, is one fixed graph.
+"""
+
+import argparse
+import shutil
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from cache import StaticCache
+from models import DiT, Modulation
+from sampling import check_arguments, denoise_loop, draw_step_noise, generate
+
+CACHE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FLAGS = ("compile", "cuda_graph", "quantize", "cache_dtype")
+QUANTIZATIONS = ("int8wo", "int8", "fp8")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("execution")
+    group.add_argument("--compile", action="store_true", help="compile the branches (torch.compile)")
+    group.add_argument(
+        "--cuda-graph",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="capture the whole trajectory once and replay it (default: with --compile on a GPU)",
+    )
+    group.add_argument(
+        "--quantize", choices=QUANTIZATIONS,
+        help="weights of the branches through torchao: int8wo in 8 bits, int8 and fp8 activations too",
+    )  # fmt: skip
+    group.add_argument("--cache-dtype", choices=CACHE_DTYPES, help="of stored outputs (default: the model's)")
+
+
+def prepare(args: argparse.Namespace, model: DiT, device: torch.device) -> Callable[..., Tensor]:
+    """Quantise and compile `model` in place; returns what stands for `sampling.generate`.
+
+    Raises ValueError where the device or the installation cannot do it.
+    """
+    if args.quantize:
+        quantize(model, args.quantize, device)
+    if args.compile:
+        compile_branches(model, device)
+    captured = args.cuda_graph
+    if captured is None:
+        captured = args.compile and device.type == "cuda"
+    if captured and device.type != "cuda":
+        raise ValueError(f"--cuda-graph needs a GPU, not --device {device}; leave it out")
+    return partial(
+        CapturedGenerate() if captured else generate, cache_dtype=CACHE_DTYPES.get(args.cache_dtype)
+    )
+
+
+def compile_branches(model: DiT, device: torch.device) -> None:
+    """Compile the two kinds of branches, the small units that every block repeats: two graphs in all.
+
+    What surrounds them is Python that decides per step and branch, so a schedule compiles nothing anew.
+    """
+    if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        raise ValueError("--compile on a CPU needs a C++ compiler such as g++; install one or leave it out")
+    for block in model.blocks:
+        block.attend = torch.compile(block.attend, dynamic=False)
+        block.transform = torch.compile(block.transform, dynamic=False)
+
+
+def recompute_branches(model: DiT) -> None:
+    """Activation checkpointing for training: keep a branch's input and run the branch again for its gradient.
+
+    A third more time per update for a fraction of the memory; for 1024 px and above.
+    """
+    for block in model.blocks:
+        block.attend = partial(_recomputed, block.attend)
+        block.transform = partial(_recomputed, block.transform)
+
+
+def _recomputed(branch: Callable[..., Tensor], x: Tensor, modulation: Modulation) -> Tensor:
+    if not torch.is_grad_enabled():
+        return branch(x, modulation)
+    return checkpoint(branch, x, modulation, use_reentrant=False, preserve_rng_state=False)
+
+
+def quantize(model: DiT, kind: str, device: torch.device) -> None:
+    """Quantise the linear layers of all branches in place, not those of the conditioning.
+
+    int8wo: 8-bit weights, products in the model's dtype. int8: activations in 8 bits too, per token. fp8: the
+    same in float8, on a GPU of compute capability 8.9 or later.
+    """
+    try:
+        from torchao import quantization
+    except ImportError:
+        raise ValueError(f"--quantize {kind} needs torchao; install it with `pip install torchao`") from None
+    if kind == "fp8" and not (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)):
+        raise ValueError(f"--quantize fp8 needs a GPU of compute capability 8.9, not {device}; take int8")
+    config = {
+        "int8wo": quantization.Int8WeightOnlyConfig,
+        "int8": quantization.Int8DynamicActivationInt8WeightConfig,
+        "fp8": quantization.Float8DynamicActivationFloat8WeightConfig,
+    }[kind]()
+
+    def in_branch(module: nn.Module, name: str) -> bool:
+        return isinstance(module, nn.Linear) and name.startswith("blocks.") and "adaLN" not in name
+
+    quantization.quantize_(model, config, in_branch)
+
+
+class CapturedGenerate:
+    """`sampling.generate` as one CUDA graph per setting: captured at its first call, then replayed.
+
+    Each graph keeps its own activations; inputs are copied into it and x_0 out of it.
+    """
+
+    def __init__(self) -> None:
+        self._captured: dict[tuple, _Graph] = {}
+
+    def __call__(
+        self, model, diffusion, labels, noise, cfg_scale=1.0, sampler="ddim", schedule=None, eta=0.0,
+        generator=None, cache_dtype=None,
+    ) -> Tensor:  # fmt: skip
+        check_arguments(model, diffusion, labels, noise, sampler, schedule, eta)
+        inputs = [labels, noise]
+        if (step_noise := draw_step_noise(diffusion, noise, cfg_scale, sampler, eta, generator)) is not None:
+            inputs.append(step_noise)
+        kept = (model, diffusion, schedule)  # held by the graph, so that no other object takes their ids
+        key = (*map(id, kept), noise.shape, noise.dtype, cfg_scale, sampler, eta, cache_dtype)
+        if key not in self._captured:
+
+            def trajectory(labels: Tensor, noise: Tensor, step_noise: Tensor | None = None) -> Tensor:
+                cache = None if schedule is None else StaticCache(schedule, cache_dtype)
+                setting = cfg_scale, sampler, cache, eta, step_noise
+                *_, (_, x_0) = denoise_loop(model, diffusion, labels, noise, *setting)
+                return x_0
+
+            self._captured[key] = _Graph(trajectory, inputs, kept)
+        return self._captured[key](*inputs)
+
+
+class _Graph:
+    """A function of tensors, captured: its kernels are replayed without the host's part."""
+
+    def __init__(self, function: Callable[..., Tensor], inputs: list[Tensor], kept: tuple):
+        self._inputs, self._kept = [tensor.clone() for tensor in inputs], kept
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # libraries and the compiler set themselves up outside of the capture
+            function(*self._inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._output = function(*self._inputs)
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        for own, given in zip(self._inputs, inputs, strict=True):
+            own.copy_(given)
+        self._graph.replay()
+        return self._output.clone()
