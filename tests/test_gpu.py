@@ -7,8 +7,9 @@ import torch
 from commands import run
 from conftest import relative_error
 
-from baselines import forecast
+from baselines import fora_schedule, forecast
 from diffusion import create_diffusion
+from execution import CapturedGenerate
 from router import Schedule, find_router, load_router
 from sampling import generate_seeded, load_model
 
@@ -26,6 +27,18 @@ def test_cached_sampling_equals_the_cpus(forecast_order):
     on_cpu = generate_seeded(model, create_diffusion("10"), labels, **options)
     on_gpu = generate_seeded(copy.deepcopy(model).cuda(), create_diffusion("10"), labels, **options)
     assert relative_error(on_gpu.cpu(), on_cpu) < 1e-3
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_captured_trajectory_equals_the_plain_one(sampler):
+    """For new noise and labels too, and for a second schedule beside the first."""
+    model, diffusion, captured = load_model("DiT-digits/2").cuda(), create_diffusion("10"), CapturedGenerate()
+    for seed, schedule in ((1, None), (2, fora_schedule(10, 24, 2)), (3, None), (4, None)):
+        options = {"seed": seed, "cfg_scale": 1.5, "schedule": schedule, "sampler": sampler}
+        labels = (torch.arange(10) + seed) % 10
+        plain = generate_seeded(model, diffusion, labels, **options)
+        replayed = generate_seeded(model, diffusion, labels, generate=captured, **options)
+        assert relative_error(replayed, plain) < 1e-5
 
 
 L2C = ["--method", "l2c", "--data", "digits", "--target-cur", 0.3]
