@@ -33,6 +33,7 @@ from metrics.paired import mse
 from models import DiT
 from pictures import branch_types
 from sampling import load_model, pixels_of
+from tables import print_columns
 from timing import copy_ceiling, in_turn, matmul_ceiling, paired_ratio, peak_memory, reset_peak_memory
 
 LOOP = "loop"
@@ -116,11 +117,11 @@ def sampling_rows(
         plain = chosen["none"].diffusion
         runs[LOOP] = lambda: training_cost.plain_loop(model, plain, labels, noise, args.cfg_scale)
     times = dict(zip(runs, in_turn(list(runs.values()), args.repeats, device), strict=True))
-    passes, rows = 1 if args.cfg_scale == 1 else 2, []
+    passes, rows, x_0 = 1 if args.cfg_scale == 1 else 2, [], {}
     for name, run in runs.items():
         method = chosen.get(name, chosen["none"])
         reset_peak_memory(device)
-        x_0, peak = run(), peak_memory(device)
+        x_0[name], peak = run(), peak_memory(device)
         schedule, steps = method.schedule, method.diffusion.num_timesteps
         full = steps * (sum(model.branch_macs) + model.other_macs)
         macs = batch * passes * (full if schedule is None else schedule.macs(model))
@@ -134,8 +135,9 @@ def sampling_rows(
         row["floor_ms"] = 1000 * floor_seconds(facts, macs, steps)
         row["cache_mb"] = cache_bytes(args, model, method, batch * passes) / 2**20
         row["peak_mb"] = peak / 2**20
-        row["mse_to_loop"] = mse(x_0, runs[LOOP]()) if LOOP in runs and name == "none" else None
         rows.append(row)
+    if LOOP in x_0:
+        rows[0]["mse_to_loop"] = mse(x_0["none"], x_0[LOOP])
     return rows
 
 
@@ -160,8 +162,6 @@ COLUMNS = (
     ("cache MB", lambda row: f"{row['cache_mb']:,.1f}"),
     ("peak MB", lambda row: f"{row['peak_mb']:,.0f}"),
 )
-
-
 TRAINING_COLUMNS = (
     ("case", lambda row: row["case"]),
     ("seconds", lambda row: f"{row['trajectory_seconds']:.2f}"),
@@ -169,13 +169,6 @@ TRAINING_COLUMNS = (
     ("of T trajectories", lambda row: f"{row['of_naive']:.3f}" if "of_naive" in row else "-"),
     ("MB on top", lambda row: f"{row['peak_mb_on_top']:,.0f}"),
 )
-
-
-def print_table(rows: list[dict], columns: tuple) -> None:
-    table = [[head for head, _ in columns], *([show(row) for _, show in columns] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for line in table:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)), flush=True)
 
 
 def print_card(facts: dict, title: str) -> None:
@@ -203,13 +196,13 @@ def main(args: argparse.Namespace) -> None:
         print_card(facts, f"{title}{batch}")
     if args.train:
         rows = training_cost.training_rows(args, device, dtype)
-        print_table(rows, TRAINING_COLUMNS)
+        print_columns(rows, TRAINING_COLUMNS)
     else:
         generate, rows = execution.prepare(args, model, device), []
         for num_steps, batch in itertools.product(args.num_sampling_steps, args.batch_size):
             setting = device, result["cards"][batch], num_steps, batch
             found = sampling_rows(args, model, generate, *setting)
-            print_table(found, COLUMNS)
+            print_columns(found, COLUMNS)
             rows += found
     result["rows"] = rows
     if args.output:

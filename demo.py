@@ -30,6 +30,7 @@ from models import DiT
 from pictures import comparison, schedule_heat_map
 from router import Router, Schedule, load_router
 from sampling import DIGITS_MODEL, decode, generate_seeded, load_model
+from tables import print_columns
 from timing import in_turn
 
 NUM_STEPS, THRESHOLD = 10, 0.1
@@ -104,14 +105,6 @@ COLUMNS = [
 ]
 
 
-def print_table(rows: list[dict]) -> None:
-    table = [[head for head, _ in COLUMNS], *([show(row) for _, show in COLUMNS] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    print()
-    for line in table:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
-
-
 def main(args: argparse.Namespace) -> None:
     router = train(args)
     model, judge = load_model(DIGITS_MODEL), Judge()
@@ -138,7 +131,8 @@ def main(args: argparse.Namespace) -> None:
     for method, x_0 in samples.items():
         rows.append(measure(model, judge, x_0, labels, samples["uncached"], method, methods[method]))
         rows[-1]["latency_ms"] = 1000 * statistics.median(seconds[method])
-    print_table(rows)
+    print()
+    print_columns(rows, COLUMNS)
     write_results(args.results_dir, rows, router, samples, model)
 
 

@@ -60,6 +60,15 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "--cost", choices=("count", "macs"), default="count", help="what beta weighs a branch by"
     )
     add_single_method_arguments(parser)
+    add_run_arguments(parser)
+    cli.add_device_arguments(parser)
+    args = parser.parse_args(arguments)
+    complete_arguments(parser, args)
+    return args
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """How long and how a run trains, and what it leaves."""
     training = parser.add_argument_group("training")
     training.add_argument("--lr", type=cli.positive, help="default 0.01, l2c 0.001, end-to-end 0.1")
     training.add_argument(
@@ -85,10 +94,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "--resume", metavar="PATH|auto", help="a run's folder or checkpoint; auto: the newest like this"
     )
     output.add_argument("--wandb", action="store_true", help="log to Weights & Biases too")
-    cli.add_device_arguments(parser)
-    args = parser.parse_args(arguments)
-    complete_arguments(parser, args)
-    return args
 
 
 def add_single_method_arguments(parser: argparse.ArgumentParser) -> None:

@@ -246,10 +246,10 @@ def main(args: argparse.Namespace) -> None:
     model = load_model(
         args.model, args.ckpt, args.image_size, args.num_classes, processes.device, dtype, args.random_weights
     )
-    if args.recompute_branches:
-        execution.recompute_branches(model)
     if args.compile:
         execution.compile_branches(model, processes.device)
+    if args.recompute_branches:  # around the compiled ones
+        execution.recompute_branches(model)
     diffusion = create_diffusion(args.num_sampling_steps, learn_sigma=model.learn_sigma)
     settings = {name: getattr(args, name) for name in SETTINGS}
     settings |= {"image_size": pixels_of(model), "num_classes": model.num_classes}

@@ -4,7 +4,7 @@
 |---|---|
 | `forward` | `model.forward_with_cfg` at every step of a trajectory |
 | `update` | a trajectory of step-wise denoising training (SDT), T - 1 updates of a row |
-| `update, backbone gradients` | the same with a model that is not frozen, as the released code has it |
+| `update, backbone gradients` | the same with blocks that are not frozen, as in the released code |
 | `update, branches recomputed` | the same with `--recompute-branches` |
 | `refresh` | lambda by the image error proxy; the naive way is T trajectories |
 | `end-to-end` | an update of end-to-end training at half of the MACs, activations recomputed |

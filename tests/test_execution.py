@@ -17,7 +17,7 @@ from denoiser import Denoiser
 from diffusion import create_diffusion
 from execution import compile_branches, quantize, recompute_branches
 from objectives import train_trajectory
-from router import Router, Schedule
+from router import Router, Schedule, find_router, load_router
 from sampling import denoise_loop, draw_step_noise, generate, load_model
 from training_cost import plain_loop
 
@@ -163,6 +163,17 @@ def test_recomputed_branches_have_the_same_gradients(tiny_model, ten_steps, tiny
         runs.append(len(calls))
     torch.testing.assert_close(*logits)
     assert runs == [1 + 2 * 9, 1 + 3 * 9]  # the first step; teacher, routed, and once more
+
+
+def test_a_training_that_recomputes_ends_in_the_same_router(tmp_path):
+    logits = []
+    for name, flags in (("kept", []), ("recomputed", ["--recompute-branches"])):
+        arguments = ["--model", "DiT-digits/2", "--num-sampling-steps", 4, "--max-steps", 8, "--lr", 0.1]
+        arguments += ["--global-batch-size", 2, "--device", "cpu", "--results-dir", tmp_path / name]
+        run("train_router.py", *arguments, *flags)
+        logits.append(load_router(find_router(next((tmp_path / name).iterdir()))).logits)
+    torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
+    assert logits[0].std() > 0
 
 
 def digit_schedules() -> list[Schedule | None]:
