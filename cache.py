@@ -185,6 +185,28 @@ class GatedCache(_Store):
         return gate
 
 
+class _Blend(torch.autograd.Function):
+    """`lerp(stored, computed, weight)`, keeping their difference alone for its gradient.
+
+    stored is a constant; what autograd would keep of lerp is both, and the store before it moved on.
+    """
+
+    @staticmethod
+    def forward(ctx, stored: Tensor, computed: Tensor, weight: Tensor) -> Tensor:
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(computed - stored, weight)
+        return torch.lerp(stored, computed, weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
+        difference, weight = ctx.saved_tensors
+        of_computed = grad * weight if ctx.needs_input_grad[1] else None
+        of_weight = None
+        if ctx.needs_input_grad[2]:
+            of_weight = torch.linalg.vecdot(grad.flatten(), difference.flatten()).view_as(weight)
+        return None, of_computed, of_weight
+
+
 class SoftCache(_Store):
     """Training: every branch is computed and blended with the stored output by its score.
 
@@ -209,7 +231,7 @@ class SoftCache(_Store):
         score = self.scores[self.step][branch]
         refreshed = score > self.threshold
         weight = refreshed + (score - score.detach()) if self.straight_through else score
-        blended = torch.lerp(stored, computed, weight.to(computed.dtype))
+        blended = _Blend.apply(stored, computed, weight.to(computed.dtype))
         # A device-side choice: asking `score > threshold` on the host would wait for the device at every
         # branch.
         self._stored[branch] = torch.where(refreshed, blended, stored).detach()

@@ -103,10 +103,20 @@ def quantize(model: DiT, kind: str, device: torch.device) -> None:
         "fp8": quantization.Float8DynamicActivationFloat8WeightConfig,
     }[kind]()
 
-    def in_branch(module: nn.Module, name: str) -> bool:
-        return isinstance(module, nn.Linear) and name.startswith("blocks.") and "adaLN" not in name
+    quantization.quantize_(model, config, _is_quantized)
 
-    quantization.quantize_(model, config, in_branch)
+
+def _is_quantized(module: nn.Module, name: str) -> bool:
+    return isinstance(module, nn.Linear) and name.startswith("blocks.") and "adaLN" not in name
+
+
+def weight_bytes(model: DiT, quantization: str | None = None) -> int:
+    """What all weights take in memory, before or after `quantize`; without the scales of a row each."""
+    total = sum(parameter.nbytes for parameter in model.parameters())
+    if quantization:
+        linears = [module.weight for name, module in model.named_modules() if _is_quantized(module, name)]
+        total -= sum(weight.nbytes - weight.numel() for weight in linears)
+    return total
 
 
 class CapturedGenerate:

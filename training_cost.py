@@ -4,7 +4,7 @@
 |---|---|
 | `forward` | `model.forward_with_cfg` at every step of a trajectory |
 | `update` | a trajectory of step-wise denoising training (SDT), T - 1 updates of a row |
-| `update, backbone gradients` | the same with blocks that are not frozen, as in the released code |
+| `update, backbone gradients` | the same with a model that is not frozen, as in the released code |
 | `update, branches recomputed` | the same with `--recompute-branches` |
 | `refresh` | lambda by the image error proxy; the naive way is T trajectories |
 | `end-to-end` | an update of end-to-end training at half of the MACs, activations recomputed |
@@ -12,15 +12,17 @@
 """
 
 import argparse
+import contextlib
 import copy
 import multiprocessing
 import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
+import denoiser
 from baselines import fora_schedule
 from cache import GatedCache
 from denoiser import Denoiser
@@ -53,6 +55,21 @@ def plain_loop(
     return x_t[: len(noise)]
 
 
+@contextlib.contextmanager
+def unfrozen(model: DiT) -> Iterator[None]:
+    """All parameters require gradients, those of timestep and label too: they run at each step, not ahead."""
+    limit, denoiser.MODULATION_BYTES = denoiser.MODULATION_BYTES, 0
+    for name in ("embed", "modulations"):
+        setattr(model, name, torch.enable_grad()(getattr(model, name)))
+    model.requires_grad_(True)
+    try:
+        yield
+    finally:
+        model.requires_grad_(False)
+        del model.embed, model.modulations  # the class's again
+        denoiser.MODULATION_BYTES = limit
+
+
 def case(
     name: str, model: DiT, diffusion: GaussianDiffusion, batch_size: int, cfg_scale: float
 ) -> Callable[[], object]:
@@ -72,11 +89,13 @@ def case(
         recompute_branches(model)
 
     def update() -> None:
-        model.requires_grad_(name.endswith("backbone gradients"))
         ones = torch.ones(num_steps, device=device)
         for _ in train_trajectory(model, diffusion, router, optimizer, *setting, THRESHOLD, ones, REG_WEIGHT):
             model.zero_grad()  # nothing where it is frozen
-        model.requires_grad_(False)
+
+    def update_unfrozen() -> None:
+        with unfrozen(model):
+            update()
 
     def end_to_end() -> None:
         paired = Paired.draw(model, diffusion, *setting)
@@ -88,7 +107,7 @@ def case(
     if name == "forward":
         return lambda: plain_loop(model, diffusion, labels, noise, cfg_scale)
     if name.startswith("update"):
-        return update
+        return update_unfrozen if name.endswith("backbone gradients") else update
     if name == "refresh":
         return lambda: image_error_proxy(model, diffusion, router, *setting, THRESHOLD)
     return end_to_end

@@ -248,3 +248,22 @@ def test_straight_through_blends_hard_and_passes_the_gradient_on():
     assert [output.item() for output in outputs] == [2.0, 5.0]
     sum(outputs).backward()
     assert scores.grad[0].tolist() == [3.0, 3.0]  # d(w * 5 + (1 - w) * 2) / dw
+
+
+@pytest.mark.parametrize("straight_through", [False, True])
+def test_gradients_of_the_soft_blend_are_those_of_lerp(straight_through):
+    """Of the score, and of the computed output, with the store as a constant."""
+    generator = torch.Generator().manual_seed(5)
+    outputs = [torch.randn(2, 3, 4, generator=generator, dtype=torch.float64) for _ in range(2)]
+    grad = torch.randn(2, 3, 4, generator=generator, dtype=torch.float64)
+    score = torch.tensor([[0.7]], dtype=torch.float64).repeat(2, 1).requires_grad_()
+    computed = outputs[1].clone().requires_grad_()
+    cache = SoftCache(score, 0.1, straight_through)
+    cache(0, lambda: outputs[0])
+    cache.step = 0
+    blended = cache(0, lambda: computed)
+    weight = 1.0 if straight_through else 0.7
+    torch.testing.assert_close(blended, outputs[0] + weight * (outputs[1] - outputs[0]))
+    of_computed, of_score = torch.autograd.grad(blended, (computed, score), grad)
+    torch.testing.assert_close(of_computed, weight * grad)
+    torch.testing.assert_close(of_score[0, 0], (grad * (outputs[1] - outputs[0])).sum())

@@ -15,7 +15,7 @@ from baselines import fora_schedule, forecast, random_schedule
 from cache import StaticCache
 from denoiser import Denoiser
 from diffusion import create_diffusion
-from execution import compile_branches, quantize, recompute_branches
+from execution import compile_branches, quantize, recompute_branches, weight_bytes
 from objectives import train_trajectory
 from router import Router, Schedule, find_router, load_router
 from sampling import denoise_loop, draw_step_noise, generate, load_model
@@ -217,3 +217,11 @@ def test_cache_dtype_from_the_command_line(tmp_path):
                "--cache-dtype", "bf16", "--device", "cpu")  # fmt: skip
     assert "MSE of x_0" in text
     assert latents.exists()
+
+
+def test_weights_that_are_quantised_count_as_bytes():
+    model = load_model("DiT-digits/2")
+    whole, width = sum(4 * parameter.numel() for parameter in model.parameters()), 128
+    assert weight_bytes(model) == whole
+    linears = 12 * width**2 * len(model.blocks)  # qkv 3, projection 1, MLP 8
+    assert weight_bytes(model, "int8wo") == whole - 3 * linears
