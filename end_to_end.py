@@ -12,15 +12,18 @@ With `--terms 0` (reuse as stored) there are no weights, and exchanges take all 
 so, and what did worse, is in docs/beyond.md.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import distributed
 import search
 from cache import GatedCache
+from importance import draw, inclusion
 from objectives import Paired, TrainStep, toggle_effects
 from rounds import Rounds
 from router import Router, Schedule, load_router, weights_read
@@ -30,6 +33,7 @@ from training import Training, fresh_moments, set_moments
 
 MAX_TERMS = 3  # as many as TaylorSeer's second order has
 LEAST_ERROR = 1e-12
+POOL_ROUNDS = 32  # that draw from one pool
 GROWTHS, EXCHANGES = 4, 5  # train steps of a candidate, and of the chosen one
 
 
@@ -110,7 +114,7 @@ class EndToEnd(Rounds):
 
     def __init__(self, args, processes, model, diffusion):
         super().__init__(args, processes, model, diffusion)
-        self.warm_start = None
+        self.warm_start = self._pool = None
         if args.init:
             router = load_router(args.init, args.model, num_branches=model.num_branches)
             source = router.schedule(router.info.get("threshold", 0.1))
@@ -135,16 +139,46 @@ class EndToEnd(Rounds):
 
     def run(self, training: EndToEndTraining) -> Iterator[TrainStep | None]:
         generators, step = self.generators(training.round), training.train_steps
-        paired = Paired.draw(self.model, self.diffusion, *self.draw(generators), self.args.cfg_scale)
-        if self.args.compare_every:
-            setting = self.args.compare_every, self.args.along_share, self.budget, distributed.mean
-            paired = search.compared_along(paired, *setting)
+        paired = self._from_pool(training.round) if self.args.pool else self._paired(generators)
         if step < self.num_growths:
             yield self._grow(training, paired, generators)
         elif step < self.num_growths + EXCHANGES or not self.args.terms:
             yield self._exchange(training, paired, generators)
         else:
             yield self._update(training, paired, step - self.num_growths - EXCHANGES)
+
+    def _paired(self, generators: list) -> Paired:
+        return Paired.draw(self.model, self.diffusion, *self.draw(generators), self.args.cfg_scale)
+
+    def _from_pool(self, number: int) -> Paired:
+        """A batch of the pool that round `number` draws from, by importance."""
+        first = number - number % POOL_ROUNDS
+        if self._pool is None or self._pool[0] != first:
+            self._pool = first, self._inclusion(first)
+        args, processes = self.args, self.processes
+        indices, importance = draw(self._pool[1], sample_generator(args.global_seed, TRAINING_STREAM, number))
+        own = slice(processes.rank, None, processes.world_size)
+        keys = ((TRAINING_STREAM, first, index) for index in indices[own].tolist())
+        paired = self._paired([sample_generator(args.global_seed, *key) for key in keys])
+        return dataclasses.replace(paired, importance=importance[own].to(processes.device))
+
+    def _inclusion(self, first: int) -> Tensor:
+        """Probabilities (P,) of the pool that begins with round `first`.
+
+        In proportion to the errors of a regular schedule, which does not depend on the training so far.
+        """
+        args, rank, world_size = self.args, self.processes.rank, self.processes.world_size
+        table = self.budget.skeletons(self.diffusion.num_timesteps, 1.0, warps=(1.0,))[0]
+        weights, errors = None, torch.zeros(args.pool, device=self.processes.device)
+        batches = torch.arange(rank, args.pool, world_size).split(args.global_batch_size // world_size)
+        for part in tqdm(batches, desc="pool", leave=False, disable=True if rank else None):
+            keys = ((TRAINING_STREAM, first, index) for index in part.tolist())
+            paired = self._paired([sample_generator(args.global_seed, *key) for key in keys])
+            if weights is None:
+                weights = self._fit(paired, table).weights.to(paired.noise)
+            with torch.no_grad():
+                (errors[part],) = paired.errors(GatedCache(table.to(paired.noise), weights))
+        return inclusion(distributed.mean(errors).cpu(), args.global_batch_size)
 
     def _grow(self, training: EndToEndTraining, paired: Paired, generators: list) -> TrainStep:
         """One growth of one candidate: the first builds its skeleton, the last meets the budget."""
@@ -186,9 +220,6 @@ class EndToEnd(Rounds):
         errors = torch.stack([
             one.mean() for one in paired.errors(cache, not args.keep_activations, args.window)
         ])  # fmt: skip
-        if args.window is None:
-            weights = torch.tensor(list(paired.compare.values())).to(errors)
-            errors = (weights @ errors)[None]
         loss = errors.clamp(min=LEAST_ERROR).log().mean()  # a window of computed steps has none
         training.optimizer.zero_grad()
         loss.backward()

@@ -8,9 +8,8 @@ mathematics: no processes, files or logging. The training trajectory is a genera
 update; its caller logs, saves and stops.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -248,8 +247,7 @@ class Paired:
     """Noise and labels, and the uncached DDIM trajectory that starts from them.
 
     noise: (n, C, H, W); labels: (n,). states: T tensors (n, C, H, W), x after every step; states[0] is x_0.
-    compare: the steps after which x is compared with the uncached one, 0 among them, and what each error
-    weighs in a sum.
+    importance: (n,), what each sample weighs in a mean; None: all the same.
     """
 
     model: DiT
@@ -258,7 +256,7 @@ class Paired:
     labels: Tensor
     cfg_scale: float
     states: list[Tensor]
-    compare: dict[int, float] = field(default_factory=lambda: {0: 1.0})
+    importance: Tensor | None = None
 
     @classmethod
     @torch.no_grad()
@@ -302,19 +300,25 @@ class Paired:
                 stored = [tuple(output.detach() for output in outputs) for outputs in stored]
 
     def errors(self, cache: GatedCache, recompute: bool = False, window: int | None = None) -> list[Tensor]:
-        """Mean squared error (n,) of every sample against its uncached x, where x is compared.
+        """Mean squared error (n,) of every sample against its uncached x, times its importance.
 
-        The first entry is x_0's, the last that of the noisiest x. With a window x is compared at its end.
+        The first entry is x_0's. With a window there is one for the x at each window's end, noisiest last.
         """
-        return [(x - self.states[step]).square().flatten(1).mean(1) for step, x in
-                self.compared(cache, recompute, window)]  # fmt: skip
+        return [one.square().mean(1) for one in self.deviations(cache, recompute, window)]
 
-    def compared(
+    def deviations(
         self, cache: GatedCache, recompute: bool = False, window: int | None = None
-    ) -> list[tuple[int, Tensor]]:
-        """The steps after which x is compared, ascending from 0, and x (n, C, H, W) there."""
-        steps = range(0, self.diffusion.num_timesteps, window) if window else self.compare
-        return [one for one in self.rollout(cache, recompute, window) if one[0] in steps][::-1]
+    ) -> list[Tensor]:
+        """(n, C * H * W) each: x less the uncached x, times the root of each sample's importance."""
+        every = window or self.diffusion.num_timesteps
+        away = [
+            (x - self.states[step]).flatten(1)
+            for step, x in self.rollout(cache, recompute, window)
+            if step % every == 0
+        ]
+        if self.importance is not None:
+            away = [one * self.importance.sqrt()[:, None] for one in away]
+        return away[::-1]
 
 
 def toggle_effects(
@@ -336,8 +340,7 @@ def toggle_effects(
 
     compute: bool (T, B); weights: (T, B, K), those of computed cells too. generators: of v, one per sample.
     soft: the cells asked about (None: all but the first step's); others are 0. store_gradient: whether later
-    readers of the store count, as they do where their weights stay as they are. Where more than x_0 is
-    compared, it is the change of the weighted sum of the errors.
+    readers of the store count, as they do where their weights stay as they are.
     """
     n = len(paired.noise)
     if soft is None:
@@ -345,11 +348,8 @@ def toggle_effects(
         soft[-1] = False
     gates = compute.to(paired.noise)[..., None].repeat(1, 1, n).requires_grad_()
     cache = GatedCache(gates, weights, soft, store_gradient)
-    errors = [
-        math.sqrt(paired.compare[step]) * (x - paired.states[step]).flatten(1)
-        for step, x in paired.compared(cache, recompute)
-    ]
-    e, size = torch.cat(errors, dim=1), paired.noise[0].numel()
+    (e,) = paired.deviations(cache, recompute)
+    size = paired.noise[0].numel()
     (first,) = torch.autograd.grad(e.square().sum(), gates, retain_graph=True)
     second = torch.zeros_like(first)
     for probe in range(probes):

@@ -6,7 +6,6 @@ x_0 most for their cost, in rounds, the weights of reuse solved anew in between.
 long as that helps on fresh noise. Pure mathematics; means over ranks come in as `reduce`.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -105,26 +104,8 @@ def fit(paired: Paired, compute: Tensor, num_terms: int, reduce: Reduce = lambda
 
 
 def _error(paired: Paired, cache, reduce: Reduce) -> float:
-    """Mean squared error of x_0, or the weighted sum of all that are compared."""
-    errors = zip(paired.compare.values(), paired.errors(cache), strict=True)
-    return sum(weight * reduce(one.mean()).item() for weight, one in errors)
-
-
-def compared_along(paired: Paired, every: int, share: float, budget: Budget, reduce: Reduce) -> Paired:
-    """The same pair, x compared after every so many steps too, not x_0 alone.
-
-    An error of a noisy x fades on most samples, and decides on a few what they become: these few carry much
-    of the mean squared error, and training hardly ever meets them. Together the errors along the way weigh
-    `share` of x_0's, each as much as any other where steps are computed at regular distances.
-    """
-    num_steps = paired.diffusion.num_timesteps
-    steps = range(0, num_steps, every)
-    regular = budget.skeletons(num_steps, 1.0, warps=(1.0,))[0]
-    paired = dataclasses.replace(paired, compare=dict.fromkeys(steps, 1.0))
-    cache = FittingCache(regular, max(1, budget.num_terms), reduce)
-    of_x_0, *along = (reduce(one.mean()).item() for one in paired.errors(cache))
-    weights = [share * of_x_0 / one / len(along) if one > 0 else 0.0 for one in along]
-    return dataclasses.replace(paired, compare=dict(zip(steps, [1.0, *weights], strict=True)))
+    (of_x_0,) = paired.errors(cache)
+    return reduce(of_x_0.mean()).item()
 
 
 def best_of(paired: Paired, tables: Sequence[Tensor], num_terms: int, reduce: Reduce) -> Tensor:

@@ -14,7 +14,6 @@ DEFAULTS = {
     "l2c": {"lr": 0.001, "l1": 5e-6, "max_steps": 20000, "log_every": 100, "ckpt_every": 1000},
     "end-to-end": {
         "lr": 0.1, "max_steps": 100, "log_every": 5, "ckpt_every": 10, "terms": 3, "open_share": 1.0,
-        "along_share": 0.3,
     },
 }  # fmt: skip
 
@@ -105,15 +104,10 @@ def add_single_method_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     beyond.add_argument("--init", metavar="ROUTER", help="start from its schedule, of any number of steps")
     beyond.add_argument(
-        "--compare-every",
+        "--pool",
         type=cli.positive_int,
         metavar="N",
-        help="compare x with the uncached one after every N steps too, not x_0 alone",
-    )
-    beyond.add_argument(
-        "--along-share",
-        type=cli.positive,
-        help="what these errors weigh together, as a share of x_0's (default 0.3)",
+        help="draw batches from N samples by importance: more of those that errors lead astray",
     )
     beyond.add_argument(
         "--window", type=cli.positive_int, help="steps that gradients of the weights pass (default: all)"
@@ -157,10 +151,8 @@ def complete_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace
         parser.error("--l1 0 cannot be adjusted to a target; leave it out")
     if args.open_share is not None and not 0 < args.open_share <= 1:
         parser.error(f"--open-share {args.open_share:g} is outside (0, 1]")
-    if args.compare_every is None and args.method == "end-to-end":
-        if "along_share" in changed:
-            args.notes.append("--along-share has no effect without --compare-every")
-        args.along_share = None
+    if args.pool is not None and args.pool < args.global_batch_size:
+        parser.error(f"--pool {args.pool} is less than a batch; give --global-batch-size or more")
     if args.method == "l2c":
         args.cfg_scale, args.vae, args.num_works = 1.0, args.vae or "ema", args.num_works or 0
     elif args.cfg_scale is None:
@@ -170,7 +162,7 @@ def complete_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace
 # Flags of others that a method does not read.
 _OF_L2C = ("data", "every_row", "vae", "num_works")
 _OF_HARMONICA = ("proxy", "lambda_c", "rollout")
-_OF_BEYOND = ("terms", "init", "compare_every", "along_share", "window", "open_share", "keep_activations")
+_OF_BEYOND = ("terms", "init", "pool", "window", "open_share", "keep_activations")
 UNREAD = {
     "harmonica": (*_OF_L2C, *_OF_BEYOND),
     "l2c": ("cfg_scale", *_OF_HARMONICA, *_OF_BEYOND),

@@ -52,10 +52,21 @@ def test_what_a_run_leaves(uninterrupted):
     assert (folder / "schedule.png").exists()
 
 
-@pytest.mark.parametrize("stop", [7, 14, 19])
-def test_killed_and_resumed_ends_bit_for_bit_the_same(uninterrupted, tmp_path, monkeypatch, stop):
+@pytest.fixture(scope="module")
+def from_pool(tmp_path_factory):
+    """The same run on batches drawn by importance."""
+    results = tmp_path_factory.mktemp("pooled")
+    run(*TRAIN, "--results-dir", results, "--max-steps", STEPS, "--ckpt-every", EVERY, "--pool", 8)
+    return results
+
+
+@pytest.mark.parametrize(("stop", "pool"), [(7, []), (14, []), (19, []), (14, ["--pool", 8])])
+def test_killed_and_resumed_ends_bit_for_bit_the_same(
+    uninterrupted, from_pool, tmp_path, monkeypatch, stop, pool
+):
     """Ended within the growing of a candidate, within the exchanges, among the updates."""
-    arguments = [*TRAIN, "--results-dir", tmp_path, "--max-steps", STEPS, "--ckpt-every", EVERY]
+    arguments = [*TRAIN, "--results-dir", tmp_path, "--max-steps", STEPS, "--ckpt-every", EVERY, *pool]
+    uninterrupted = from_pool if pool else uninterrupted
     done = iter(range(stop))
     with monkeypatch.context() as patch:
         original = train_router.Run.step_done
@@ -75,9 +86,11 @@ def test_killed_and_resumed_ends_bit_for_bit_the_same(uninterrupted, tmp_path, m
 
 
 @pytest.mark.slow
-def test_two_processes_train_the_same_router(uninterrupted, tmp_path):
-    arguments = ["--results-dir", tmp_path, "--max-steps", STEPS, "--ckpt-every", EVERY]
+@pytest.mark.parametrize("pool", [[], ["--pool", 8]])
+def test_two_processes_train_the_same_router(uninterrupted, from_pool, tmp_path, pool):
+    arguments = ["--results-dir", tmp_path, "--max-steps", STEPS, "--ckpt-every", EVERY, *pool]
     torchrun(2, *TRAIN, *arguments)
+    uninterrupted = from_pool if pool else uninterrupted
     one, two = router_in(uninterrupted), router_in(tmp_path)
     assert torch.equal(one.logits, two.logits)
     # Stored outputs are nearly collinear: rounding moves weights, but hardly what they make.
@@ -122,8 +135,8 @@ def test_a_schedule_of_other_steps_as_a_start(uninterrupted, tmp_path):
 
 def test_options_for_scale_train(tmp_path):
     options = [
-        "--compare-every",
-        2,
+        "--pool",
+        4,
         "--window",
         2,
         "--open-share",
@@ -162,6 +175,7 @@ def test_wrong_flags_are_refused(tmp_path):
     base = [argument for argument in TRAIN if argument not in ("--target-speedup", 1.7)]
     text = run(*base, "--results-dir", tmp_path, status=2)
     assert "needs --target-speedup or --target-cur" in text
+    assert "--pool 1 is less than a batch" in run(*TRAIN, "--pool", 1, status=2)
     assert "0 is outside (0, 1]" in run(*TRAIN, "--open-share", 0, status=2)
     assert "invalid choice" in run(*TRAIN, "--terms", 4, status=2)
     with_l2c = ["train_router.py", "--method", "harmonica", "--terms", 2, "--target-cur", 7]

@@ -7,14 +7,12 @@ import torch
 from conftest import relative_error
 
 from baselines import fora_schedule, random_schedule
-from cache import FittingCache
 from objectives import Paired
 from router import Schedule, weights_read
 from sampling import build_model, generate
 from search import (
     Budget,
     best_of,
-    compared_along,
     exchanged,
     fit,
     grown,
@@ -149,20 +147,6 @@ def test_fitting_beats_plain_reuse_and_predicts_sampling(tiny_model, ten_steps):
     assert plain_error == pytest.approx((plain - paired.states[0]).square().mean().item(), rel=1e-3)
     everything = torch.ones(10, 4, dtype=torch.bool)
     assert best_of(paired, [compute, everything], 2, lambda t: t) is everything
-
-
-def test_errors_along_the_way_weigh_alike_where_steps_are_regular(tiny_model, ten_steps, tiny_batch):
-    paired = Paired.draw(tiny_model, ten_steps, *tiny_batch, 1.5)
-    budget = Budget.of(Target("speedup", 2.0, tiny_model, 10), 3)
-    along = compared_along(paired, 3, 0.6, budget, lambda t: t)
-    assert list(along.compare) == [0, 3, 6, 9]
-    assert along.compare[0] == 1
-    assert along.compare[9] == 0  # the first step is computed, there is no error
-    (regular,) = budget.skeletons(10, 1.0, warps=(1.0,))
-    errors = [one.mean().item() for one in along.errors(FittingCache(regular, 3))]
-    terms = [weight * one for weight, one in zip(along.compare.values(), errors, strict=True)]
-    assert terms[:3] == pytest.approx([errors[0], 0.2 * errors[0], 0.2 * errors[0]])
-    assert fit(along, regular, 3).error == pytest.approx(1.4 * fit(paired, regular, 3).error)
 
 
 def test_a_step_of_unit_length_matters_equally(tiny_model, ten_steps, tiny_batch):
