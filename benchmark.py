@@ -5,9 +5,10 @@
     python benchmark.py --model DiT-B/2 --batch-size 1 --num-sampling-steps 10 --train
 
 A method is `none`, `fora:2`, `random:0.375`, `fewer-steps:10`, any other value of `--accelerate-method` with
-its number or file, or a router file or name alone; `none` is always measured, and so is `loop`, which calls
-`model.forward_with_cfg` step by step. Weights are random: speed does not depend on them. Everything takes
-turns (A B A B); the figures are medians over repeats. The last line is JSON, `--output` writes it to a file.
+its number or file, or a router file or name alone; `none` is always measured, and without --compile and
+--cuda-graph so is `loop`, which calls `model.forward_with_cfg` step by step. Weights are random: speed does
+not depend on them. Everything takes turns (A B A B); the figures are medians over repeats. The last line is
+JSON, `--output` writes it to a file.
 `speedup_latency` is the median ratio to the neighbouring run of `none`; `ratio` is what is left of the
 speed-up that the MACs promise. With `--train`: an update of router training, and a refresh of lambda, in
 forward passes.
@@ -54,7 +55,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="the last line, indented")
     execution.add_arguments(parser)
     cli.add_device_arguments(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.train:
+        unread = [name for name in ("methods", *execution.FLAGS) if getattr(args, name)]
+        unread += [name for name in ("batch_size", "num_sampling_steps") if len(getattr(args, name)) > 1]
+        if unread:
+            parser.error(
+                f"--train takes one batch size and number of steps, and no --{unread[0].replace('_', '-')}"
+            )
+    return args
 
 
 def load_methods(args: argparse.Namespace, model: DiT, num_steps: str) -> dict[str, Method]:
@@ -81,10 +90,11 @@ def card(args: argparse.Namespace, model: DiT, device: torch.device, dtype: torc
     tokens = (model.input_size // model.patch_size) ** 2
     width = model.branch_size // tokens
     kinds = branch_types(model.branches)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    of_branch = [bytes / 2**20 for bytes in execution.branch_weight_bytes(model, args.quantize)]
     return {
-        "parameters": parameters,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "weights_mb": execution.weight_bytes(model, args.quantize) / 2**20,
+        "weights_mb_of_branch": dict(zip(kinds, of_branch, strict=False)),
         "gmacs_per_step": rows * (sum(model.branch_macs) + model.other_macs) / 1e9,
         "gmacs_of_branch": {kind: rows * model.branch_macs[k] / 1e9 for k, kind in enumerate(kinds)},
         "branch_output_mb": rows * model.branch_size * dtype.itemsize / 2**20,
@@ -93,11 +103,10 @@ def card(args: argparse.Namespace, model: DiT, device: torch.device, dtype: torc
     }
 
 
-def floor_seconds(facts: dict, macs: float, num_steps: int) -> float:
-    """No run is shorter: its products at the ceiling, or the weights read once a step."""
+def floor_seconds(facts: dict, macs: float, weights_read: float) -> float:
+    """No run is shorter: its products at the ceiling, or the weights (bytes) of computed branches read."""
     products = macs / (facts["matmul_gmacs_per_second"] * 1e9)
-    reads = num_steps * facts["weights_mb"] * 2**20 / (facts["copy_gb_per_second"] * 1e9)
-    return max(products, reads)
+    return max(products, weights_read / (facts["copy_gb_per_second"] * 1e9))
 
 
 def sampling_rows(
@@ -119,12 +128,16 @@ def sampling_rows(
     if not args.compile and not args.cuda_graph:
         plain = chosen["none"].diffusion
         runs[LOOP] = lambda: training_cost.plain_loop(model, plain, labels, noise, args.cfg_scale)
-    times = dict(zip(runs, in_turn(list(runs.values()), args.repeats, device), strict=True))
-    passes, rows, x_0 = 1 if args.cfg_scale == 1 else 2, [], {}
-    for name, run in runs.items():
-        method = chosen.get(name, chosen["none"])
+    x_0, peaks = {}, {}
+    for name, run in runs.items():  # the warm-up, which captures where it does
         reset_peak_memory(device)
-        x_0[name], peak = run(), peak_memory(device)
+        x_0[name] = run()
+        peaks[name] = peak_memory(device)
+    times = dict(zip(runs, in_turn(list(runs.values()), args.repeats, device, warm_up=0), strict=True))
+    passes, rows = 1 if args.cfg_scale == 1 else 2, []
+    weights = torch.tensor(execution.branch_weight_bytes(model, args.quantize), dtype=torch.float64)
+    for name in runs:
+        method = chosen.get(name, chosen["none"])
         schedule, steps = method.schedule, method.diffusion.num_timesteps
         full = steps * (sum(model.branch_macs) + model.other_macs)
         macs = batch * passes * (full if schedule is None else schedule.macs(model))
@@ -135,9 +148,11 @@ def sampling_rows(
         row["speedup_macs"] = method.speedup_macs(model, chosen["none"].diffusion.num_timesteps)
         row["ratio"] = row["speedup_latency"] / row["speedup_macs"]
         row["of_ceiling"] = macs / seconds / (facts["matmul_gmacs_per_second"] * 1e9)
-        row["floor_ms"] = 1000 * floor_seconds(facts, macs, steps)
+        read = steps * weights.sum() if schedule is None else (schedule.compute.double() @ weights).sum()
+        row["floor_ms"] = 1000 * floor_seconds(facts, macs, read.item())
         row["cache_mb"] = cache_bytes(args, model, method, batch * passes) / 2**20
-        row["peak_mb"] = peak / 2**20
+        if device.type == "cuda":  # of a process on a CPU it says nothing about one method
+            row["peak_mb"] = peaks[name] / 2**20
         rows.append(row)
     if LOOP in x_0:
         rows[0]["mse_to_loop"] = mse(x_0["none"], x_0[LOOP])
@@ -163,7 +178,7 @@ COLUMNS = (
     ("of ceiling", lambda row: f"{100 * row['of_ceiling']:.0f} %"),
     ("floor ms", lambda row: f"{row['floor_ms']:,.1f}"),
     ("cache MB", lambda row: f"{row['cache_mb']:,.1f}"),
-    ("peak MB", lambda row: f"{row['peak_mb']:,.0f}"),
+    ("peak MB", lambda row: f"{row['peak_mb']:,.0f}" if "peak_mb" in row else "-"),
 )
 TRAINING_COLUMNS = (
     ("case", lambda row: row["case"]),
@@ -190,8 +205,8 @@ def main(args: argparse.Namespace) -> None:
     model = load_model(
         args.model, image_size=args.image_size, device=device, dtype=dtype, random_weights=True
     )
-    named = (*execution.FLAGS, "model", "cfg_scale", "repeats")
-    result = {name: getattr(args, name) for name in named} | {"image_size": pixels_of(model)}
+    result = {name: getattr(args, name) for name in ("model", "cfg_scale", "repeats")}
+    result["image_size"] = pixels_of(model)
     result |= {"precision": precision, "hardware": cli.hardware(device), "torch": torch.__version__}
     title = f"{args.model}, {pixels_of(model)} px, {precision} on {result['hardware']}, batch "
     result["cards"] = {batch: card(args, model, device, dtype, batch) for batch in args.batch_size}
@@ -207,7 +222,8 @@ def main(args: argparse.Namespace) -> None:
             found = sampling_rows(args, model, generate, *setting)
             print_columns(found, COLUMNS)
             rows += found
-    result["rows"] = rows
+    result |= {name: getattr(args, name) for name in execution.FLAGS}  # as they took effect
+    result |= {"peak_mb_of_process": peak_memory("cpu") / 2**20, "rows": rows}
     if args.output:
         with replacing(args.output) as temporary:
             temporary.write_text(json.dumps(result, indent=1) + "\n")

@@ -2,7 +2,7 @@
 
 A policy is called as `cache(branch, compute)` by every branch of the model and returns the branch output
 (before its gate). It lives for one trajectory, starts with an empty store, and learns from the sampling loop
-which step it is at (`cache.step = i`, a Python int). Nothing is ever read back from the device. `computed`
+which step it is at (`cache.step = i`, a Python int). Static and soft never wait for the device. `computed`
 says beforehand at which steps a policy computes which branches, None: everywhere.
 
 | policy | branch output | store |
@@ -29,10 +29,17 @@ Outputs = tuple[Tensor, ...]  # of one branch, the last computed one first
 
 def combined(outputs: Outputs, weights: Sequence[float] | Tensor) -> Tensor:
     """`sum_k weights[k] * outputs[k]` over the outputs that there are."""
-    total = outputs[0] * weights[0]
+    total = _times(outputs[0], weights[0])
     for output, weight in zip(outputs[1:], weights[1:], strict=False):
-        total = total + output * weight
+        total = total + _times(output, weight)
     return total
+
+
+def _times(output: Tensor, weight: float | Tensor) -> Tensor:
+    """Rounded once, at the end, whatever the weight is: a tensor of no dimensions would be rounded first."""
+    if isinstance(weight, Tensor) and weight.dtype != output.dtype:
+        return (output * weight.view([1] * output.ndim)).to(output.dtype)
+    return output * weight
 
 
 class _Store:
@@ -108,7 +115,7 @@ class FittingCache(_Store):
         if stored:
             weights = self._solve(branch, stored, output)
             if not self._compute[step][branch]:
-                return combined(stored, weights.to(output.dtype).tolist())
+                return combined(stored, weights.tolist())
         self._stored[branch] = (output, *stored[: num_terms - 1])
         return output
 
@@ -166,7 +173,7 @@ class GatedCache(_Store):
             output = compute()
             self._stored[branch] = (output, *stored[: self._num_terms - 1])
             return output
-        reused = combined(stored, self._weights[self.step][branch].to(stored[0].dtype))
+        reused = combined(stored, self._weights[self.step][branch])
         if not soft:
             return reused
         output = compute()

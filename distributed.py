@@ -50,7 +50,7 @@ def start(device: str | None = None, patience: timedelta | None = None) -> Proce
         torch.cuda.set_device(chosen)
         dist.init_process_group("nccl", timeout=patience, device_id=chosen)
     else:
-        chosen = choose_device("cpu")
+        chosen = choose_device(device or "cpu")
         dist.init_process_group("gloo", timeout=patience)
     return Processes(rank, world_size, chosen)
 

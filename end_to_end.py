@@ -23,7 +23,7 @@ from tqdm import tqdm
 import distributed
 import search
 from cache import GatedCache
-from importance import draw, inclusion
+from importance import inclusion, systematic_sample
 from objectives import Paired, TrainStep, toggle_effects
 from rounds import Rounds
 from router import Router, Schedule, load_router, weights_read
@@ -109,7 +109,7 @@ class EndToEndTraining(Training):
 class EndToEnd(Rounds):
     """Needs no images."""
 
-    steps_per_round = steps_per_epoch = 1
+    steps_per_round = 1
     extra_steps = 0.0  # the budget is met by construction
 
     def __init__(self, args, processes, model, diffusion):
@@ -127,6 +127,10 @@ class EndToEnd(Rounds):
                 f"--max-steps {args.max_steps} ends within the search, which takes "
                 f"{self.num_growths + EXCHANGES}; give more"
             )
+
+    @property
+    def total_steps(self) -> int:
+        return self.args.max_steps
 
     @property
     def name(self) -> str:
@@ -156,8 +160,10 @@ class EndToEnd(Rounds):
         if self._pool is None or self._pool[0] != first:
             self._pool = first, self._inclusion(first)
         args, processes = self.args, self.processes
-        indices, importance = draw(self._pool[1], sample_generator(args.global_seed, TRAINING_STREAM, number))
-        own = slice(processes.rank, None, processes.world_size)
+        generator = sample_generator(args.global_seed, TRAINING_STREAM, number)
+        indices, importance = systematic_sample(self._pool[1], generator)
+        local = len(indices) // processes.world_size
+        own = slice(processes.rank * local, (processes.rank + 1) * local)
         keys = ((TRAINING_STREAM, first, index) for index in indices[own].tolist())
         paired = self._paired([sample_generator(args.global_seed, *key) for key in keys])
         return dataclasses.replace(paired, importance=importance[own].to(processes.device))

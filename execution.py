@@ -41,20 +41,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def prepare(args: argparse.Namespace, model: DiT, device: torch.device) -> Callable[..., Tensor]:
     """Quantise and compile `model` in place; returns what stands for `sampling.generate`.
 
-    Raises ValueError where the device or the installation cannot do it.
+    args.cuda_graph becomes what is done. Raises ValueError where the device or the installation cannot do it.
     """
     if args.quantize:
         quantize(model, args.quantize, device)
     if args.compile:
         compile_branches(model, device)
-    captured = args.cuda_graph
-    if captured is None:
-        captured = args.compile and device.type == "cuda"
-    if captured and device.type != "cuda":
+    if args.cuda_graph is None:
+        args.cuda_graph = args.compile and device.type == "cuda"
+    if args.cuda_graph and device.type != "cuda":
         raise ValueError(f"--cuda-graph needs a GPU, not --device {device}; leave it out")
-    return partial(
-        CapturedGenerate() if captured else generate, cache_dtype=CACHE_DTYPES.get(args.cache_dtype)
-    )
+    run = CapturedGenerate() if args.cuda_graph else generate
+    return partial(run, cache_dtype=CACHE_DTYPES.get(args.cache_dtype))
 
 
 def compile_branches(model: DiT, device: torch.device) -> None:
@@ -88,8 +86,8 @@ def _recomputed(branch: Callable[..., Tensor], x: Tensor, modulation: Modulation
 def quantize(model: DiT, kind: str, device: torch.device) -> None:
     """Quantise the linear layers of all branches in place, not those of the conditioning.
 
-    int8wo: 8-bit weights, products in the model's dtype. int8: activations in 8 bits too, per token. fp8: the
-    same in float8, on a GPU of compute capability 8.9 or later.
+    int8wo: 8-bit weights, products in the model's dtype. int8: activations in 8 bits too, per token, so that
+    no sample depends on its batch. fp8: the same in float8, of bfloat16 on a GPU of compute capability 8.9.
     """
     try:
         from torchao import quantization
@@ -97,26 +95,35 @@ def quantize(model: DiT, kind: str, device: torch.device) -> None:
         raise ValueError(f"--quantize {kind} needs torchao; install it with `pip install torchao`") from None
     if kind == "fp8" and not (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)):
         raise ValueError(f"--quantize fp8 needs a GPU of compute capability 8.9, not {device}; take int8")
+    if kind == "fp8" and next(model.parameters()).dtype != torch.bfloat16:
+        raise ValueError("--quantize fp8 needs weights in bfloat16; add --precision bf16")
     config = {
         "int8wo": quantization.Int8WeightOnlyConfig,
         "int8": quantization.Int8DynamicActivationInt8WeightConfig,
-        "fp8": quantization.Float8DynamicActivationFloat8WeightConfig,
+        "fp8": partial(
+            quantization.Float8DynamicActivationFloat8WeightConfig, granularity=quantization.PerRow()
+        ),
     }[kind]()
 
-    quantization.quantize_(model, config, _is_quantized)
+    for block in model.blocks:
+        for branch in (block.attn, block.mlp):
+            quantization.quantize_(branch, config)
 
 
-def _is_quantized(module: nn.Module, name: str) -> bool:
-    return isinstance(module, nn.Linear) and name.startswith("blocks.") and "adaLN" not in name
+def branch_weight_bytes(model: DiT, quantization: str | None = None) -> list[int]:
+    """What the linear layers of every branch take, (B,), before or after `quantize`; scales left out."""
+    found = []
+    for block in model.blocks:
+        for branch in (block.attn, block.mlp):
+            weights = [module.weight for module in branch.modules() if isinstance(module, nn.Linear)]
+            found.append(sum(one.numel() if quantization else one.nbytes for one in weights))
+    return found
 
 
 def weight_bytes(model: DiT, quantization: str | None = None) -> int:
-    """What all weights take in memory, before or after `quantize`; without the scales of a row each."""
-    total = sum(parameter.nbytes for parameter in model.parameters())
-    if quantization:
-        linears = [module.weight for name, module in model.named_modules() if _is_quantized(module, name)]
-        total -= sum(weight.nbytes - weight.numel() for weight in linears)
-    return total
+    """What all weights take."""
+    saved = sum(branch_weight_bytes(model)) - sum(branch_weight_bytes(model, quantization))
+    return sum(parameter.nbytes for parameter in model.parameters()) - saved
 
 
 class CapturedGenerate:

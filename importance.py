@@ -26,8 +26,8 @@ def inclusion(sizes: Tensor, n: int) -> Tensor:
         certain |= beyond
 
 
-def draw(probabilities: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Systematic sampling: n different indices, and what each weighs in their mean, (n,) both.
+def systematic_sample(probabilities: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """n different indices, and what each weighs in their mean, (n,) both.
 
     mean(weights * value[indices]) has the expectation mean(value), whatever the value.
     """

@@ -340,7 +340,7 @@ def toggle_effects(
 
     compute: bool (T, B); weights: (T, B, K), those of computed cells too. generators: of v, one per sample.
     soft: the cells asked about (None: all but the first step's); others are 0. store_gradient: whether later
-    readers of the store count, as they do where their weights stay as they are.
+    readers of the store count, as they do where they take its last output (scaled at most).
     """
     n = len(paired.noise)
     if soft is None:

@@ -4,7 +4,7 @@
 |---|---|---|
 | `harmonica` | a trajectory from fresh noise (SDT), lambda refreshed before it where due | T |
 | `l2c` | a pair of steps on a batch of data | 1 |
-| `end-to-end` | a step of the search, then an update of all weights of reuse (`end_to_end.py`) | 1 |
+| `end-to-end` | a step of the search, or an update of all weights of reuse (`end_to_end.py`) | 1 |
 
 A round's noise, labels and data depend on the seed, the round's number and the sample's index alone: not on
 the number of processes, nor on interruptions.
@@ -48,6 +48,11 @@ class Rounds:
             straight_through=args.router_train == "ste",
             one_step=args.rollout == "one-step",
         )
+
+    @property
+    def total_steps(self) -> int:
+        """Train steps of a run."""
+        return min(self.args.epochs * self.steps_per_epoch, self.args.max_steps)
 
     @property
     def name(self) -> str:

@@ -203,7 +203,6 @@ def generate(
     schedule: Schedule | None = None,
     eta: float = 0.0,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
-    progress: bool = False,
     cache_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Denoise `noise` (n, C, H, W) under `labels` (n,) to x_0 (n, C, H, W).
@@ -217,14 +216,7 @@ def generate(
     steps = sample_loop(
         model, diffusion, labels, noise, cfg_scale, sampler, schedule, eta, generator, cache_dtype
     )
-    bar = tqdm(
-        steps,
-        total=diffusion.num_timesteps,
-        desc="denoising",
-        leave=False,
-        disable=None if progress else True,
-    )
-    *_, (_, x_0) = bar
+    *_, (_, x_0) = steps
     return x_0
 
 

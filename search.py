@@ -123,6 +123,8 @@ def grown(compute: Tensor, effects: Tensor, budget: Budget, goal: float) -> Tens
         cell = divmod(index, compute.shape[1])
         if cell[0] == len(compute) - 1 or compute[cell] == opening or (not opening and spent <= goal):
             continue
+        if opening and per_cost[cell] == torch.inf:
+            break  # nobody asked about it: left for another step of the search
         compute[cell] = opening
         after = budget.spent(compute)
         if opening and after > goal:

@@ -71,7 +71,10 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     training = parser.add_argument_group("training")
     training.add_argument("--lr", type=cli.positive, help="default 0.01, l2c 0.001, end-to-end 0.1")
     training.add_argument(
-        "--epochs", type=cli.positive_int, default=2000, help="trajectories; l2c: passes of the data"
+        "--epochs",
+        type=cli.positive_int,
+        default=2000,
+        help="trajectories; l2c: passes of the data; not end-to-end",
     )
     training.add_argument(
         "--max-steps", type=cli.positive_int, help="train steps; ends the run (default 20000, end-to-end 100)"
@@ -166,5 +169,14 @@ _OF_BEYOND = ("terms", "init", "pool", "window", "open_share", "keep_activations
 UNREAD = {
     "harmonica": (*_OF_L2C, *_OF_BEYOND),
     "l2c": ("cfg_scale", *_OF_HARMONICA, *_OF_BEYOND),
-    "end-to-end": (*_OF_L2C, *_OF_HARMONICA, "l1", "cost", "data_loss", "router_train", "ste_threshold"),
+    "end-to-end": (
+        *_OF_L2C,
+        *_OF_HARMONICA,
+        "epochs",
+        "l1",
+        "cost",
+        "data_loss",
+        "router_train",
+        "ste_threshold",
+    ),
 }

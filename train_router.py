@@ -110,7 +110,7 @@ class Run:
         self.rounds = METHODS[args.method](args, processes, model, diffusion)
         target = choose_target(args, model, diffusion)
         self.training = self.rounds.new_training(target)
-        self.total = min(args.epochs * self.rounds.steps_per_epoch, args.max_steps)
+        self.total = self.rounds.total_steps
         self.last = self.total + (int(self.total * self.rounds.extra_steps) if target else 0)
         self.window = Window()
         self.folder: Path | None = None  # rank 0's alone

@@ -12,13 +12,13 @@ import numpy as np
 from baselines import random_schedule
 from models import DiT
 from sampling import DIGITS_MODEL, load_model
-from tables import MAIN_SPEED
+from tables import FRESH, MAIN_SPEED
 
 ROOT = Path(__file__).parents[1]
 RANDOM_CURS = np.arange(0.005, 0.9, 0.0025)  # among which `random` finds a speed
 ABLATION_STEPS = README_STEPS = 10  # both at MAIN_SPEED; the README's rows have more samples
 FORECAST = "end-to-end+forecast"
-FRESH_SEED = 20261125  # of samples that nobody looked at before every setting was chosen
+FRESH_SEED = 20261126  # of samples that nobody looked at before every setting was chosen
 MILD = 1.25  # a third speed for Learning-to-Cache, which can reuse every other step at most
 
 
@@ -70,12 +70,13 @@ class Scale:
     repeats: int  # of the latency
     ablations: bool
     beyond: dict[int, tuple[int, int]]  # end-to-end: train steps and batch
+    pools: dict[int, int]  # and --pool
     longer: dict[tuple, int] = field(default_factory=dict)  # (name, T) or (name, T, speed)
 
 
 FULL = Scale(
     2000, 5000, {10: 3, 20: 3, 50: 1}, SPEEDS, {10: 100, 20: 50, 50: 40}, 0.1, 9, True,
-    {10: (57, 24), 20: (77, 24), 50: (47, 8)},
+    {10: (57, 24), 20: (77, 24), 50: (47, 8)}, {20: 1024},
     {
         ("l2c", 20): 100, ("l2c", 50): 80, ("harmonica-paper", 50): 80,
         ("harmonica-paper", 20, 2.77): 100, ("harmonica-paper", 20, 3.1): 100,
@@ -83,7 +84,7 @@ FULL = Scale(
 )  # fmt: skip
 QUICK = Scale(
     200, 200, {10: 1, 20: 1, 50: 1}, {steps: speeds[2:3] for steps, speeds in SPEEDS.items()},
-    {10: 30, 20: 20, 50: 12}, 0.2, 1, False, {10: (37, 8), 20: (27, 4), 50: (22, 4)},
+    {10: 30, 20: 20, 50: 12}, 0.2, 1, False, {10: (37, 8), 20: (27, 4), 50: (22, 4)}, {},
 )  # fmt: skip
 
 
@@ -149,7 +150,7 @@ class Plan:
     def row(self, method: str, num_steps: int, flags: list, router: str | None = None, **facts) -> None:
         """A row; facts (speed, train_seed, group, variant, cfg_scale, sampler) go into it as they are.
 
-        A row of group `fresh-seed` is drawn from FRESH_SEED, and of three times the samples.
+        A row of group FRESH is drawn from FRESH_SEED, and of three times the samples.
         """
         cfg_scale, sampler = facts.pop("cfg_scale", 1.0), facts.pop("sampler", "ddim")
         id = "-".join(str(part) for part in (method, f"T{num_steps}", *facts.values()) if part is not None)
@@ -157,7 +158,7 @@ class Plan:
         shown = method == "uncached" or (facts.get("speed") == MAIN_SPEED and "group" not in facts)
         shown = shown and num_steps == README_STEPS and sampler == "ddim"
         samples = self.scale.samples_in_readme if shown and cfg_scale == 1 else self.scale.samples
-        fresh = facts.get("group") == "fresh-seed"
+        fresh = facts.get("group") == FRESH
         samples = 3 * samples if fresh else samples
         arguments = ["--num-sampling-steps", num_steps, "--cfg-scale", cfg_scale, "--samples", samples]
         arguments += (["--p-sample"] if sampler == "ddpm" else []) + flags
@@ -213,6 +214,8 @@ class Plan:
         arguments = ["--method", "end-to-end", "--model", DIGITS_MODEL, "--num-sampling-steps", num_steps]
         arguments += ["--cfg-scale", 1, "--target-speedup", speed.target, "--global-seed", seed]
         arguments += ["--max-steps", flags.pop("--max-steps", steps), "--global-batch-size", batch]
+        if name == FORECAST and num_steps in self.scale.pools:
+            arguments += ["--pool", self.scale.pools[num_steps]]
         arguments += ["--keep-activations", *(word for flag in flags.items() for word in flag)]
         self.tasks.setdefault(id, Task(id, tuple(map(str, arguments)), is_training=True))
         facts = {"speed": f"{speed.target:g}", "train_seed": seed} | facts
@@ -235,10 +238,13 @@ class Plan:
             self.end_to_end(num_steps, speed, 0, "end-to-end", ("--terms", 0, "--max-steps", 22))
 
     def fresh(self, num_steps: int) -> None:
-        """The end-to-end rows and the best of the others once more, at a sampling seed of their own."""
+        """The end-to-end rows and the best of the others once more, at a sampling seed of their own.
+
+        And what batches drawn uniformly make of the end-to-end rows.
+        """
         taylor = "--accelerate-method taylor-fora --interval {} --order {}"
         for speed in self.scale.speeds[num_steps]:
-            facts = {"speed": f"{speed.target:g}", "group": "fresh-seed"}
+            facts = {"speed": f"{speed.target:g}", "group": FRESH}
             if speed.target == MILD:
                 router = f"l2c-T{num_steps}-speedup{speed.l2c_target:g}-s0"
                 self.row("l2c", num_steps, dynamic("l2c"), router, train_seed=0, **facts)
@@ -248,6 +254,7 @@ class Plan:
             for seed in range(self.scale.seeds[num_steps]):
                 router = f"{FORECAST}-T{num_steps}-speedup{speed.target:g}-s{seed}"
                 self.row(FORECAST, num_steps, dynamic(), router, train_seed=seed, **facts)
+            self.end_to_end(num_steps, speed, 0, f"{FORECAST}-uniform", group=FRESH)
 
     def ingredients(self) -> None:
         """Ablations of end-to-end training at T = 10 and one speed, and its routers elsewhere."""
@@ -259,6 +266,7 @@ class Plan:
             ("window-5", ("--window", 5)),
             ("window-2", ("--window", 2)),
             ("open-share-0.25", ("--open-share", 0.25)),
+            ("pool-1024", ("--pool", 1024)),
             ("from-50-steps", ("--init", self.routers / f"{FORECAST}-T50-speedup1.96-s0.safetensors")),
         ):
             facts = {"group": "end-to-end", "variant": variant}
@@ -403,7 +411,7 @@ def plan(folder: Path, scale: Scale) -> list[Task]:
         tasks.beyond(num_steps)
     if scale.ablations:
         tasks.ingredients()
-        tasks.fresh(20)  # where a row of the other seed was seen before the length of training was chosen
+        tasks.fresh(20)  # where a row of the other seed was seen before settings were chosen
     return list(tasks.tasks.values())
 
 

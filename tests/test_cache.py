@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 
@@ -154,9 +156,11 @@ def test_weights_that_copy_are_plain_reuse_bit_for_bit(tiny_model, ten_steps, ti
 
 @pytest.mark.parametrize("num_terms", [1, 3])
 @pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gates_at_zero_and_one_are_static_bit_for_bit(
-    tiny_model, ten_steps, tiny_batch, num_terms, per_sample
+    tiny_model, ten_steps, tiny_batch, num_terms, per_sample, dtype
 ):
+    model = copy.deepcopy(tiny_model).to(dtype)
     schedule = Schedule(random_schedule(10, 4).compute, weights=random_weights(num_terms))
     gates = schedule.compute.float()
     gates = gates[..., None].repeat(1, 1, 3) if per_sample else gates
@@ -174,12 +178,12 @@ def test_gates_at_zero_and_one_are_static_bit_for_bit(
 
     gated = counted(GatedCache(gates, schedule.weights), calls)
     static = counted(StaticCache(schedule), plain_calls)
-    outputs = [trajectory(tiny_model, ten_steps, tiny_batch, cache) for cache in (gated, static)]
+    outputs = [trajectory(model, ten_steps, tiny_batch, cache) for cache in (gated, static)]
     assert torch.equal(*outputs)
     assert calls == plain_calls
     # Blending at 0 and 1 computes what it does not need, and changes nothing either.
     soft = GatedCache(gates, schedule.weights, soft=torch.ones(10, 4, dtype=torch.bool))
-    assert torch.equal(trajectory(tiny_model, ten_steps, tiny_batch, soft), outputs[0])
+    assert torch.equal(trajectory(model, ten_steps, tiny_batch, soft), outputs[0])
 
 
 def test_half_a_gate_blends_the_output_and_the_store():

@@ -15,7 +15,7 @@ from baselines import fora_schedule, forecast, random_schedule
 from cache import StaticCache
 from denoiser import Denoiser
 from diffusion import create_diffusion
-from execution import compile_branches, quantize, recompute_branches, weight_bytes
+from execution import branch_weight_bytes, compile_branches, quantize, recompute_branches, weight_bytes
 from objectives import train_trajectory
 from router import Router, Schedule, find_router, load_router
 from sampling import denoise_loop, draw_step_noise, generate, load_model
@@ -225,3 +225,4 @@ def test_weights_that_are_quantised_count_as_bytes():
     assert weight_bytes(model) == whole
     linears = 12 * width**2 * len(model.blocks)  # qkv 3, projection 1, MLP 8
     assert weight_bytes(model, "int8wo") == whole - 3 * linears
+    assert branch_weight_bytes(model, "int8wo") == [4 * width**2, 8 * width**2] * len(model.blocks)

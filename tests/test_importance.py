@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from importance import draw, inclusion
+from importance import inclusion, systematic_sample
 
 
 def test_inclusion_is_half_even_and_half_in_proportion():
@@ -21,7 +21,7 @@ def test_none_is_drawn_more_than_once():
     assert probabilities[:2].tolist() == [1, 1]
     assert (probabilities[2:] < 1).all()
     assert probabilities.sum().item() == pytest.approx(16)
-    indices, weights = draw(probabilities, torch.Generator().manual_seed(0))
+    indices, weights = systematic_sample(probabilities, torch.Generator().manual_seed(0))
     assert len(set(indices.tolist())) == len(weights) == 16
     assert {0, 1} <= set(indices.tolist())
 
@@ -33,7 +33,7 @@ def test_the_mean_of_batches_is_the_mean_of_the_pool():
     sizes = values * (0.5 + torch.rand(256, generator=generator))
     probabilities, estimates = inclusion(sizes, 16), []
     for _ in range(2000):
-        indices, weights = draw(probabilities, generator)
+        indices, weights = systematic_sample(probabilities, generator)
         estimates.append((weights * values[indices]).mean())
     estimates = torch.stack(estimates)
     uniform = values[torch.randint(256, (2000, 16), generator=generator)].mean(1)
