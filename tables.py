@@ -106,19 +106,19 @@ def comparison_table(rows: list[dict], num_steps: int, speed: str | None = None)
     return table
 
 
-BEYOND = "end-to-end+forecast"
-OURS = (BEYOND, f"{BEYOND}-uniform", "end-to-end", "calibrated-fora", "calibrated-harmonica")
+BEYOND, POOLED = "end-to-end+forecast", "end-to-end+forecast-pool"  # batches by importance
+OURS = (BEYOND, POOLED, "end-to-end", "calibrated-fora", "calibrated-harmonica")
 FRESH = "fresh-seed"
 
 
-def beyond_table(rows: list[dict], group: str | None = None) -> list[list[str]]:
-    """Reuse trained end to end beside the best of all others, at each T and speed; group: FRESH or None."""
+def beyond_table(rows: list[dict], group: str | None = None, method: str = BEYOND) -> list[list[str]]:
+    """A method of ours beside the best of all others, at each T and speed; group: FRESH or None."""
     table = [["steps", "asked", "seeds", "by MACs", "MSE", "best of the others", "ratio", "/ HarmoniCa"]]
     table[0] += ["FD", "lowest of the others", "digits-FID / uncached"]
     chosen = [row for row in rows if (row.get("group") == group if group else is_main(row))]
     every = [g for g in grouped(chosen) if g["speed"]]
     for own in sorted(every, key=lambda g: (-g["num_steps"], float(g["speed"]))):
-        if own["method"] != BEYOND:
+        if own["method"] != method:
             continue
         beside = [g for g in every if (g["num_steps"], g["speed"]) == (own["num_steps"], own["speed"])]
         others = {g["method"]: g["mean"] for g in beside if g["method"] not in OURS}
@@ -256,6 +256,16 @@ def further_tables(rows: list[dict]) -> list[tuple[str, str, list[list[str]]]]:
             "Beyond the paper, fresh samples",
             "The same routers beside the best of the others, on 6,000 samples of a seed kept for this.",
             beyond_table(rows, FRESH),
+        ),
+        (
+            "Batches by importance",
+            "The same training with `--pool 1024`, on the samples of the comparison.",
+            beyond_table(rows, method=POOLED),
+        ),
+        (
+            "Batches by importance, fresh samples",
+            "On the samples kept for this.",
+            beyond_table(rows, FRESH, POOLED),
         ),
         ("Asking for a speed", "train_router.py --target-cur, HarmoniCa at T = 10.", target_table(rows)),
         (

@@ -12,12 +12,12 @@ import numpy as np
 from baselines import random_schedule
 from models import DiT
 from sampling import DIGITS_MODEL, load_model
-from tables import FRESH, MAIN_SPEED
+from tables import BEYOND as FORECAST
+from tables import FRESH, MAIN_SPEED, POOLED
 
 ROOT = Path(__file__).parents[1]
 RANDOM_CURS = np.arange(0.005, 0.9, 0.0025)  # among which `random` finds a speed
 ABLATION_STEPS = README_STEPS = 10  # both at MAIN_SPEED; the README's rows have more samples
-FORECAST = "end-to-end+forecast"
 FRESH_SEED = 20261126  # of samples that nobody looked at before every setting was chosen
 MILD = 1.25  # a third speed for Learning-to-Cache, which can reuse every other step at most
 
@@ -70,13 +70,12 @@ class Scale:
     repeats: int  # of the latency
     ablations: bool
     beyond: dict[int, tuple[int, int]]  # end-to-end: train steps and batch
-    pools: dict[int, int]  # and --pool
     longer: dict[tuple, int] = field(default_factory=dict)  # (name, T) or (name, T, speed)
 
 
 FULL = Scale(
     2000, 5000, {10: 3, 20: 3, 50: 1}, SPEEDS, {10: 100, 20: 50, 50: 40}, 0.1, 9, True,
-    {10: (57, 24), 20: (77, 24), 50: (47, 8)}, {20: 1024},
+    {10: (57, 24), 20: (77, 24), 50: (47, 8)},
     {
         ("l2c", 20): 100, ("l2c", 50): 80, ("harmonica-paper", 50): 80,
         ("harmonica-paper", 20, 2.77): 100, ("harmonica-paper", 20, 3.1): 100,
@@ -84,7 +83,7 @@ FULL = Scale(
 )  # fmt: skip
 QUICK = Scale(
     200, 200, {10: 1, 20: 1, 50: 1}, {steps: speeds[2:3] for steps, speeds in SPEEDS.items()},
-    {10: 30, 20: 20, 50: 12}, 0.2, 1, False, {10: (37, 8), 20: (27, 4), 50: (22, 4)}, {},
+    {10: 30, 20: 20, 50: 12}, 0.2, 1, False, {10: (37, 8), 20: (27, 4), 50: (22, 4)},
 )  # fmt: skip
 
 
@@ -214,8 +213,6 @@ class Plan:
         arguments = ["--method", "end-to-end", "--model", DIGITS_MODEL, "--num-sampling-steps", num_steps]
         arguments += ["--cfg-scale", 1, "--target-speedup", speed.target, "--global-seed", seed]
         arguments += ["--max-steps", flags.pop("--max-steps", steps), "--global-batch-size", batch]
-        if name == FORECAST and num_steps in self.scale.pools:
-            arguments += ["--pool", self.scale.pools[num_steps]]
         arguments += ["--keep-activations", *(word for flag in flags.items() for word in flag)]
         self.tasks.setdefault(id, Task(id, tuple(map(str, arguments)), is_training=True))
         facts = {"speed": f"{speed.target:g}", "train_seed": seed} | facts
@@ -240,7 +237,7 @@ class Plan:
     def fresh(self, num_steps: int) -> None:
         """The end-to-end rows and the best of the others once more, at a sampling seed of their own.
 
-        And what batches drawn uniformly make of the end-to-end rows.
+        And the same training on batches drawn by importance, at both seeds.
         """
         taylor = "--accelerate-method taylor-fora --interval {} --order {}"
         for speed in self.scale.speeds[num_steps]:
@@ -254,7 +251,8 @@ class Plan:
             for seed in range(self.scale.seeds[num_steps]):
                 router = f"{FORECAST}-T{num_steps}-speedup{speed.target:g}-s{seed}"
                 self.row(FORECAST, num_steps, dynamic(), router, train_seed=seed, **facts)
-            self.end_to_end(num_steps, speed, 0, f"{FORECAST}-uniform", group=FRESH)
+                router = self.end_to_end(num_steps, speed, seed, POOLED, ("--pool", 1024))
+                self.row(POOLED, num_steps, dynamic(), router, train_seed=seed, **facts)
 
     def ingredients(self) -> None:
         """Ablations of end-to-end training at T = 10 and one speed, and its routers elsewhere."""
