@@ -226,12 +226,13 @@ class EndToEnd(Rounds):
         errors = torch.stack([
             one.mean() for one in paired.errors(cache, not args.keep_activations, args.window)
         ])  # fmt: skip
-        loss = errors.clamp(min=LEAST_ERROR).log().mean()  # a window of computed steps has none
+        # The loss is the logarithm of the mean over all ranks: the mean of their own logarithms is another.
+        error = distributed.mean(errors.detach().clone())
+        error = error.clamp(min=LEAST_ERROR)  # a window of computed steps has none
         training.optimizer.zero_grad()
-        loss.backward()
+        (errors / error).mean().backward()
         training.optimizer.step()
-        computed = training.table.sum().to(errors)
-        return TrainStep(0, loss.detach(), errors[0].detach(), computed)
+        return TrainStep(0, error.log().mean(), error[0], training.table.sum().to(error))
 
     def _fit(self, paired: Paired, table: Tensor) -> search.Fit:
         return search.fit(paired, table, self.args.terms, distributed.mean)
