@@ -27,7 +27,7 @@ from importance import inclusion, systematic_sample
 from objectives import Paired, TrainStep, toggle_effects
 from rounds import Rounds
 from router import Router, Schedule, load_router, weights_read
-from sampling import TRAINING_STREAM, sample_generator
+from sampling import TRAINING_STREAM, is_latent, sample_generator
 from target import Target
 from training import Training, fresh_moments, set_moments
 
@@ -223,16 +223,19 @@ class EndToEnd(Rounds):
         group["lr"] = search.learning_rate(args.lr, update, self.num_updates)
         gates = training.table.to(paired.noise)
         cache = GatedCache(gates, training.weights())
-        errors = torch.stack([
-            one.mean() for one in paired.errors(cache, not args.keep_activations, args.window)
-        ])  # fmt: skip
+        deviations = paired.deviations(cache, not args.keep_activations, args.window)
+        losses = errors = torch.stack([one.square().mean(1).mean() for one in deviations])
+        if args.moments_weight:
+            in_pixels, count = not is_latent(self.model), args.global_batch_size
+            moments = paired.moments(deviations[0], in_pixels, count, distributed.mean)
+            losses = torch.cat([errors[:1] + args.moments_weight * moments, errors[1:]])
         # The loss is the logarithm of the mean over all ranks: the mean of their own logarithms is another.
-        error = distributed.mean(errors.detach().clone())
-        error = error.clamp(min=LEAST_ERROR)  # a window of computed steps has none
+        of_all = distributed.mean(torch.stack([losses.detach(), errors.detach()]))
+        of_all = of_all.clamp(min=LEAST_ERROR)  # a window of computed steps has none
         training.optimizer.zero_grad()
-        (errors / error).mean().backward()
+        (losses / of_all[0]).mean().backward()
         training.optimizer.step()
-        return TrainStep(0, error.log().mean(), error[0], training.table.sum().to(error))
+        return TrainStep(0, of_all[0].log().mean(), of_all[1, 0], training.table.sum().to(of_all))
 
     def _fit(self, paired: Paired, table: Tensor) -> search.Fit:
         return search.fit(paired, table, self.args.terms, distributed.mean)

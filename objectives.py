@@ -320,6 +320,37 @@ class Paired:
             away = [one * self.importance.sqrt()[:, None] for one in away]
         return away[::-1]
 
+    def moments(
+        self, deviation: Tensor, in_pixels: bool, count: int, reduce: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """How far the images' mean and variance are from the uncached ones': 0-dim, differentiable.
+
+        `count * (mean(change of the mean image ^ 2) + (change of the variance)^2 / variance)`; the variance
+        is one number, the mean squared distance of elements from the uncached mean image. The least squared
+        error has some of both: what cannot be told is left at its mean. deviation: (n, d) of x_0, from
+        `deviations`. in_pixels: values outside [-1, 1] are cut first, as a picture would. count: samples of
+        all ranks, over which `reduce` averages; errors that samples do not share add about their own mean
+        square, whatever it is. Means are weighed by importance. The gradient is that of this rank's samples,
+        to be averaged.
+        """
+        weights = deviation.new_ones(len(deviation), 1)
+        weights = weights if self.importance is None else self.importance[:, None]
+        before = self.states[0].flatten(1)
+        after = before + deviation / weights.sqrt()
+        if in_pixels:
+            before, after = before.clamp(-1, 1), after.clamp(-1, 1)
+        centre = reduce((weights * before).mean(0))
+        variance = reduce((weights * (before - centre).square()).mean())
+        of_mean = _square((weights * (after - before)).mean(0), reduce).mean()
+        gained = weights * ((after - centre).square() - (before - centre).square())
+        return count * (of_mean + _square(gained.mean(), reduce) / variance.clamp(min=1e-12))
+
+
+def _square(own: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+    """The square of the mean of all ranks' `own`; averaged over ranks it has the right gradient, too."""
+    of_all = reduce(own.detach().clone())
+    return 2 * own * of_all - of_all.square()
+
 
 def toggle_effects(
     paired: Paired,

@@ -14,6 +14,7 @@ DEFAULTS = {
     "l2c": {"lr": 0.001, "l1": 5e-6, "max_steps": 20000, "log_every": 100, "ckpt_every": 1000},
     "end-to-end": {
         "lr": 0.1, "max_steps": 100, "log_every": 5, "ckpt_every": 10, "terms": 3, "open_share": 1.0,
+        "moments_weight": 0.0,
     },
 }  # fmt: skip
 
@@ -113,6 +114,13 @@ def add_single_method_arguments(parser: argparse.ArgumentParser) -> None:
         help="draw batches from N samples by importance: more of those that errors lead astray",
     )
     beyond.add_argument(
+        "--moments-weight",
+        type=cli.finite,
+        metavar="W",
+        help="count what reuse does to the images' mean and variance too, W times, while weights are trained "
+        "(default 0)",
+    )
+    beyond.add_argument(
         "--window", type=cli.positive_int, help="steps that gradients of the weights pass (default: all)"
     )
     beyond.add_argument(
@@ -154,6 +162,10 @@ def complete_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace
         parser.error("--l1 0 cannot be adjusted to a target; leave it out")
     if args.open_share is not None and not 0 < args.open_share <= 1:
         parser.error(f"--open-share {args.open_share:g} is outside (0, 1]")
+    if args.moments_weight is not None and args.moments_weight < 0:
+        parser.error(f"--moments-weight {args.moments_weight:g} is no weight; give 0 or more")
+    if args.moments_weight and args.terms == 0:
+        args.notes.append("--moments-weight has no effect with --terms 0: there are no weights to train")
     if args.pool is not None and args.pool < args.global_batch_size:
         parser.error(f"--pool {args.pool} is less than a batch; give --global-batch-size or more")
     if args.method == "l2c":
@@ -165,7 +177,7 @@ def complete_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace
 # Flags of others that a method does not read.
 _OF_L2C = ("data", "every_row", "vae", "num_works")
 _OF_HARMONICA = ("proxy", "lambda_c", "rollout")
-_OF_BEYOND = ("terms", "init", "pool", "window", "open_share", "keep_activations")
+_OF_BEYOND = ("terms", "init", "pool", "moments_weight", "window", "open_share", "keep_activations")
 UNREAD = {
     "harmonica": (*_OF_L2C, *_OF_BEYOND),
     "l2c": ("cfg_scale", *_OF_HARMONICA, *_OF_BEYOND),

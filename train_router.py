@@ -48,7 +48,7 @@ SETTINGS = (
     "method", "model", "image_size", "num_classes", "num_sampling_steps", "cfg_scale",
     "ste_threshold", "l1", "target_cur", "target_speedup", "cost", "lambda_c", "proxy", "data_loss",
     "router_train", "rollout", "data", "every_row", "lr", "global_batch_size", "global_seed", "precision",
-    "terms", "init", "window", "pool", "open_share",
+    "terms", "init", "window", "pool", "moments_weight", "open_share",
 )  # fmt: skip
 METHODS = {"harmonica": Trajectories, "l2c": Pairs, "end-to-end": EndToEnd}
 LOSSES = ("loss", "data_loss", "score_sum")

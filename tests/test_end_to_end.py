@@ -1,6 +1,7 @@
 """Training on the error of the final image: the command, its checkpoints, what it reaches and refuses."""
 
 import json
+import math
 import re
 
 import pytest
@@ -52,15 +53,18 @@ def test_what_a_run_leaves(uninterrupted):
     assert (folder / "schedule.png").exists()
 
 
+POOL_AND_MOMENTS = ["--pool", 8, "--moments-weight", 1]
+
+
 @pytest.fixture(scope="module")
 def from_pool(tmp_path_factory):
-    """The same run on batches drawn by importance."""
+    """The same run on batches drawn by importance, with moments in the objective."""
     results = tmp_path_factory.mktemp("pooled")
-    run(*TRAIN, "--results-dir", results, "--max-steps", STEPS, "--ckpt-every", EVERY, "--pool", 8)
+    run(*TRAIN, "--results-dir", results, "--max-steps", STEPS, "--ckpt-every", EVERY, *POOL_AND_MOMENTS)
     return results
 
 
-@pytest.mark.parametrize(("stop", "pool"), [(7, []), (14, []), (19, []), (14, ["--pool", 8])])
+@pytest.mark.parametrize(("stop", "pool"), [(7, []), (14, []), (19, []), (14, POOL_AND_MOMENTS)])
 def test_killed_and_resumed_ends_bit_for_bit_the_same(
     uninterrupted, from_pool, tmp_path, monkeypatch, stop, pool
 ):
@@ -85,8 +89,23 @@ def test_killed_and_resumed_ends_bit_for_bit_the_same(
     assert torch.equal(whole.weights, resumed.weights)
 
 
+def test_moments_are_trained_on(from_pool, tmp_path):
+    """They move the weights, and the logged loss is that of both; the data loss is the MSE alone."""
+    without = POOL_AND_MOMENTS[:2]
+    run(*TRAIN, "--results-dir", tmp_path, "--max-steps", STEPS, "--ckpt-every", EVERY, *without)
+    assert torch.equal(router_in(from_pool).logits, router_in(tmp_path).logits)
+    assert not torch.equal(router_in(from_pool).weights, router_in(tmp_path).weights)
+    last = []
+    for folder in (from_pool, tmp_path):
+        lines = next(folder.glob("0*/metrics.jsonl")).read_text().splitlines()
+        last.append(json.loads(lines[-1]))
+    # A line is a mean over five train steps, of logarithms; two of them are of the search.
+    gap = [row["loss"] - math.log(row["data_loss"]) for row in last]
+    assert gap[0] > gap[1] + 0.1
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("pool", [[], ["--pool", 8]])
+@pytest.mark.parametrize("pool", [[], POOL_AND_MOMENTS])
 def test_two_processes_train_the_same_router(uninterrupted, from_pool, tmp_path, pool):
     arguments = ["--results-dir", tmp_path, "--max-steps", STEPS, "--ckpt-every", EVERY, *pool]
     torchrun(2, *TRAIN, *arguments)
@@ -137,6 +156,8 @@ def test_options_for_scale_train(tmp_path):
     options = [
         "--pool",
         4,
+        "--moments-weight",
+        1,
         "--window",
         2,
         "--open-share",
@@ -177,6 +198,9 @@ def test_wrong_flags_are_refused(tmp_path):
     assert "needs --target-speedup or --target-cur" in text
     assert "--pool 1 is less than a batch" in run(*TRAIN, "--pool", 1, status=2)
     assert "0 is outside (0, 1]" in run(*TRAIN, "--open-share", 0, status=2)
+    useless = ["--moments-weight", 1, "--terms", 0, "--max-steps", 1]
+    assert "--moments-weight has no effect with --terms 0" in run(*TRAIN, *useless, status=2)
+    assert "-1 is no weight" in run(*TRAIN, "--moments-weight", -1, status=2)
     assert "invalid choice" in run(*TRAIN, "--terms", 4, status=2)
     with_l2c = ["train_router.py", "--method", "harmonica", "--terms", 2, "--target-cur", 7]
     text = run(*with_l2c, "--model", "DiT-digits/2", "--results-dir", tmp_path, status=2)

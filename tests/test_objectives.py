@@ -448,6 +448,81 @@ def test_windows_cut_the_gradient(paired):
     assert (of_cut[2, :, 0] != 0).all()
 
 
+@pytest.fixture(scope="module")
+def grey(paired):
+    """Pictures on both sides of black and white, and changes of them that carry some across."""
+    states = [3 * drawn(4, 4, 4, 4, seed=9) - 1.5]
+    noise, labels = drawn(4, 4, 4, 4, seed=10), torch.tensor([0, 3, 1, 2])
+    importance = torch.tensor([0.5, 1.5, 1.0, 0.8], dtype=torch.float64)
+    deviation = 0.4 * (drawn(4, 64, seed=8) - 0.3)
+    own = dataclasses.replace(paired, noise=noise, labels=labels, states=states, importance=importance)
+    return own, deviation.requires_grad_()
+
+
+@pytest.mark.parametrize("in_pixels", [False, True])
+@pytest.mark.parametrize("weighed", [False, True])
+def test_moments_are_the_changes_of_mean_and_variance(grey, in_pixels, weighed):
+    """Written out, with their gradient; and none where nothing changes."""
+    paired, deviation = grey
+    paired = paired if weighed else dataclasses.replace(paired, importance=None)
+    weights = paired.importance[:, None] if weighed else torch.ones(4, 1, dtype=torch.float64)
+
+    def expected(deviation):
+        before = paired.states[0].flatten(1)
+        after = before + deviation / weights.sqrt()
+        if in_pixels:
+            before, after = before.clamp(-1, 1), after.clamp(-1, 1)
+        mean = (weights * before).mean(0)
+        of_mean = ((weights * after).mean(0) - mean).square().mean()
+        variances = [(weights * (x - mean).square()).mean() for x in (before, after)]
+        return 7 * (of_mean + (variances[1] - variances[0]).square() / variances[0])
+
+    found = paired.moments(deviation, in_pixels, 7, lambda mean: mean)
+    torch.testing.assert_close(found, expected(deviation))
+    gradients = [torch.autograd.grad(value, deviation)[0] for value in (found, expected(deviation))]
+    torch.testing.assert_close(*gradients)
+    cut = gradients[0] == 0
+    assert cut.any() == in_pixels
+    assert not cut.all()
+    assert found > 0
+    assert paired.moments(0 * deviation, in_pixels, 7, lambda mean: mean) == 0
+
+
+def test_moments_of_two_ranks_are_those_of_all_samples(grey):
+    """Every mean that is asked for is that of what the ranks hand in, and so are result and gradient."""
+    paired, deviation = grey
+
+    def moments(part: slice, reduce) -> torch.Tensor:
+        own = dataclasses.replace(
+            paired,
+            noise=paired.noise[part],
+            labels=paired.labels[part],
+            importance=paired.importance[part],
+            states=[paired.states[0][part]],
+        )
+        return own.moments(deviation[part], True, 4, reduce)
+
+    of_all, handed_in = [], ([], [])
+
+    def note(mean):
+        of_all.append(mean)
+        return mean
+
+    one, both = moments(slice(0, 4), note), 0
+    for rank, part in enumerate((slice(0, 2), slice(2, 4))):
+
+        def answer(mean, rank=rank):
+            handed_in[rank].append(mean)
+            return of_all[len(handed_in[rank]) - 1]
+
+        both = both + moments(part, answer) / 2
+    for first, second, mean in zip(*handed_in, of_all, strict=True):
+        torch.testing.assert_close((first + second) / 2, mean)
+    torch.testing.assert_close(both, one)
+    of_both, of_one = (torch.autograd.grad(value, deviation)[0] for value in (both, one))
+    torch.testing.assert_close(of_both, of_one)
+
+
 def error_of(paired, compute, weights) -> float:
     """The mean squared error of x_0, samples weighed by importance, of a schedule as it is sampled."""
     schedule = Schedule(compute, weights=weights)
