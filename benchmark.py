@@ -11,7 +11,7 @@ not depend on them. Everything takes turns (A B A B); the figures are medians ov
 JSON, `--output` writes it to a file.
 `speedup_latency` is the median ratio to the neighbouring run of `none`; `ratio` is what is left of the
 speed-up that the MACs promise. With `--train`: an update of router training, and a refresh of lambda, in
-forward passes.
+forward passes; `--compile` adds the update with compiled branches.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def parse_args() -> argparse.Namespace:
     cli.add_device_arguments(parser)
     args = parser.parse_args()
     if args.train:
-        unread = [name for name in ("methods", *execution.FLAGS) if getattr(args, name)]
+        unread = [name for name in ("methods", *execution.FLAGS) if name != "compile" and getattr(args, name)]
         unread += [name for name in ("batch_size", "num_sampling_steps") if len(getattr(args, name)) > 1]
         if unread:
             parser.error(

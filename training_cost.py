@@ -6,6 +6,8 @@
 | `update` | a trajectory of step-wise denoising training (SDT), T - 1 updates of a row |
 | `update, backbone gradients` | the same with a model that is not frozen, as in the released code |
 | `update, branches recomputed` | the same with `--recompute-branches` |
+| `update, compiled` (with `--compile`) | the same with `--compile` |
+| `update, compiled, branches recomputed` (with `--compile`) | the same with both |
 | `refresh` | lambda by the image error proxy; the naive way is T trajectories |
 | `end-to-end` | an update of end-to-end training at half of the MACs, activations recomputed |
 | `end-to-end, kept` | the same, activations of all steps kept |
@@ -27,7 +29,7 @@ from baselines import fora_schedule
 from cache import GatedCache
 from denoiser import Denoiser
 from diffusion import GaussianDiffusion, create_diffusion
-from execution import recompute_branches
+from execution import compile_branches, recompute_branches
 from models import DiT
 from objectives import Paired, image_error_proxy, train_trajectory
 from router import Router
@@ -39,6 +41,7 @@ CASES = (
     "forward", "update", "update, backbone gradients", "update, branches recomputed", "refresh",
     "end-to-end", "end-to-end, kept",
 )  # fmt: skip
+COMPILED = ("update, compiled", "update, compiled, branches recomputed")
 
 
 def plain_loop(
@@ -84,8 +87,10 @@ def case(
     table = fora_schedule(num_steps, model.num_branches, 2).compute
     setting = noise, labels, cfg_scale
 
+    model = copy.deepcopy(model) if name.endswith(("compiled", "recomputed")) else model
+    if name in COMPILED:
+        compile_branches(model, device)
     if name.endswith("recomputed"):
-        model = copy.deepcopy(model)
         recompute_branches(model)
 
     def update() -> None:
@@ -118,10 +123,11 @@ def training_rows(args: argparse.Namespace, device: torch.device, dtype: torch.d
     model, diffusion = _setup(args, device, dtype)
     num_steps = diffusion.num_timesteps
     sizes = args.batch_size[0], args.cfg_scale
-    runs = [case(name, model, diffusion, *sizes) for name in CASES]
-    seconds = dict(zip(CASES, map(statistics.median, in_turn(runs, args.repeats, device)), strict=True))
+    names = (*CASES, *(COMPILED if args.compile else ()))
+    runs = [case(name, model, diffusion, *sizes) for name in names]
+    seconds = dict(zip(names, map(statistics.median, in_turn(runs, args.repeats, device)), strict=True))
     forward, rows = seconds["forward"] / num_steps, []
-    for name in CASES:
+    for name in names:
         own = seconds[name]
         row = {"case": name, "num_steps": num_steps, "batch_size": sizes[0], "trajectory_seconds": own}
         if name.startswith("update"):  # its first step is a forward without an update
@@ -153,6 +159,8 @@ def _memory(args: argparse.Namespace, name: str, device: torch.device, dtype: to
 
 def _measure_memory(args: argparse.Namespace, name: str, device: torch.device, dtype: torch.dtype) -> int:
     run = case(name, *_setup(args, device, dtype), args.batch_size[0], args.cfg_scale)
+    if name in COMPILED:
+        run()  # what the compiler needs is not the update's
     reset_peak_memory(device)
     before = torch.cuda.memory_allocated(device) if device.type == "cuda" else peak_memory(device)
     run()

@@ -27,4 +27,4 @@ for kind in int8wo int8 fp8; do
         --methods "${methods[@]}" --batch-size 1 8
 done
 measure xl-256-train --model DiT-XL/2 --precision bf16 --batch-size 64 --num-sampling-steps 10 \
-    --cfg-scale 1.5 --repeats 3 --train
+    --cfg-scale 1.5 --repeats 3 --train --compile

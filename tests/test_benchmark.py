@@ -1,10 +1,12 @@
 import json
+import shutil
 
 import pytest
 from commands import error_line, run
 
 from baselines import fora_schedule
 from sampling import load_model
+from training_cost import COMPILED
 
 TINY = ["--model", "DiT-digits/2", "--cfg-scale", 1.5, "--repeats", 1, "--device", "cpu"]
 
@@ -82,8 +84,17 @@ def test_training_is_counted_in_forward_passes():
     assert memory["end-to-end"] < memory["end-to-end, kept"]
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_training_is_measured_compiled():
+    text = run("benchmark.py", *TINY, "--num-sampling-steps", 3, "--batch-size", 1, "--train", "--compile")
+    rows = {row["case"]: row for row in json.loads(text.splitlines()[-1])["rows"]}
+    assert set(COMPILED) < set(rows)
+    assert rows["update, compiled"]["forwards"] > 0
+
+
 def test_what_training_does_not_read_is_refused():
-    for flags, word in ((["--compile"], "no --compile"), (["--batch-size", 1, 2], "no --batch-size")):
+    for flags, word in ((["--cuda-graph"], "no --cuda-graph"), (["--batch-size", 1, 2], "no --batch-size")):
         assert word in run("benchmark.py", *TINY, "--train", *flags, status=2)
 
 

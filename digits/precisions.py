@@ -1,0 +1,131 @@
+"""Caching times precision: quality and latency of every combination on the digits model, in one table.
+
+    python -m digits.precisions --path digits-T20-1.96x
+    python -m digits.precisions --path digits-T20-1.96x --weights int8wo int8 --compile
+
+Rows are weights (fp32, then bf16 or 8 bits through torchao), uncached and under a router. All is relative to
+fp32 uncached: quality is that of samples of the same noise, latencies are of one batch, taken in turn. The
+last line is JSON, `--output` writes it to a file.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import cli
+import execution
+import methods
+from digits.classifier import Judge
+from digits.measure import draw, fidelity
+from files import check_writable, replacing
+from metrics.paired import psnr
+from models import DiT
+from router import load_router
+from sampling import DIGITS_MODEL, decode, load_model
+from tables import print_columns
+from timing import in_turn, paired_ratio
+
+WEIGHTS = ("fp32", "bf16", "int8wo", "int8")
+REFERENCE = "fp32", "none"
+COLUMNS = (
+    ("weights", lambda row: row["weights"]),
+    ("method", lambda row: row["method"]),
+    ("ms", lambda row: f"{row['ms']:,.1f} ({row['ms_least']:,.1f} to {row['ms_most']:,.1f})"),
+    ("speed-up", lambda row: f"{row['speedup_latency']:.3f}x"),
+    ("by MACs", lambda row: f"{row['speedup_macs']:.3f}x"),
+    ("weights MB", lambda row: f"{row['weights_mb']:.1f}"),
+    ("PSNR", lambda row: "-" if row["psnr"] is None else f"{row['psnr']:.1f}"),
+    ("MSE", lambda row: f"{row['mse']:.2e}"),
+    ("FD to uncached", lambda row: f"{row['fd_uncached']:.2e}"),
+    ("digits-FID", lambda row: f"{row['digits_fid']:.3f}"),
+)
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Caching times precision on the digits model.")
+    parser.add_argument("--path", required=True, metavar="ROUTER", help="a router file, or a name")
+    parser.add_argument(
+        "--weights", nargs="+", choices=WEIGHTS, default=["bf16"], help="beside fp32 (default bf16)"
+    )
+    parser.add_argument("--cfg-scale", type=cli.finite, default=1.0, help="guidance, 1 = off (the default)")
+    parser.add_argument("--samples", type=cli.positive_int, default=2048)
+    parser.add_argument("--seed", type=cli.non_negative_int, default=1234)
+    parser.add_argument(
+        "--batch-size", type=cli.positive_int, default=64, help="drawn at once; also the batch that is timed"
+    )
+    parser.add_argument("--repeats", type=cli.positive_int, default=9, help="timed (default 9)")
+    parser.add_argument("--compile", action="store_true", help="compile the branches (torch.compile)")
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="the last line, indented")
+    args = parser.parse_args(arguments)
+    if args.samples % args.batch_size:
+        parser.error(f"--samples {args.samples} is no multiple of --batch-size {args.batch_size}")
+    args.weights = list(dict.fromkeys(["fp32", *args.weights]))
+    return args
+
+
+def settings(args: argparse.Namespace, num_steps: int, *method: str) -> argparse.Namespace:
+    """What `methods` and `draw` read, for one method."""
+    parser = argparse.ArgumentParser()
+    methods.add_arguments(parser)
+    shared = {"model": DIGITS_MODEL, "num_sampling_steps": str(num_steps), "p_sample": False}
+    return argparse.Namespace(**vars(args) | vars(parser.parse_args(method)) | shared)
+
+
+def variant(plain: DiT, weights: str, compiled: bool) -> tuple[DiT, Callable[..., Tensor], float]:
+    """A copy of the model with these weights, what samples it, and what its weights take in MB."""
+    model = copy.deepcopy(plain).to(torch.bfloat16 if weights == "bf16" else torch.float32)
+    kind = weights if weights in execution.QUANTIZATIONS else None
+    megabytes = execution.weight_bytes(model, kind) / 2**20
+    flags = {"quantize": kind, "compile": compiled, "cuda_graph": None, "cache_dtype": None}
+    return model, execution.prepare(argparse.Namespace(**flags), model, torch.device("cpu")), megabytes
+
+
+def main(args: argparse.Namespace) -> None:
+    if args.output:
+        check_writable(args.output, [".json"])
+    plain = load_model(DIGITS_MODEL)
+    num_steps = len(load_router(args.path, DIGITS_MODEL, num_branches=plain.num_branches).logits)
+    setting = settings(args, num_steps)
+    dynamic = settings(args, num_steps, "--accelerate-method", "dynamiclayer", "--path", args.path)
+    chosen = {"none": methods.load_method(setting, plain)}
+    chosen[Path(args.path).name.removesuffix(".safetensors")] = methods.load_method(dynamic, plain)
+    variants = {weights: variant(plain, weights, args.compile) for weights in args.weights}
+    runs = {
+        (weights, name): (model, method, generate)
+        for weights, (model, generate, _) in variants.items()
+        for name, method in chosen.items()
+    }
+
+    x_0 = {key: draw(setting, *run).float() for key, run in runs.items()}
+    one_batch = argparse.Namespace(**vars(setting) | {"samples": args.batch_size})
+    batches = [lambda run=run: draw(one_batch, *run) for run in runs.values()]
+    times = dict(zip(runs, in_turn(batches, args.repeats, torch.device("cpu")), strict=True))
+    judge, labels, rows = Judge(), torch.arange(args.samples) % plain.num_classes, []
+    for (weights, name), own in times.items():
+        key = weights, name
+        peak = psnr(decode(x_0[key]), decode(x_0[REFERENCE]))
+        row = {"weights": weights, "method": name, "ms": 1000 * statistics.median(own)}
+        row |= {"ms_least": 1000 * min(own), "ms_most": 1000 * max(own)}
+        row["speedup_latency"] = paired_ratio(times[REFERENCE], own)
+        row["speedup_macs"] = chosen[name].speedup_macs(plain, num_steps)
+        row |= {"weights_mb": variants[weights][2], "psnr": None if peak == float("inf") else peak}
+        rows.append(row | fidelity(judge, x_0[key], x_0[REFERENCE], labels))
+    print_columns(rows, COLUMNS)
+
+    asked = ("path", "cfg_scale", "samples", "seed", "batch_size", "repeats", "compile")
+    result = {name: getattr(args, name) for name in asked} | {"num_steps": num_steps}
+    result |= {"hardware": cli.hardware(torch.device("cpu")), "torch": torch.__version__, "rows": rows}
+    if args.output:
+        with replacing(args.output) as temporary:
+            temporary.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    cli.run(main, parse_args())
