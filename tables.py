@@ -106,8 +106,9 @@ def comparison_table(rows: list[dict], num_steps: int, speed: str | None = None)
     return table
 
 
-BEYOND, POOLED = "end-to-end+forecast", "end-to-end+forecast-pool"  # batches by importance
-OURS = (BEYOND, POOLED, "end-to-end", "calibrated-fora", "calibrated-harmonica")
+BEYOND = "end-to-end+forecast"
+UNIFORM, NO_MOMENTS = f"{BEYOND}-uniform", f"{BEYOND}-no-moments"  # without what T = 20 is trained with
+OURS = ("end-to-end", "calibrated")
 FRESH = "fresh-seed"
 
 
@@ -121,7 +122,7 @@ def beyond_table(rows: list[dict], group: str | None = None, method: str = BEYON
         if own["method"] != method:
             continue
         beside = [g for g in every if (g["num_steps"], g["speed"]) == (own["num_steps"], own["speed"])]
-        others = {g["method"]: g["mean"] for g in beside if g["method"] not in OURS}
+        others = {g["method"]: g["mean"] for g in beside if not g["method"].startswith(OURS)}
         if not others:
             continue
         mean, best = own["mean"], min(others, key=lambda name: others[name]["mse"])
@@ -258,14 +259,14 @@ def further_tables(rows: list[dict]) -> list[tuple[str, str, list[list[str]]]]:
             beyond_table(rows, FRESH),
         ),
         (
-            "Batches by importance",
-            "The same training with `--pool 1024`, on the samples of the comparison.",
-            beyond_table(rows, method=POOLED),
+            "Batches drawn evenly, fresh samples",
+            "The same training without `--pool` and `--moments-weight`.",
+            beyond_table(rows, FRESH, UNIFORM),
         ),
         (
-            "Batches by importance, fresh samples",
-            "On the samples kept for this.",
-            beyond_table(rows, FRESH, POOLED),
+            "Without moments, fresh samples",
+            "The same training without `--moments-weight`.",
+            beyond_table(rows, FRESH, NO_MOMENTS),
         ),
         ("Asking for a speed", "train_router.py --target-cur, HarmoniCa at T = 10.", target_table(rows)),
         (

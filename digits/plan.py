@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,12 +14,13 @@ from baselines import random_schedule
 from models import DiT
 from sampling import DIGITS_MODEL, load_model
 from tables import BEYOND as FORECAST
-from tables import FRESH, MAIN_SPEED, POOLED
+from tables import FRESH, MAIN_SPEED, NO_MOMENTS, UNIFORM
 
 ROOT = Path(__file__).parents[1]
 RANDOM_CURS = np.arange(0.005, 0.9, 0.0025)  # among which `random` finds a speed
 ABLATION_STEPS = README_STEPS = 10  # both at MAIN_SPEED; the README's rows have more samples
-FRESH_SEED = 20261126  # of samples that nobody looked at before every setting was chosen
+FRESH_SEED = 20261127  # of samples that nobody looked at before every setting was chosen
+ABLATED = (1.96, 2.77)  # speeds at which FRESH tells what the flags of a training are worth
 MILD = 1.25  # a third speed for Learning-to-Cache, which can reuse every other step at most
 
 
@@ -57,6 +59,14 @@ SPEEDS = {
 }
 
 
+class Beyond(NamedTuple):
+    """End-to-end training at one number of steps."""
+
+    train_steps: int
+    batch: int
+    flags: dict = {}  # of those with weights of reuse
+
+
 @dataclass(frozen=True)
 class Scale:
     """How much is trained and measured. updates: of each router row; longer: where those miss a speed."""
@@ -69,13 +79,13 @@ class Scale:
     lr: float
     repeats: int  # of the latency
     ablations: bool
-    beyond: dict[int, tuple[int, int]]  # end-to-end: train steps and batch
+    beyond: dict[int, "Beyond"]
     longer: dict[tuple, int] = field(default_factory=dict)  # (name, T) or (name, T, speed)
 
 
 FULL = Scale(
     2000, 5000, {10: 3, 20: 3, 50: 1}, SPEEDS, {10: 100, 20: 50, 50: 40}, 0.1, 9, True,
-    {10: (57, 24), 20: (77, 24), 50: (47, 8)},
+    {10: Beyond(57, 24), 20: Beyond(77, 24, {"--pool": 1024, "--moments-weight": 1}), 50: Beyond(47, 8)},
     {
         ("l2c", 20): 100, ("l2c", 50): 80, ("harmonica-paper", 50): 80,
         ("harmonica-paper", 20, 2.77): 100, ("harmonica-paper", 20, 3.1): 100,
@@ -83,7 +93,7 @@ FULL = Scale(
 )  # fmt: skip
 QUICK = Scale(
     200, 200, {10: 1, 20: 1, 50: 1}, {steps: speeds[2:3] for steps, speeds in SPEEDS.items()},
-    {10: 30, 20: 20, 50: 12}, 0.2, 1, False, {10: (37, 8), 20: (27, 4), 50: (22, 4)},
+    {10: 30, 20: 20, 50: 12}, 0.2, 1, False, {10: Beyond(37, 8), 20: Beyond(27, 4), 50: Beyond(22, 4)},
 )  # fmt: skip
 
 
@@ -204,15 +214,21 @@ class Plan:
         return router
 
     def end_to_end(
-        self, num_steps: int, speed: Speed, seed: int, name: str = FORECAST, flags: tuple = (), **facts
+        self,
+        num_steps: int,
+        speed: Speed,
+        seed: int,
+        name: str = FORECAST,
+        flags: dict | None = None,
+        **facts,
     ) -> str:
         """A training on the error of x_0, and its row; returns the training's id."""
-        steps, batch = self.scale.beyond[num_steps]
-        flags = dict(zip(flags[::2], flags[1::2], strict=True))
+        setting, flags = self.scale.beyond[num_steps], dict(flags or {})
         id = f"{name}-T{num_steps}-speedup{speed.target:g}-s{seed}"
         arguments = ["--method", "end-to-end", "--model", DIGITS_MODEL, "--num-sampling-steps", num_steps]
         arguments += ["--cfg-scale", 1, "--target-speedup", speed.target, "--global-seed", seed]
-        arguments += ["--max-steps", flags.pop("--max-steps", steps), "--global-batch-size", batch]
+        arguments += ["--max-steps", flags.pop("--max-steps", setting.train_steps)]
+        arguments += ["--global-batch-size", setting.batch]
         arguments += ["--keep-activations", *(word for flag in flags.items() for word in flag)]
         self.tasks.setdefault(id, Task(id, tuple(map(str, arguments)), is_training=True))
         facts = {"speed": f"{speed.target:g}", "train_seed": seed} | facts
@@ -223,7 +239,7 @@ class Plan:
         """End-to-end training at all speeds, with weights and without, and weights for others' schedules."""
         for seed in range(self.scale.seeds[num_steps]):
             for speed in self.scale.speeds[num_steps]:
-                self.end_to_end(num_steps, speed, seed)
+                self.end_to_end(num_steps, speed, seed, flags=self.scale.beyond[num_steps].flags)
         for speed in self.scale.speeds[num_steps]:
             facts = {"speed": f"{speed.target:g}"}
             fora = ["--accelerate-method", "calibrated-fora", "--interval", speed.interval]
@@ -232,12 +248,12 @@ class Plan:
                 router = f"harmonica-T{num_steps}-speedup{speed.target:g}-s0"
                 flags = dynamic("calibrated-dynamiclayer")
                 self.row("calibrated-harmonica", num_steps, flags, router, **facts, train_seed=0)
-            self.end_to_end(num_steps, speed, 0, "end-to-end", ("--terms", 0, "--max-steps", 22))
+            self.end_to_end(num_steps, speed, 0, "end-to-end", {"--terms": 0, "--max-steps": 22})
 
     def fresh(self, num_steps: int) -> None:
         """The end-to-end rows and the best of the others once more, at a sampling seed of their own.
 
-        And the same training on batches drawn by importance, at both seeds.
+        And what the flags of these trainings are worth there, at two speeds with one training seed.
         """
         taylor = "--accelerate-method taylor-fora --interval {} --order {}"
         for speed in self.scale.speeds[num_steps]:
@@ -251,21 +267,26 @@ class Plan:
             for seed in range(self.scale.seeds[num_steps]):
                 router = f"{FORECAST}-T{num_steps}-speedup{speed.target:g}-s{seed}"
                 self.row(FORECAST, num_steps, dynamic(), router, train_seed=seed, **facts)
-                router = self.end_to_end(num_steps, speed, seed, POOLED, ("--pool", 1024))
-                self.row(POOLED, num_steps, dynamic(), router, train_seed=seed, **facts)
+        no_moments = dict(self.scale.beyond[num_steps].flags)
+        no_moments.pop("--moments-weight")
+        for speed in self.scale.speeds[num_steps]:
+            if speed.target in ABLATED:
+                self.end_to_end(num_steps, speed, 0, NO_MOMENTS, no_moments, group=FRESH)
+                self.end_to_end(num_steps, speed, 0, UNIFORM, group=FRESH)
 
     def ingredients(self) -> None:
         """Ablations of end-to-end training at T = 10 and one speed, and its routers elsewhere."""
         num_steps, speed = ABLATION_STEPS, ablation_speed()
         for variant, flags in (
-            ("one-term", ("--terms", 1)),
-            ("two-terms", ("--terms", 2)),
-            ("fitted-only", ("--max-steps", 17)),
-            ("window-5", ("--window", 5)),
-            ("window-2", ("--window", 2)),
-            ("open-share-0.25", ("--open-share", 0.25)),
-            ("pool-1024", ("--pool", 1024)),
-            ("from-50-steps", ("--init", self.routers / f"{FORECAST}-T50-speedup1.96-s0.safetensors")),
+            ("one-term", {"--terms": 1}),
+            ("two-terms", {"--terms": 2}),
+            ("fitted-only", {"--max-steps": 17}),
+            ("window-5", {"--window": 5}),
+            ("window-2", {"--window": 2}),
+            ("open-share-0.25", {"--open-share": 0.25}),
+            ("pool-1024", {"--pool": 1024}),
+            ("moments", {"--moments-weight": 1}),
+            ("from-50-steps", {"--init": self.routers / f"{FORECAST}-T50-speedup1.96-s0.safetensors"}),
         ):
             facts = {"group": "end-to-end", "variant": variant}
             id = self.end_to_end(num_steps, speed, 0, f"{FORECAST}-{variant}", flags, **facts)
