@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+import itertools
 import os
 from dataclasses import dataclass, field
 from functools import cache
@@ -14,12 +15,13 @@ from baselines import random_schedule
 from models import DiT
 from sampling import DIGITS_MODEL, load_model
 from tables import BEYOND as FORECAST
-from tables import FRESH, MAIN_SPEED, NO_MOMENTS, UNIFORM
+from tables import FRESH, MAIN_SPEED, NO_MOMENTS, SECOND, UNIFORM
 
 ROOT = Path(__file__).parents[1]
 RANDOM_CURS = np.arange(0.005, 0.9, 0.0025)  # among which `random` finds a speed
 ABLATION_STEPS = README_STEPS = 10  # both at MAIN_SPEED; the README's rows have more samples
-FRESH_SEED = 20261127  # of samples that nobody looked at before every setting was chosen
+# Of samples that nobody looked at before every setting was chosen, and of some that were looked at before.
+SEEDS = {FRESH: 20261127, SECOND: 20261126}
 ABLATED = (1.96, 2.77)  # speeds at which FRESH tells what the flags of a training are worth
 MILD = 1.25  # a third speed for Learning-to-Cache, which can reuse every other step at most
 
@@ -159,7 +161,7 @@ class Plan:
     def row(self, method: str, num_steps: int, flags: list, router: str | None = None, **facts) -> None:
         """A row; facts (speed, train_seed, group, variant, cfg_scale, sampler) go into it as they are.
 
-        A row of group FRESH is drawn from FRESH_SEED, and of three times the samples.
+        A row of a group in SEEDS is drawn from its seed, and of three times the samples.
         """
         cfg_scale, sampler = facts.pop("cfg_scale", 1.0), facts.pop("sampler", "ddim")
         id = "-".join(str(part) for part in (method, f"T{num_steps}", *facts.values()) if part is not None)
@@ -167,11 +169,11 @@ class Plan:
         shown = method == "uncached" or (facts.get("speed") == MAIN_SPEED and "group" not in facts)
         shown = shown and num_steps == README_STEPS and sampler == "ddim"
         samples = self.scale.samples_in_readme if shown and cfg_scale == 1 else self.scale.samples
-        fresh = facts.get("group") == FRESH
-        samples = 3 * samples if fresh else samples
+        own_seed = SEEDS.get(facts.get("group"))
+        samples = 3 * samples if own_seed else samples
         arguments = ["--num-sampling-steps", num_steps, "--cfg-scale", cfg_scale, "--samples", samples]
         arguments += (["--p-sample"] if sampler == "ddpm" else []) + flags
-        arguments += ["--seed", FRESH_SEED] if fresh else []
+        arguments += ["--seed", own_seed] if own_seed else []
         needs = []
         if router:
             arguments += ["--path", self.routers / f"{router}.safetensors"]
@@ -251,13 +253,13 @@ class Plan:
             self.end_to_end(num_steps, speed, 0, "end-to-end", {"--terms": 0, "--max-steps": 22})
 
     def fresh(self, num_steps: int) -> None:
-        """The end-to-end rows and the best of the others once more, at a sampling seed of their own.
+        """The end-to-end rows and the best of the others once more, at sampling seeds of their own.
 
         And what the flags of these trainings are worth there, at two speeds with one training seed.
         """
         taylor = "--accelerate-method taylor-fora --interval {} --order {}"
-        for speed in self.scale.speeds[num_steps]:
-            facts = {"speed": f"{speed.target:g}", "group": FRESH}
+        for group, speed in itertools.product(SEEDS, self.scale.speeds[num_steps]):
+            facts = {"speed": f"{speed.target:g}", "group": group}
             if speed.target == MILD:
                 router = f"l2c-T{num_steps}-speedup{speed.l2c_target:g}-s0"
                 self.row("l2c", num_steps, dynamic("l2c"), router, train_seed=0, **facts)

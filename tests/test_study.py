@@ -17,7 +17,7 @@ from digits.study import is_done
 from methods import load_method
 from router import SHIPPED, load_router
 from sampling import build_model
-from tables import FRESH, beyond_table
+from tables import FRESH, SECOND, beyond_table
 
 RESULTS = ROOT / "results" / "digits"
 
@@ -157,16 +157,30 @@ def test_shipped_routers_load_by_name(num_steps):
         assert torch.equal(router.weights, load_router(trained).weights)
 
 
-@pytest.mark.parametrize(("group", "least"), [(None, 15), (FRESH, 5)])
-def test_end_to_end_beats_all_others_where_both_are_measured(group, least):
-    """The claim of docs/beyond.md, on the committed rows: two thirds of the best, a quarter of HarmoniCa."""
+def beyond_rows(group: str | None) -> list[dict]:
     rows = json.loads((RESULTS / "study.json").read_text())["rows"]
     head, *body = beyond_table(rows, group)
-    assert len(body) >= least
-    for line in body:
-        row = dict(zip(head, line, strict=True))
+    return [dict(zip(head, line, strict=True)) for line in body]
+
+
+@pytest.mark.parametrize(("group", "least"), [(None, 15), (SECOND, 5)])
+def test_end_to_end_beats_all_others_where_both_are_measured(group, least):
+    """The claim of docs/beyond.md, on the committed rows: two thirds of the best, a quarter of HarmoniCa."""
+    table = beyond_rows(group)
+    assert len(table) >= least
+    for row in table:
         assert float(row["ratio"]) <= 2 / 3, row
         assert row["/ HarmoniCa"] == "-" or float(row["/ HarmoniCa"]) <= 0.25, row
+        assert float(row["FD"]) <= float(row["lowest of the others"].split()[0]), row
+
+
+def test_on_fresh_samples_one_speed_misses_two_thirds():
+    """As docs/beyond.md says; the error is the lowest nevertheless, and so is the distance, everywhere."""
+    table = beyond_rows(FRESH)
+    assert len(table) == 5
+    assert {row["asked"] for row in table if float(row["ratio"]) > 2 / 3} == {"1.96x"}
+    for row in table:
+        assert float(row["ratio"]) < 1, row
         assert float(row["FD"]) <= float(row["lowest of the others"].split()[0]), row
 
 
