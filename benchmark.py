@@ -28,14 +28,14 @@ import cli
 import execution
 import methods
 import training_cost
-from files import check_writable, replacing
+from files import check_writable, write_json
 from methods import Method
 from metrics.paired import mse
 from models import DiT
 from pictures import branch_types
 from sampling import load_model, pixels_of
 from tables import print_columns
-from timing import copy_ceiling, in_turn, matmul_ceiling, paired_ratio, peak_memory, reset_peak_memory
+from timing import copy_ceiling, in_turn, latency, matmul_ceiling, peak_memory, reset_peak_memory
 
 LOOP = "loop"
 
@@ -68,17 +68,9 @@ def parse_args() -> argparse.Namespace:
 
 def load_methods(args: argparse.Namespace, model: DiT, num_steps: str) -> dict[str, Method]:
     """Every method asked for, `none` first, at one number of steps."""
-    parser = argparse.ArgumentParser()
-    methods.add_arguments(parser)
-    found = {}
-    for spec in dict.fromkeys(["none", *args.methods]):
-        words = [word for flag, value in methods.spec_flags(spec).items() for word in (flag, value)]
-        words[::2] = [f"--{flag.replace('_', '-')}" for flag in words[::2]]
-        own = parser.parse_args(words)
-        shared = {"model": args.model, "cfg_scale": args.cfg_scale, "p_sample": False}
-        own = argparse.Namespace(**vars(own) | shared | {"num_sampling_steps": num_steps})
-        found[spec] = methods.load_method(own, model)
-    return found
+    setting = {"model": args.model, "cfg_scale": args.cfg_scale, "num_sampling_steps": num_steps}
+    specs = dict.fromkeys(["none", *args.methods])
+    return {spec: methods.load_spec(spec, model, p_sample=False, **setting) for spec in specs}
 
 
 def card(args: argparse.Namespace, model: DiT, device: torch.device, dtype: torch.dtype, batch: int) -> dict:
@@ -142,9 +134,8 @@ def sampling_rows(
         full = steps * (sum(model.branch_macs) + model.other_macs)
         macs = batch * passes * (full if schedule is None else schedule.macs(model))
         seconds = statistics.median(times[name])
-        row = {"method": name, "num_steps": steps, "batch_size": batch, "ms": 1000 * seconds}
-        row |= {"ms_least": 1000 * min(times[name]), "ms_most": 1000 * max(times[name])}
-        row["speedup_latency"] = paired_ratio(times["none"], times[name])
+        row = {"method": name, "num_steps": steps, "batch_size": batch}
+        row |= latency(times[name], times["none"])
         row["speedup_macs"] = method.speedup_macs(model, chosen["none"].diffusion.num_timesteps)
         row["ratio"] = row["speedup_latency"] / row["speedup_macs"]
         row["of_ceiling"] = macs / seconds / (facts["matmul_gmacs_per_second"] * 1e9)
@@ -225,8 +216,7 @@ def main(args: argparse.Namespace) -> None:
     result |= {name: getattr(args, name) for name in execution.FLAGS}  # as they took effect
     result |= {"peak_mb_of_process": peak_memory("cpu") / 2**20, "rows": rows}
     if args.output:
-        with replacing(args.output) as temporary:
-            temporary.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(args.output, result)
     print(json.dumps(result))
 
 

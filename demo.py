@@ -8,7 +8,6 @@ interrupted one goes on.
 """
 
 import argparse
-import json
 import math
 import os
 import statistics
@@ -25,7 +24,7 @@ from baselines import full_schedule
 from diffusion import create_diffusion
 from digits.classifier import Judge
 from digits.measure import fidelity
-from files import replacing
+from files import replacing, write_json
 from models import DiT
 from pictures import comparison, schedule_heat_map
 from router import Router, Schedule, load_router
@@ -158,8 +157,7 @@ def write_results(
         with replacing(folder / f"{name}.png") as temporary:
             image.save(temporary)
     facts = {"samples": len(samples["uncached"]), "seed": SEED, "cfg_scale": CFG_SCALE, "hardware": hardware}
-    with replacing(folder / "demo.json") as temporary:
-        temporary.write_text(json.dumps(facts | {"batch_size": BATCH_SIZE, "rows": rows}, indent=1) + "\n")
+    write_json(folder / "demo.json", facts | {"batch_size": BATCH_SIZE, "rows": rows})
     print(f"look at {folder}/comparison.png and {folder}/schedule.png")
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cli
-from files import check_writable, replacing
+from files import check_writable, replacing, write_json
 from metrics.features import Extractor, load_extractor
 from metrics.frechet import RunningStatistics, frechet_distance
 from metrics.inception_score import SPLITS, inception_score
@@ -289,8 +289,7 @@ def main(args: argparse.Namespace) -> None:
     for name, value in result.items():
         print(f"{name:20} {value:.6g}" if isinstance(value, float) else f"{name:20} {value}")
     if args.output:
-        with replacing(args.output) as temporary:
-            temporary.write_text(json.dumps(result) + "\n")
+        write_json(args.output, result)
     print(json.dumps(result))
 
 

@@ -92,7 +92,7 @@ def quantize(model: DiT, kind: str, device: torch.device) -> None:
     try:
         from torchao import quantization
     except ImportError:
-        raise ValueError(f"--quantize {kind} needs torchao; install it with `pip install torchao`") from None
+        raise ValueError(f"{kind} weights need torchao; install it with `pip install torchao`") from None
     if kind == "fp8" and not (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)):
         raise ValueError(f"--quantize fp8 needs a GPU of compute capability 8.9, not {device}; take int8")
     if kind == "fp8" and next(model.parameters()).dtype != torch.bfloat16:

@@ -1,6 +1,7 @@
 """Reading and writing files: never half of one, never one that runs code."""
 
 import argparse
+import json
 import os
 import pickle
 import re
@@ -28,6 +29,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: object) -> None:
+    """`value` as indented JSON, in place of what is there."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n")
 
 
 def check_writable(path: Path, suffixes: list[str]) -> None:

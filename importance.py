@@ -8,17 +8,17 @@ drawn samples hardly ever hold one.
 import torch
 from torch import Tensor
 
-BY_SIZE = 0.25  # of the probabilities; more serves those few samples, and costs all others
+BY_SIZE = 0.25  # more serves the few large ones, and costs all others
 
 
-def inclusion(sizes: Tensor, n: int) -> Tensor:
-    """Probabilities (P,) of being among the n drawn: BY_SIZE of it in proportion to size, the rest even.
+def inclusion(sizes: Tensor, n: int, by_size: float = BY_SIZE) -> Tensor:
+    """Probabilities (P,) of being among the n drawn: a share in proportion to size, the rest even.
 
     They sum to n and none is above 1. sizes: (P,), not negative; n is at most P.
     """
     mean = sizes.mean()
-    by_size = sizes.double() / mean if mean > 0 else torch.ones_like(sizes, dtype=torch.float64)
-    worth = BY_SIZE * by_size + (1 - BY_SIZE)
+    relative = sizes.double() / mean if mean > 0 else torch.ones_like(sizes, dtype=torch.float64)
+    worth = by_size * relative + (1 - by_size)
     certain = torch.zeros_like(worth, dtype=torch.bool)
     while True:
         rest = worth * ~certain

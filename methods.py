@@ -113,6 +113,15 @@ def spec_flags(spec: str) -> dict[str, str]:
     return {"accelerate_method": name} | ({flags[0]: value} if flags else {})
 
 
+def load_spec(spec: str, model: DiT, /, **setting) -> Method:
+    """The method that `spec_flags` reads. setting: what else `load_method` wants in its arguments."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    words = [word for flag, value in spec_flags(spec).items() for word in (flag, value)]
+    words[::2] = [f"--{flag.replace('_', '-')}" for flag in words[::2]]
+    return load_method(argparse.Namespace(**vars(parser.parse_args(words)) | setting), model)
+
+
 def split_name(name: str) -> tuple[str, str]:
     """`taylor-fora` as ("taylor", "fora"), `fora` as ("", "fora")."""
     reuse, _, base = name.partition("-")

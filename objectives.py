@@ -333,8 +333,7 @@ class Paired:
         square, whatever it is. Means are weighed by importance. The gradient is that of this rank's samples,
         to be averaged.
         """
-        weights = deviation.new_ones(len(deviation), 1)
-        weights = weights if self.importance is None else self.importance[:, None]
+        weights = torch.ones_like(deviation[:, :1]) if self.importance is None else self.importance[:, None]
         before = self.states[0].flatten(1)
         after = before + deviation / weights.sqrt()
         if in_pixels:

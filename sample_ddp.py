@@ -35,7 +35,7 @@ import distributed
 import execution
 import methods
 from distributed import Processes
-from files import replacing
+from files import replacing, write_json
 from methods import Method
 from models import DiT
 from sampling import (
@@ -140,8 +140,7 @@ class Parts:
                 f"{free / 1e9:.1f} GB free; make space or give another --output"
             )
         self.folder.mkdir(exist_ok=True)
-        with replacing(self.folder / "settings.json") as temporary:
-            temporary.write_text(json.dumps(self.settings, indent=1) + "\n")
+        write_json(self.folder / "settings.json", self.settings)
         return False
 
     def _refuse_others(self, path: Path) -> None:
@@ -175,8 +174,7 @@ class Parts:
                 f"{self.folder} lacks {len(missing)} samples that were drawn: is the same command running "
                 "elsewhere? Run it again when that has ended"
             )
-        with replacing(self._facts) as temporary:
-            temporary.write_text(json.dumps(self.settings, indent=1) + "\n")
+        write_json(self._facts, self.settings)
         shape = (self.num_samples, *self.image_shape)
         member = zipfile.ZipInfo("arr_0.npy", date_time=(1980, 1, 1, 0, 0, 0))  # same samples, same bytes
         with (

@@ -81,7 +81,7 @@ class Scale:
     lr: float
     repeats: int  # of the latency
     ablations: bool
-    beyond: dict[int, "Beyond"]
+    beyond: dict[int, Beyond]
     longer: dict[tuple, int] = field(default_factory=dict)  # (name, T) or (name, T, speed)
 
 

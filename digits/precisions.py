@@ -4,14 +4,13 @@
     python -m digits.precisions --path digits-T20-1.96x --weights int8wo int8 --compile
 
 Rows are weights (fp32, then bf16 or 8 bits through torchao), uncached and under a router. All is relative to
-fp32 uncached: quality is that of samples of the same noise, latencies are of one batch, taken in turn. The
-last line is JSON, `--output` writes it to a file.
+fp32 uncached: quality is that of samples of the same noise, latencies are of one batch, taken in turn. 8 bits
+need torchao. The last line is JSON, `--output` writes it to a file.
 """
 
 import argparse
 import copy
 import json
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,13 +22,13 @@ import execution
 import methods
 from digits.classifier import Judge
 from digits.measure import draw, fidelity
-from files import check_writable, replacing
+from files import check_writable, write_json
 from metrics.paired import psnr
 from models import DiT
 from router import load_router
 from sampling import DIGITS_MODEL, decode, load_model
 from tables import print_columns
-from timing import in_turn, paired_ratio
+from timing import in_turn, latency
 
 WEIGHTS = ("fp32", "bf16", "int8wo", "int8")
 REFERENCE = "fp32", "none"
@@ -69,14 +68,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def settings(args: argparse.Namespace, num_steps: int, *method: str) -> argparse.Namespace:
-    """What `methods` and `draw` read, for one method."""
-    parser = argparse.ArgumentParser()
-    methods.add_arguments(parser)
-    shared = {"model": DIGITS_MODEL, "num_sampling_steps": str(num_steps), "p_sample": False}
-    return argparse.Namespace(**vars(args) | vars(parser.parse_args(method)) | shared)
-
-
 def variant(plain: DiT, weights: str, compiled: bool) -> tuple[DiT, Callable[..., Tensor], float]:
     """A copy of the model with these weights, what samples it, and what its weights take in MB."""
     model = copy.deepcopy(plain).to(torch.bfloat16 if weights == "bf16" else torch.float32)
@@ -89,12 +80,11 @@ def variant(plain: DiT, weights: str, compiled: bool) -> tuple[DiT, Callable[...
 def main(args: argparse.Namespace) -> None:
     if args.output:
         check_writable(args.output, [".json"])
-    plain = load_model(DIGITS_MODEL)
+    plain, name = load_model(DIGITS_MODEL), Path(args.path).name.removesuffix(".safetensors")
     num_steps = len(load_router(args.path, DIGITS_MODEL, num_branches=plain.num_branches).logits)
-    setting = settings(args, num_steps)
-    dynamic = settings(args, num_steps, "--accelerate-method", "dynamiclayer", "--path", args.path)
-    chosen = {"none": methods.load_method(setting, plain)}
-    chosen[Path(args.path).name.removesuffix(".safetensors")] = methods.load_method(dynamic, plain)
+    setting = {"model": DIGITS_MODEL, "cfg_scale": args.cfg_scale, "num_sampling_steps": num_steps}
+    specs = {"none": "none", name: args.path}
+    chosen = {name: methods.load_spec(spec, plain, p_sample=False, **setting) for name, spec in specs.items()}
     variants = {weights: variant(plain, weights, args.compile) for weights in args.weights}
     runs = {
         (weights, name): (model, method, generate)
@@ -102,17 +92,16 @@ def main(args: argparse.Namespace) -> None:
         for name, method in chosen.items()
     }
 
-    x_0 = {key: draw(setting, *run).float() for key, run in runs.items()}
-    one_batch = argparse.Namespace(**vars(setting) | {"samples": args.batch_size})
+    args.p_sample = False  # which `draw` reads
+    one_batch = argparse.Namespace(**vars(args) | {"samples": args.batch_size})
+    x_0 = {key: draw(args, *run).float() for key, run in runs.items()}
     batches = [lambda run=run: draw(one_batch, *run) for run in runs.values()]
     times = dict(zip(runs, in_turn(batches, args.repeats, torch.device("cpu")), strict=True))
     judge, labels, rows = Judge(), torch.arange(args.samples) % plain.num_classes, []
-    for (weights, name), own in times.items():
-        key = weights, name
+    for key, own in times.items():
+        weights, name = key
         peak = psnr(decode(x_0[key]), decode(x_0[REFERENCE]))
-        row = {"weights": weights, "method": name, "ms": 1000 * statistics.median(own)}
-        row |= {"ms_least": 1000 * min(own), "ms_most": 1000 * max(own)}
-        row["speedup_latency"] = paired_ratio(times[REFERENCE], own)
+        row = {"weights": weights, "method": name} | latency(own, times[REFERENCE])
         row["speedup_macs"] = chosen[name].speedup_macs(plain, num_steps)
         row |= {"weights_mb": variants[weights][2], "psnr": None if peak == float("inf") else peak}
         rows.append(row | fidelity(judge, x_0[key], x_0[REFERENCE], labels))
@@ -122,8 +111,7 @@ def main(args: argparse.Namespace) -> None:
     result = {name: getattr(args, name) for name in asked} | {"num_steps": num_steps}
     result |= {"hardware": cli.hardware(torch.device("cpu")), "torch": torch.__version__, "rows": rows}
     if args.output:
-        with replacing(args.output) as temporary:
-            temporary.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(args.output, result)
     print(json.dumps(result))
 
 

@@ -34,7 +34,7 @@ import train_router
 from digits import measure
 from digits.classifier import Judge
 from digits.plan import FULL, QUICK, ROOT, Task, digits_model, plan
-from files import replacing
+from files import replacing, write_json
 from router import find_router, load_router, save_router
 from sampling import DIGITS_MODEL, weights_fingerprint
 from tables import is_main
@@ -108,8 +108,7 @@ def measure_row(folder: Path, task: Task) -> str:
     row = task.facts | measure.compare(args, model, judge(), method, own, plain)
     row |= {"command": f"python -m digits.measure {' '.join(task.arguments)}", "arguments": task.arguments}
     row |= {"id": task.id, "router_hash": router_hash(folder, task), "images": measure.pictures(own)}
-    with replacing(folder / "rows" / task.file_name) as temporary:
-        temporary.write_text(json.dumps(row, indent=1) + "\n")
+    write_json(folder / "rows" / task.file_name, row)
     return (
         f"{row['speedup_macs']:.3f}x by MACs, MSE {row['mse']:.2e}, FD to uncached {row['fd_uncached']:.3f}"
     )
@@ -203,8 +202,7 @@ def measure_latencies(folder: Path, tasks: list[Task], repeats: int) -> None:
             }
             for row, ms in zip(rows, medians, strict=True)
         }
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(found, indent=1) + "\n")
+        write_json(path, found)
 
 
 def collect(folder: Path, tasks: list[Task]) -> list[dict]:
@@ -227,9 +225,8 @@ def collect(folder: Path, tasks: list[Task]) -> list[dict]:
 
 def write_results(folder: Path, tasks: list[Task]) -> None:
     rows = collect(folder, tasks)
-    with replacing(folder / "study.json") as temporary:
-        shown = [{k: v for k, v in row.items() if k not in HIDDEN} for row in rows]
-        temporary.write_text(json.dumps({"model": DIGITS_MODEL, "rows": shown}, indent=1) + "\n")
+    shown = [{k: v for k, v in row.items() if k not in HIDDEN} for row in rows]
+    write_json(folder / "study.json", {"model": DIGITS_MODEL, "rows": shown})
     report.write_study(folder, rows)
 
 

@@ -6,18 +6,20 @@ import torch
 from importance import inclusion, systematic_sample
 
 
-def test_inclusion_is_in_proportion_by_a_quarter():
+def test_inclusion_is_in_proportion_by_its_share():
     sizes = torch.tensor([1.0, 3.0, 0.0, 4.0])
-    expected = torch.tensor([0.875, 1.125, 0.75, 1.25], dtype=torch.float64) / 4
-    torch.testing.assert_close(inclusion(sizes, 1), expected)
+    half = torch.tensor([0.75, 1.25, 0.5, 1.5], dtype=torch.float64) / 4
+    torch.testing.assert_close(inclusion(sizes, 1, by_size=0.5), half)
+    quarter = torch.tensor([0.875, 1.125, 0.75, 1.25], dtype=torch.float64) / 4
+    torch.testing.assert_close(inclusion(sizes, 1), quarter)
     torch.testing.assert_close(inclusion(torch.zeros(5), 2), torch.full((5,), 0.4, dtype=torch.float64))
     assert (inclusion(torch.rand(6), 6) == 1).all()
 
 
 def test_none_is_drawn_more_than_once():
     """Whoever would be is certain, and the others share what is left."""
-    sizes = torch.tensor([1000.0, 240.0, *[1.0] * 62])
-    probabilities = inclusion(sizes, 16)
+    sizes = torch.tensor([1000.0, 100.0, *[1.0] * 62])
+    probabilities = inclusion(sizes, 16, by_size=0.5)
     assert probabilities[:2].tolist() == [1, 1]
     assert (probabilities[2:] < 1).all()
     assert probabilities.sum().item() == pytest.approx(16)
@@ -26,16 +28,17 @@ def test_none_is_drawn_more_than_once():
     assert {0, 1} <= set(indices.tolist())
 
 
-def test_the_mean_of_batches_is_the_mean_of_the_pool():
+@pytest.mark.parametrize(("by_size", "times"), [(0.5, 3), (0.25, 2)])
+def test_the_mean_of_batches_is_the_mean_of_the_pool(by_size, times):
     """And varies less than that of uniform batches, where the sizes tell which values are large."""
     generator = torch.Generator().manual_seed(1)
     values = torch.rand(256, generator=generator) ** 20
     sizes = values * (0.5 + torch.rand(256, generator=generator))
-    probabilities, estimates = inclusion(sizes, 16), []
+    probabilities, estimates = inclusion(sizes, 16, by_size), []
     for _ in range(2000):
         indices, weights = systematic_sample(probabilities, generator)
         estimates.append((weights * values[indices]).mean())
     estimates = torch.stack(estimates)
     uniform = values[torch.randint(256, (2000, 16), generator=generator)].mean(1)
     assert estimates.mean().item() == pytest.approx(values.mean().item(), rel=0.02)
-    assert estimates.std() < uniform.std() / 2
+    assert estimates.std() < uniform.std() / times

@@ -174,13 +174,19 @@ def test_end_to_end_beats_all_others_where_both_are_measured(group, least):
         assert float(row["FD"]) <= float(row["lowest of the others"].split()[0]), row
 
 
-def test_on_fresh_samples_one_speed_misses_two_thirds():
-    """As docs/beyond.md says; the error is the lowest nevertheless, and so is the distance, everywhere."""
+missed = pytest.mark.xfail(strict=True, reason="one flipped sample: a ratio of 0.70, see docs/beyond.md")
+
+
+@pytest.mark.parametrize("asked", ["1.25x", "1.52x", pytest.param("1.96x", marks=missed), "2.77x", "3.1x"])
+def test_end_to_end_keeps_the_error_low_on_fresh_samples_too(asked):
+    (row,) = [row for row in beyond_rows(FRESH) if row["asked"] == asked]
+    assert float(row["ratio"]) <= 2 / 3, row
+
+
+def test_end_to_end_is_the_closest_on_fresh_samples_too():
     table = beyond_rows(FRESH)
     assert len(table) == 5
-    assert {row["asked"] for row in table if float(row["ratio"]) > 2 / 3} == {"1.96x"}
     for row in table:
-        assert float(row["ratio"]) < 1, row
         assert float(row["FD"]) <= float(row["lowest of the others"].split()[0]), row
 
 
