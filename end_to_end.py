@@ -119,13 +119,16 @@ class EndToEnd(Rounds):
             router = load_router(args.init, args.model, num_branches=model.num_branches)
             source = router.schedule(router.info.get("threshold", 0.1))
             self.warm_start = search.interpolated(source.compute, diffusion.num_timesteps)
-        self.num_tables = 1 if args.init else len(search.SKELETON_SHARES)
+        self.candidates = search.EARLY if args.pool else search.CANDIDATES
+        self.num_tables = 1 if args.init else len(self.candidates)
         self.num_growths = self.num_tables * GROWTHS
-        self.num_updates = args.max_steps - self.num_growths - EXCHANGES
-        if self.num_updates < 0:
+        # What an exchange gains on one batch by importance is lost on the next.
+        self.num_exchanges = 0 if args.pool and args.terms else EXCHANGES
+        self.search_steps = self.num_growths + max(1, self.num_exchanges)
+        if args.max_steps < self.search_steps:
             raise ValueError(
-                f"--max-steps {args.max_steps} ends within the search, which takes "
-                f"{self.num_growths + EXCHANGES}; give more"
+                f"--max-steps {args.max_steps} ends within the search, which takes {self.search_steps}; "
+                "give more"
             )
 
     @property
@@ -146,10 +149,15 @@ class EndToEnd(Rounds):
         paired = self._from_pool(training.round) if self.args.pool else self._paired(generators)
         if step < self.num_growths:
             yield self._grow(training, paired, generators)
-        elif step < self.num_growths + EXCHANGES or not self.args.terms:
-            yield self._exchange(training, paired, generators)
+        elif step < self.search_steps or not self.args.terms:
+            if step == self.num_growths:
+                self._choose(training, paired)
+            if self.num_exchanges:
+                yield self._exchange(training, paired, generators)
+            else:
+                yield self._outcome(training, self._fit(paired, training.table))
         else:
-            yield self._update(training, paired, step - self.num_growths - EXCHANGES)
+            yield self._update(training, paired, step - self.search_steps)
 
     def _paired(self, generators: list) -> Paired:
         return Paired.draw(self.model, self.diffusion, *self.draw(generators), self.args.cfg_scale)
@@ -200,14 +208,17 @@ class EndToEnd(Rounds):
     def _skeleton(self, candidate: int, paired: Paired) -> Tensor:
         if self.warm_start is not None:
             return self.warm_start
-        tables = self.budget.skeletons(self.diffusion.num_timesteps, search.SKELETON_SHARES[candidate])
+        tables = self.budget.skeletons(self.diffusion.num_timesteps, *self.candidates[candidate])
         return search.best_of(paired, tables, self.args.terms, distributed.mean)
+
+    def _choose(self, training: EndToEndTraining, paired: Paired) -> None:
+        """The best candidate; with a pool, of those alike the one that computes early steps most often."""
+        slack = search.ALIKE if self.args.pool else 0.0
+        best = search.best_of(paired, list(training.tables), self.args.terms, distributed.mean, slack)
+        training.current, training.tables[0] = 0, best
 
     def _exchange(self, training: EndToEndTraining, paired: Paired, generators: list) -> TrainStep:
         """Keep an exchange that lowers the error on this batch; else the next one is half as large."""
-        if training.train_steps == self.num_growths:
-            best = search.best_of(paired, list(training.tables), self.args.terms, distributed.mean)
-            training.current, training.tables[0] = 0, best
         effects, fitted = self._effects(training, paired, generators)
         table = search.exchanged(training.table, effects, self.budget, training.part)
         changed = self._fit(paired, table)
@@ -220,7 +231,7 @@ class EndToEnd(Rounds):
     def _update(self, training: EndToEndTraining, paired: Paired, update: int) -> TrainStep:
         args = self.args
         (group,) = training.optimizer.param_groups
-        group["lr"] = search.learning_rate(args.lr, update, self.num_updates)
+        group["lr"] = search.learning_rate(args.lr, update, args.max_steps - self.search_steps)
         gates = training.table.to(paired.noise)
         cache = GatedCache(gates, training.weights())
         deviations = paired.deviations(cache, not args.keep_activations, args.window)

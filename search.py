@@ -19,9 +19,13 @@ from objectives import Paired
 from router import weights_read
 from target import Target
 
-SKELETON_SHARES = (0.6, 0.8, 1.0)  # of the budget that full rows take, a candidate each
-WARPS = (0.8, 0.9, 1.0, 1.12, 1.25)  # of their spacing; above 1 the noisy steps are computed more often
+WARPS = (0.8, 0.9, 1.0, 1.12, 1.25)  # of a skeleton's spacing; above 1 noisy steps are computed more often
+CANDIDATES = tuple((share, WARPS, 1) for share in (0.6, 0.8, 1.0))  # of the budget that full rows take
+EARLY = tuple(
+    (1.0, (warp,), first) for warp, first in ((0.8, 1), (0.9, 1), (0.9, 2))
+)  # against flipped samples
 EXCHANGED = 0.02  # share of the budget that the first exchange may move
+ALIKE = 0.3  # errors on one batch that differ by less do not tell which of EARLY flips fewer samples
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -65,12 +69,20 @@ class Budget:
         combined = weights_read(compute, self.num_terms).sum().item() if self.num_terms else 0
         return (compute.double() @ self.costs).sum().item() + self.combining * combined
 
-    def skeletons(self, num_steps: int, share: float, warps: Sequence[float] = WARPS) -> list[Tensor]:
-        """Bool tables (T, B) of full rows for this share of the budget, one per spacing."""
+    def skeletons(
+        self, num_steps: int, share: float, warps: Sequence[float] = WARPS, first: int = 1
+    ) -> list[Tensor]:
+        """Bool tables (T, B) of full rows for this share of the budget, one per spacing.
+
+        first: so many steps in a row are computed before the spacing begins.
+        """
         num_rows = max(1, min(num_steps, int(share * self.allowed / self.costs.sum().item() + 1e-9)))
+        first = min(first, num_rows)
+        spaced, rest = num_rows - first + 1, num_steps - first + 1
         tables: list[Tensor] = []
         for warp in warps:
-            executed = {int((k / num_rows) ** warp * num_steps + 1e-9) for k in range(num_rows)}
+            executed = {int((k / spaced) ** warp * rest + 1e-9) + first - 1 for k in range(spaced)}
+            executed |= set(range(first))
             missing = (k for k in range(num_steps) if k not in executed)
             executed |= {next(missing) for _ in range(num_rows - len(executed))}
             table = torch.zeros(num_steps, len(self.costs), dtype=torch.bool)
@@ -108,10 +120,13 @@ def _error(paired: Paired, cache, reduce: Reduce) -> float:
     return reduce(of_x_0.mean()).item()
 
 
-def best_of(paired: Paired, tables: Sequence[Tensor], num_terms: int, reduce: Reduce) -> Tensor:
-    """The table with the smallest error on this batch."""
+def best_of(
+    paired: Paired, tables: Sequence[Tensor], num_terms: int, reduce: Reduce, slack: float = 0.0
+) -> Tensor:
+    """The last of the tables whose error on this batch is within `slack` of the smallest."""
     errors = [fit(paired, table, num_terms, reduce).error for table in tables]
-    return tables[errors.index(min(errors))]
+    limit = (1 + slack) * min(errors)
+    return [table for table, error in zip(tables, errors, strict=True) if not error > limit][-1]  # NaN too
 
 
 def grown(compute: Tensor, effects: Tensor, budget: Budget, goal: float) -> Tensor:

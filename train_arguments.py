@@ -111,7 +111,8 @@ def add_single_method_arguments(parser: argparse.ArgumentParser) -> None:
         "--pool",
         type=cli.positive_int,
         metavar="N",
-        help="draw batches from N samples by importance: more of those that errors lead astray",
+        help="draw batches from N samples by importance: more of those that errors lead astray; and search "
+        "among schedules that compute noisy steps often enough for them",
     )
     beyond.add_argument(
         "--moments-weight",

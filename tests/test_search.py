@@ -11,6 +11,7 @@ from objectives import Paired
 from router import Schedule, weights_read
 from sampling import build_model, generate
 from search import (
+    EARLY,
     Budget,
     best_of,
     exchanged,
@@ -75,6 +76,27 @@ def test_skeletons_are_full_rows_of_one_number(digits, share):
     assert len({int(table.all(1).sum()) for table in tables}) == 1
     fora = fora_schedule(10, 24, 2).compute
     assert any(torch.equal(table, fora) for table in budget_of(digits, 1.9).skeletons(10, 1.0))
+
+
+@pytest.mark.parametrize("speedup", [1.25, 2.0, 3.0])
+def test_candidates_of_a_pool_leave_no_row_and_lean_to_early_steps_ever_more(digits, speedup):
+    budget = budget_of(digits, speedup, 20)
+    tables = [budget.skeletons(20, *candidate)[0] for candidate in EARLY]
+    for table in tables:
+        assert budget.spent(table) + budget.costs.sum() > budget.allowed
+    steps = [table.all(1).nonzero().sum().item() for table in tables]  # the noisier, the higher their number
+    assert steps == sorted(set(steps))
+
+
+def test_a_skeleton_can_begin_with_steps_in_a_row(digits):
+    budget = budget_of(digits, 1.96, 20)
+    (table,) = budget.skeletons(20, 1.0, (0.9,), 2)
+    computed = sorted(19 - k for k in table.all(1).nonzero().flatten().tolist())
+    assert computed == [0, 1, 3, 6, 8, 11, 13, 15, 17]
+    (plain,) = budget.skeletons(20, 1.0, (0.9,), 1)
+    assert plain.sum() == table.sum()
+    (one_row,) = budget_of(digits, 7.0, 20).skeletons(20, 1.0, (0.9,), 2)
+    assert one_row.all(1).nonzero().flatten().tolist() == [19]
 
 
 def test_growing_opens_what_helps_most_for_its_cost(digits):
@@ -146,7 +168,13 @@ def test_fitting_beats_plain_reuse_and_predicts_sampling(tiny_model, ten_steps):
     assert relative_error(plain, x_0) > 1e-3
     assert plain_error == pytest.approx((plain - paired.states[0]).square().mean().item(), rel=1e-3)
     everything = torch.ones(10, 4, dtype=torch.bool)
-    assert best_of(paired, [compute, everything], 2, lambda t: t) is everything
+    assert best_of(paired, [everything, compute], 2, lambda t: t) is everything
+    other = fora_schedule(10, 4, 3).compute
+    slack = fit(paired, other, 2).error / fitted.error - 1
+    assert slack > 0.1
+    assert best_of(paired, [compute, other], 2, lambda t: t, slack - 0.01) is compute
+    assert best_of(paired, [compute, other], 2, lambda t: t, slack + 0.01) is other
+    assert best_of(paired, [other, compute], 2, lambda t: t, slack + 0.01) is compute
 
 
 def test_a_step_of_unit_length_matters_equally(tiny_model, ten_steps, tiny_batch):
