@@ -208,13 +208,13 @@ class EndToEnd(Rounds):
     def _skeleton(self, candidate: int, paired: Paired) -> Tensor:
         if self.warm_start is not None:
             return self.warm_start
-        tables = self.budget.skeletons(self.diffusion.num_timesteps, *self.candidates[candidate])
+        num_steps = self.diffusion.num_timesteps
+        first = self.budget.early_steps(num_steps) if self.args.pool else 1
+        tables = self.budget.skeletons(num_steps, *self.candidates[candidate], first)
         return search.best_of(paired, tables, self.args.terms, distributed.mean)
 
     def _choose(self, training: EndToEndTraining, paired: Paired) -> None:
-        """The best candidate; with a pool, of those alike the one that computes early steps most often."""
-        slack = search.ALIKE if self.args.pool else 0.0
-        best = search.best_of(paired, list(training.tables), self.args.terms, distributed.mean, slack)
+        best = search.best_of(paired, list(training.tables), self.args.terms, distributed.mean)
         training.current, training.tables[0] = 0, best
 
     def _exchange(self, training: EndToEndTraining, paired: Paired, generators: list) -> TrainStep:

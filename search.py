@@ -20,12 +20,11 @@ from router import weights_read
 from target import Target
 
 WARPS = (0.8, 0.9, 1.0, 1.12, 1.25)  # of a skeleton's spacing; above 1 noisy steps are computed more often
-CANDIDATES = tuple((share, WARPS, 1) for share in (0.6, 0.8, 1.0))  # of the budget that full rows take
+CANDIDATES = tuple((share, WARPS) for share in (0.6, 0.8, 1.0))  # of the budget that full rows take
 EARLY = tuple(
-    (1.0, (warp,), first) for warp, first in ((0.8, 1), (0.9, 1), (0.9, 2))
-)  # against flipped samples
+    (1.0, (warp,)) for warp in (0.8, 0.9)
+)  # against samples that small early errors turn into others
 EXCHANGED = 0.02  # share of the budget that the first exchange may move
-ALIKE = 0.3  # errors on one batch that differ by less do not tell which of EARLY flips fewer samples
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -69,6 +68,18 @@ class Budget:
         combined = weights_read(compute, self.num_terms).sum().item() if self.num_terms else 0
         return (compute.double() @ self.costs).sum().item() + self.combining * combined
 
+    def num_rows(self, num_steps: int, share: float = 1.0) -> int:
+        """Full rows that this share of the budget pays for, at least one."""
+        return max(1, min(num_steps, int(share * self.allowed / self.costs.sum().item() + 1e-9)))
+
+    def early_steps(self, num_steps: int) -> int:
+        """How many first steps in a row to compute against samples that small early errors turn into others.
+
+        After two, a forecast has two outputs to go by from the third step on. That pays where more than two
+        steps in five can be computed; where fewer can, the gaps that it leaves cost more.
+        """
+        return 2 if 5 * self.num_rows(num_steps) > 2 * num_steps else 1
+
     def skeletons(
         self, num_steps: int, share: float, warps: Sequence[float] = WARPS, first: int = 1
     ) -> list[Tensor]:
@@ -76,7 +87,7 @@ class Budget:
 
         first: so many steps in a row are computed before the spacing begins.
         """
-        num_rows = max(1, min(num_steps, int(share * self.allowed / self.costs.sum().item() + 1e-9)))
+        num_rows = self.num_rows(num_steps, share)
         first = min(first, num_rows)
         spaced, rest = num_rows - first + 1, num_steps - first + 1
         tables: list[Tensor] = []
@@ -120,13 +131,10 @@ def _error(paired: Paired, cache, reduce: Reduce) -> float:
     return reduce(of_x_0.mean()).item()
 
 
-def best_of(
-    paired: Paired, tables: Sequence[Tensor], num_terms: int, reduce: Reduce, slack: float = 0.0
-) -> Tensor:
-    """The last of the tables whose error on this batch is within `slack` of the smallest."""
+def best_of(paired: Paired, tables: Sequence[Tensor], num_terms: int, reduce: Reduce) -> Tensor:
+    """The table with the smallest error on this batch."""
     errors = [fit(paired, table, num_terms, reduce).error for table in tables]
-    limit = (1 + slack) * min(errors)
-    return [table for table, error in zip(tables, errors, strict=True) if not error > limit][-1]  # NaN too
+    return tables[errors.index(min(errors))]
 
 
 def grown(compute: Tensor, effects: Tensor, budget: Budget, goal: float) -> Tensor:

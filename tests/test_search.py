@@ -78,14 +78,17 @@ def test_skeletons_are_full_rows_of_one_number(digits, share):
     assert any(torch.equal(table, fora) for table in budget_of(digits, 1.9).skeletons(10, 1.0))
 
 
-@pytest.mark.parametrize("speedup", [1.25, 2.0, 3.0])
-def test_candidates_of_a_pool_leave_no_row_and_lean_to_early_steps_ever_more(digits, speedup):
+@pytest.mark.parametrize(("speedup", "in_a_row"), [(1.25, 2), (1.96, 2), (2.77, 1), (3.1, 1)])
+def test_candidates_of_a_pool_leave_no_row_and_take_two_in_a_row_where_there_is_room(
+    digits, speedup, in_a_row
+):
     budget = budget_of(digits, speedup, 20)
-    tables = [budget.skeletons(20, *candidate)[0] for candidate in EARLY]
-    for table in tables:
+    tables = [budget.skeletons(20, *candidate, budget.early_steps(20)) for candidate in EARLY]
+    for (table,) in tables:
         assert budget.spent(table) + budget.costs.sum() > budget.allowed
-    steps = [table.all(1).nonzero().sum().item() for table in tables]  # the noisier, the higher their number
-    assert steps == sorted(set(steps))
+        assert table.all(1)[-in_a_row:].all()
+        assert in_a_row == 2 or not table[-2].any()
+    assert not torch.equal(tables[0][0], tables[1][0])
 
 
 def test_a_skeleton_can_begin_with_steps_in_a_row(digits):
@@ -95,8 +98,8 @@ def test_a_skeleton_can_begin_with_steps_in_a_row(digits):
     assert computed == [0, 1, 3, 6, 8, 11, 13, 15, 17]
     (plain,) = budget.skeletons(20, 1.0, (0.9,), 1)
     assert plain.sum() == table.sum()
-    (one_row,) = budget_of(digits, 7.0, 20).skeletons(20, 1.0, (0.9,), 2)
-    assert one_row.all(1).nonzero().flatten().tolist() == [19]
+    (one_row,) = budget_of(digits, 7.0).skeletons(10, 1.0, (0.9,), 2)
+    assert one_row.all(1).nonzero().flatten().tolist() == [9]
 
 
 def test_growing_opens_what_helps_most_for_its_cost(digits):
@@ -169,12 +172,7 @@ def test_fitting_beats_plain_reuse_and_predicts_sampling(tiny_model, ten_steps):
     assert plain_error == pytest.approx((plain - paired.states[0]).square().mean().item(), rel=1e-3)
     everything = torch.ones(10, 4, dtype=torch.bool)
     assert best_of(paired, [everything, compute], 2, lambda t: t) is everything
-    other = fora_schedule(10, 4, 3).compute
-    slack = fit(paired, other, 2).error / fitted.error - 1
-    assert slack > 0.1
-    assert best_of(paired, [compute, other], 2, lambda t: t, slack - 0.01) is compute
-    assert best_of(paired, [compute, other], 2, lambda t: t, slack + 0.01) is other
-    assert best_of(paired, [other, compute], 2, lambda t: t, slack + 0.01) is compute
+    assert best_of(paired, [compute, everything], 2, lambda t: t) is everything
 
 
 def test_a_step_of_unit_length_matters_equally(tiny_model, ten_steps, tiny_batch):
