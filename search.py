@@ -21,9 +21,8 @@ from target import Target
 
 WARPS = (0.8, 0.9, 1.0, 1.12, 1.25)  # of a skeleton's spacing; above 1 noisy steps are computed more often
 CANDIDATES = tuple((share, WARPS) for share in (0.6, 0.8, 1.0))  # of the budget that full rows take
-EARLY = tuple(
-    (1.0, (warp,)) for warp in (0.8, 0.9)
-)  # against samples that small early errors turn into others
+# Against samples that small early errors turn into others: the whole budget as full rows, two spacings.
+EARLY = ((1.0, (0.8,)), (1.0, (0.9,)))
 EXCHANGED = 0.02  # share of the budget that the first exchange may move
 
 Reduce = Callable[[Tensor], Tensor]
