@@ -269,6 +269,11 @@ def further_tables(rows: list[dict]) -> list[tuple[str, str, list[list[str]]]]:
             beyond_table(rows, FRESH, UNIFORM),
         ),
         (
+            "Batches drawn evenly, a second seed",
+            "The same training without `--pool` and `--moments-weight`.",
+            beyond_table(rows, SECOND, UNIFORM),
+        ),
+        (
             "Without moments, fresh samples",
             "The same training without `--moments-weight`.",
             beyond_table(rows, FRESH, NO_MOMENTS),

@@ -274,7 +274,8 @@ class Plan:
         for speed in self.scale.speeds[num_steps]:
             if speed.target in ABLATED:
                 self.end_to_end(num_steps, speed, 0, NO_MOMENTS, no_moments, group=FRESH)
-                self.end_to_end(num_steps, speed, 0, UNIFORM, group=FRESH)
+                for group in SEEDS:
+                    self.end_to_end(num_steps, speed, 0, UNIFORM, group=group)
 
     def ingredients(self) -> None:
         """Ablations of end-to-end training at T = 10 and one speed, and its routers elsewhere."""
