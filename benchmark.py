@@ -52,10 +52,18 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--cfg-scale", type=cli.finite, default=4.0, help="guidance, 1 = off (default 4)")
     parser.add_argument("--repeats", type=cli.positive_int, default=5, help="after a warm-up (default 5)")
     parser.add_argument("--train", action="store_true", help="router training instead of sampling")
+    parser.add_argument(
+        "--cases", nargs="+", choices=(*training_cost.CASES, *training_cost.COMPILED), metavar="CASE",
+        help="of --train, beside `forward`; see training_cost.py (default: all)",
+    )  # fmt: skip
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="the last line, indented")
     execution.add_arguments(parser)
     cli.add_device_arguments(parser)
     args = parser.parse_args()
+    if args.cases and not args.train:
+        parser.error("--cases are of --train; leave them out")
+    if args.cases and not args.compile and (compiled := set(training_cost.COMPILED) & set(args.cases)):
+        parser.error(f"--cases '{min(compiled)}' needs --compile")
     if args.train:
         unread = [name for name in ("methods", *execution.FLAGS) if name != "compile" and getattr(args, name)]
         unread += [name for name in ("batch_size", "num_sampling_steps") if len(getattr(args, name)) > 1]

@@ -11,6 +11,7 @@
 | `refresh` | lambda by the image error proxy; the naive way is T trajectories |
 | `end-to-end` | an update of end-to-end training at half of the MACs, activations recomputed |
 | `end-to-end, kept` | the same, activations of all steps kept |
+| `end-to-end, search` | a step of its search: all cells' effects, activations recomputed |
 """
 
 import argparse
@@ -31,7 +32,7 @@ from denoiser import Denoiser
 from diffusion import GaussianDiffusion, create_diffusion
 from execution import compile_branches, recompute_branches
 from models import DiT
-from objectives import Paired, image_error_proxy, train_trajectory
+from objectives import Paired, image_error_proxy, toggle_effects, train_trajectory
 from router import Router
 from sampling import load_model
 from timing import in_turn, peak_memory, reset_peak_memory
@@ -39,7 +40,7 @@ from timing import in_turn, peak_memory, reset_peak_memory
 THRESHOLD, REG_WEIGHT = 0.1, 1e-7
 CASES = (
     "forward", "update", "update, backbone gradients", "update, branches recomputed", "refresh",
-    "end-to-end", "end-to-end, kept",
+    "end-to-end", "end-to-end, kept", "end-to-end, search",
 )  # fmt: skip
 COMPILED = ("update, compiled", "update, compiled, branches recomputed")
 
@@ -106,8 +107,13 @@ def case(
         paired = Paired.draw(model, diffusion, *setting)
         weights = torch.tensor([1.0, 0.1, -0.1], device=device)
         weights = weights.repeat(num_steps, model.num_branches, 1).requires_grad_()
-        cache = GatedCache(table.float(), weights)
+        cache = GatedCache(table.to(noise), weights)
         paired.errors(cache, recompute=name == "end-to-end")[0].mean().log().backward()
+
+    def search() -> None:
+        paired = Paired.draw(model, diffusion, *setting)
+        weights = torch.tensor([1.0, 0.1, -0.1], device=device).repeat(num_steps, model.num_branches, 1)
+        toggle_effects(paired, table, weights, False, [generator] * batch_size, recompute=True)
 
     if name == "forward":
         return lambda: plain_loop(model, diffusion, labels, noise, cfg_scale)
@@ -115,15 +121,19 @@ def case(
         return update_unfrozen if name.endswith("backbone gradients") else update
     if name == "refresh":
         return lambda: image_error_proxy(model, diffusion, router, *setting, THRESHOLD)
-    return end_to_end
+    return search if name == "end-to-end, search" else end_to_end
 
 
 def training_rows(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> list[dict]:
-    """One row per case: seconds, forward passes, and the most memory on top of the model."""
+    """One row per case of `args.cases`: seconds, forward passes, and the most memory on top of the model.
+
+    `forward` is always among them; by default all are, the compiled ones with `args.compile`.
+    """
     model, diffusion = _setup(args, device, dtype)
     num_steps = diffusion.num_timesteps
     sizes = args.batch_size[0], args.cfg_scale
     names = (*CASES, *(COMPILED if args.compile else ()))
+    names = [name for name in names if name == "forward" or not args.cases or name in args.cases]
     runs = [case(name, model, diffusion, *sizes) for name in names]
     seconds = dict(zip(names, map(statistics.median, in_turn(runs, args.repeats, device)), strict=True))
     forward, rows = seconds["forward"] / num_steps, []

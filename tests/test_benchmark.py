@@ -82,6 +82,7 @@ def test_training_is_counted_in_forward_passes():
     assert memory["forward"] < memory["update"] < memory["update, backbone gradients"]
     assert memory["update, branches recomputed"] < memory["update"]
     assert memory["end-to-end"] < memory["end-to-end, kept"]
+    assert rows["end-to-end, search"]["forwards"] > rows["end-to-end"]["forwards"]  # three backward passes
 
 
 @pytest.mark.slow
@@ -91,6 +92,15 @@ def test_training_is_measured_compiled():
     rows = {row["case"]: row for row in json.loads(text.splitlines()[-1])["rows"]}
     assert set(COMPILED) < set(rows)
     assert rows["update, compiled"]["forwards"] > 0
+
+
+def test_cases_of_training_are_chosen():
+    arguments = ["--num-sampling-steps", 2, "--batch-size", 1, "--train", "--cases", "update"]
+    text = run("benchmark.py", *TINY, *arguments)
+    assert [row["case"] for row in json.loads(text.splitlines()[-1])["rows"]] == ["forward", "update"]
+    assert "leave them out" in run("benchmark.py", *TINY, "--cases", "update", status=2)
+    compiled = run("benchmark.py", *TINY, *arguments[:-1], "update, compiled", status=2)
+    assert "needs --compile" in compiled
 
 
 def test_what_training_does_not_read_is_refused():
