@@ -25,6 +25,7 @@ from torch import Tensor
 from router import Schedule
 
 Outputs = tuple[Tensor, ...]  # of one branch, the last computed one first
+Combine = Callable[[Outputs, Sequence[float] | Tensor], Tensor]
 
 
 def combined(outputs: Outputs, weights: Sequence[float] | Tensor) -> Tensor:
@@ -62,14 +63,24 @@ class StaticCache:
     combinations.
     """
 
-    def __init__(self, schedule: Schedule, dtype: torch.dtype | None = None):
-        """dtype: of what is stored; None: as it was computed."""
+    def __init__(
+        self, schedule: Schedule, dtype: torch.dtype | None = None, combine: Combine | None = None,
+        device: torch.device | None = None,
+    ):  # fmt: skip
+        """dtype: of what is stored; None: as it was computed.
+
+        combine: what stands for `combined`; it has its weights as tensors (K,) on `device`, not as numbers,
+        so that one compiled function serves all cells.
+        """
         self.step = schedule.num_steps - 1
         self.computed: list[list[bool]] = schedule.compute.tolist()
         self._kept: list[list[int]] = schedule.kept().tolist()
-        self._weights = None if schedule.weights is None else schedule.weights.tolist()
+        self._weights = None
+        if schedule.weights is not None:
+            weights = schedule.weights
+            self._weights = weights.tolist() if combine is None else [*map(list, weights.to(device))]
         self._stored: list[Outputs] = [()] * schedule.num_branches
-        self._dtype = dtype
+        self._dtype, self._combine = dtype, combine or combined
 
     def __call__(self, branch: int, compute: Callable[[], Tensor]) -> Tensor:
         stored, kept = self._stored[branch], self._kept[self.step][branch]
@@ -84,7 +95,7 @@ class StaticCache:
             stored = tuple(output.to(self._computed_dtype) for output in stored)
         if self._weights is None:
             return stored[0]
-        return combined(stored, self._weights[self.step][branch])
+        return self._combine(stored, self._weights[self.step][branch])
 
     def stored_bytes(self) -> int:
         return sum(output.nbytes for outputs in self._stored for output in outputs)

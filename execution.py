@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cache import StaticCache
+from cache import StaticCache, combined
 from models import DiT, Modulation
 from sampling import check_arguments, denoise_loop, draw_step_noise, generate
+from timing import captured
 
 CACHE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FLAGS = ("compile", "cuda_graph", "quantize", "cache_dtype")
@@ -46,25 +47,51 @@ def prepare(args: argparse.Namespace, model: DiT, device: torch.device) -> Calla
     if args.quantize:
         quantize(model, args.quantize, device)
     if args.compile:
+        if device.type == "cuda" and not args.quantize:
+            for block in model.blocks:
+                block.mlp = FusedMlp(block.mlp)
         compile_branches(model, device)
     if args.cuda_graph is None:
         args.cuda_graph = args.compile and device.type == "cuda"
     if args.cuda_graph and device.type != "cuda":
         raise ValueError(f"--cuda-graph needs a GPU, not --device {device}; leave it out")
     run = CapturedGenerate() if args.cuda_graph else generate
-    return partial(run, cache_dtype=CACHE_DTYPES.get(args.cache_dtype))
+    combine = compiled(combined) if args.compile else None
+    return partial(run, cache_dtype=CACHE_DTYPES.get(args.cache_dtype), combine=combine)
 
 
 def compile_branches(model: DiT, device: torch.device) -> None:
-    """Compile the two kinds of branches, the small units that every block repeats: two graphs in all.
+    """Compile the two kinds of branches and what adds their outputs: three graphs, which every block repeats.
 
     What surrounds them is Python that decides per step and branch, so a schedule compiles nothing anew.
     """
     if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
         raise ValueError("--compile on a CPU needs a C++ compiler such as g++; install one or leave it out")
     for block in model.blocks:
-        block.attend = torch.compile(block.attend, dynamic=False)
-        block.transform = torch.compile(block.transform, dynamic=False)
+        block.attend, block.transform = compiled(block.attend), compiled(block.transform)
+        block.add = compiled(block.add)
+
+
+def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """For fixed shapes. A layer norm in one kernel: in three, as by default, it takes longer on an H200."""
+    return torch.compile(function, dynamic=False, options={"split_reductions": False})
+
+
+class FusedMlp(nn.Module):
+    """A block's MLP, its GELU in the epilogue of the first product: for sampling on a GPU.
+
+    In place of timm's `Mlp`, whose layers it shares. Without gradients; unlike on a CPU, the GELU of the
+    operator is the tanh approximation that DiT has.
+    """
+
+    def __init__(self, mlp: nn.Module):
+        super().__init__()
+        self.fc1, self.fc2 = mlp.fc1, mlp.fc2
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, weight = x.flatten(0, -2), self.fc1.weight.t()
+        hidden = torch._addmm_activation(self.fc1.bias, rows, weight, use_gelu=True)
+        return self.fc2(hidden).view_as(x)
 
 
 def recompute_branches(model: DiT) -> None:
@@ -137,18 +164,20 @@ class CapturedGenerate:
 
     def __call__(
         self, model, diffusion, labels, noise, cfg_scale=1.0, sampler="ddim", schedule=None, eta=0.0,
-        generator=None, cache_dtype=None,
+        generator=None, cache_dtype=None, combine=None,
     ) -> Tensor:  # fmt: skip
         check_arguments(model, diffusion, labels, noise, sampler, schedule, eta)
         inputs = [labels, noise]
         if (step_noise := draw_step_noise(diffusion, noise, cfg_scale, sampler, eta, generator)) is not None:
             inputs.append(step_noise)
         kept = (model, diffusion, schedule)  # held by the graph, so that no other object takes their ids
-        key = (*map(id, kept), noise.shape, noise.dtype, cfg_scale, sampler, eta, cache_dtype)
+        key = (*map(id, kept), noise.shape, noise.dtype, cfg_scale, sampler, eta, cache_dtype, combine)
         if key not in self._captured:
+            cache = None  # made outside: weights come from the host. Its store is empty after a trajectory.
+            if schedule is not None:
+                cache = StaticCache(schedule, cache_dtype, combine, noise.device)
 
             def trajectory(labels: Tensor, noise: Tensor, step_noise: Tensor | None = None) -> Tensor:
-                cache = None if schedule is None else StaticCache(schedule, cache_dtype)
                 setting = cfg_scale, sampler, cache, eta, step_noise
                 *_, (_, x_0) = denoise_loop(model, diffusion, labels, noise, *setting)
                 return x_0
@@ -162,14 +191,7 @@ class _Graph:
 
     def __init__(self, function: Callable[..., Tensor], inputs: list[Tensor], kept: tuple):
         self._inputs, self._kept = [tensor.clone() for tensor in inputs], kept
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # libraries and the compiler set themselves up outside of the capture
-            function(*self._inputs)
-        torch.cuda.current_stream().wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._output = function(*self._inputs)
+        self._graph, self._output = captured(lambda: function(*self._inputs))
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         for own, given in zip(self._inputs, inputs, strict=True):

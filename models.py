@@ -42,12 +42,6 @@ class Modulation(NamedTuple):
     def of_input(self, x: Tensor) -> Tensor:
         return torch.addcmul(self.shift, x, self.scale)
 
-    def of_output(self, x: Tensor, output: Tensor) -> Tensor:
-        """Adds the branch output (N, T, D) to the residual stream x (N, T, D); in place without gradients."""
-        if torch.is_grad_enabled():
-            return torch.addcmul(x, self.gate, output)
-        return x.addcmul_(self.gate, output)
-
 
 class Modulations(NamedTuple):
     """Everything that one evaluation of the model takes from its timestep and labels."""
@@ -130,14 +124,20 @@ class DiTBlock(nn.Module):
     def transform(self, x: Tensor, modulation: Modulation) -> Tensor:
         return self.mlp(modulation.of_input(self.norm2(x)))
 
+    def add(self, x: Tensor, gate: Tensor, output: Tensor) -> Tensor:
+        """The residual stream x (N, T, D) with a branch output (N, T, D); in place without gradients."""
+        if torch.is_grad_enabled():
+            return torch.addcmul(x, gate, output)
+        return x.addcmul_(gate, output)
+
     def forward(
         self, x: Tensor, attn_modulation: Modulation, mlp_modulation: Modulation, cache: Cache | None = None
     ) -> Tensor:
         cache = cache or compute_always
         attn = cache(self.attn_branch, partial(self.attend, x, attn_modulation))
-        x = attn_modulation.of_output(x, attn)  # (N, T, D)
+        x = self.add(x, attn_modulation.gate, attn)  # (N, T, D)
         mlp = cache(self.mlp_branch, partial(self.transform, x, mlp_modulation))
-        return mlp_modulation.of_output(x, mlp)  # (N, T, D)
+        return self.add(x, mlp_modulation.gate, mlp)  # (N, T, D)
 
 
 class FinalLayer(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import download
-from cache import StaticCache
+from cache import Combine, StaticCache
 from checkpoints import load_checkpoint
 from denoiser import Denoiser
 from diffusion import GaussianDiffusion
@@ -185,10 +185,11 @@ def sample_loop(
     eta: float = 0.0,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     cache_dtype: torch.dtype | None = None,
+    combine: Combine | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """The same under a schedule, its arguments checked; as in `generate`."""
     check_arguments(model, diffusion, labels, noise, sampler, schedule, eta)
-    cache = None if schedule is None else StaticCache(schedule, cache_dtype)
+    cache = None if schedule is None else StaticCache(schedule, cache_dtype, combine, noise.device)
     step_noise = draw_step_noise(diffusion, noise, cfg_scale, sampler, eta, generator)
     return denoise_loop(model, diffusion, labels, noise, cfg_scale, sampler, cache, eta, step_noise)
 
@@ -204,17 +205,18 @@ def generate(
     eta: float = 0.0,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     cache_dtype: torch.dtype | None = None,
+    combine: Combine | None = None,
 ) -> Tensor:
     """Denoise `noise` (n, C, H, W) under `labels` (n,) to x_0 (n, C, H, W).
 
     cfg_scale: guidance, 1 = off. sampler: "ddim" (with `eta`) or "ddpm". schedule: which branches to compute;
     None computes all. generator: of the noise that DDPM and eta > 0 add: one for the batch (None: torch's
     global one), or one per sample, so that a sample does not depend on its batch. cache_dtype: of stored
-    branch outputs, None: the model's.
+    branch outputs, None: the model's. combine: what combines stored outputs, as `cache.StaticCache` takes it.
     Raises ValueError where the schedule, labels or sampler do not fit the model or the chain.
     """
     steps = sample_loop(
-        model, diffusion, labels, noise, cfg_scale, sampler, schedule, eta, generator, cache_dtype
+        model, diffusion, labels, noise, cfg_scale, sampler, schedule, eta, generator, cache_dtype, combine
     )
     *_, (_, x_0) = steps
     return x_0

@@ -1,5 +1,6 @@
 """How a model is executed: what is taken out of the loop, stored, compiled, captured, quantised."""
 
+import argparse
 import copy
 import importlib.util
 import shutil
@@ -15,7 +16,7 @@ from baselines import fora_schedule, forecast, random_schedule
 from cache import StaticCache
 from denoiser import Denoiser
 from diffusion import create_diffusion
-from execution import branch_weight_bytes, compile_branches, quantize, recompute_branches, weight_bytes
+from execution import branch_weight_bytes, prepare, quantize, recompute_branches, weight_bytes
 from objectives import train_trajectory
 from router import Router, Schedule, find_router, load_router
 from sampling import denoise_loop, draw_step_noise, generate, load_model
@@ -130,16 +131,17 @@ def test_step_noise_is_drawn_beforehand_in_order(ten_steps):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
-def test_compiled_model_has_two_graphs_and_the_same_samples(tiny_batch):
+def test_few_graphs_serve_all_schedules_and_give_the_same_samples(tiny_batch):
     noise, labels = tiny_batch
     noise = noise[:, :1].repeat(1, 1, 2, 2)
     model, diffusion = load_model("DiT-digits/2"), create_diffusion("6")
     expected = [generate(model, diffusion, labels, noise, 1.5, schedule=one) for one in digit_schedules()]
-    compile_branches(model, torch.device("cpu"))
+    args = argparse.Namespace(quantize=None, compile=True, cuda_graph=None, cache_dtype=None)
+    compiled = prepare(args, model, torch.device("cpu"))
     torch._dynamo.utils.counters.clear()
     for one, plain in zip(digit_schedules(), expected, strict=True):
-        assert relative_error(generate(model, diffusion, labels, noise, 1.5, schedule=one), plain) < 1e-5
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+        assert relative_error(compiled(model, diffusion, labels, noise, 1.5, schedule=one), plain) < 1e-5
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3 + 3  # of one, two and three outputs
 
 
 def test_recomputed_branches_have_the_same_gradients(tiny_model, ten_steps, tiny_batch):
@@ -177,7 +179,8 @@ def test_a_training_that_recomputes_ends_in_the_same_router(tmp_path):
 
 
 def digit_schedules() -> list[Schedule | None]:
-    return [None, fora_schedule(6, 24, 2), random_schedule(6, 24, 0.4)]
+    fora, some = fora_schedule(6, 24, 2), random_schedule(6, 24, 0.4)
+    return [None, fora, some, forecast(fora, 2), forecast(some, 2)]
 
 
 @pytest.mark.skipif(not torchao_is_there, reason="needs torchao")

@@ -1,5 +1,6 @@
 """What only a GPU shows: the same numbers as a CPU's, and training that repeats its bits."""
 
+import argparse
 import copy
 
 import pytest
@@ -9,7 +10,7 @@ from conftest import relative_error
 
 from baselines import fora_schedule, forecast
 from diffusion import create_diffusion
-from execution import CapturedGenerate
+from execution import CapturedGenerate, prepare
 from router import Schedule, find_router, load_router
 from sampling import generate_seeded, load_model
 
@@ -39,6 +40,21 @@ def test_captured_trajectory_equals_the_plain_one(sampler):
         plain = generate_seeded(model, diffusion, labels, **options)
         replayed = generate_seeded(model, diffusion, labels, generate=captured, **options)
         assert relative_error(replayed, plain) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_trajectory_is_near_the_plain_one(dtype):
+    """With branches reused, and combined from three outputs."""
+    model, diffusion = load_model("DiT-digits/2", device="cuda", dtype=dtype), create_diffusion("10")
+    own, labels = copy.deepcopy(model), torch.arange(10)
+    args = argparse.Namespace(quantize=None, compile=True, cuda_graph=None, cache_dtype=None)
+    compiled = prepare(args, own, torch.device("cuda"))
+    assert args.cuda_graph
+    for schedule in (None, forecast(fora_schedule(10, 24, 2), 2)):
+        options = {"seed": 1, "cfg_scale": 1.5, "schedule": schedule}
+        plain = generate_seeded(model, diffusion, labels, **options)
+        fast = generate_seeded(own, diffusion, labels, generate=compiled, **options)
+        assert relative_error(fast, plain) < (1e-3 if dtype == torch.float32 else 0.1)
 
 
 L2C = ["--method", "l2c", "--data", "digits", "--target-cur", 0.3]
