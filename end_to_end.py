@@ -112,14 +112,16 @@ class EndToEnd(Rounds):
     steps_per_round = 1
     extra_steps = 0.0  # the budget is met by construction
 
-    def __init__(self, args, processes, model, diffusion):
-        super().__init__(args, processes, model, diffusion)
+    def __init__(self, args, processes, model, diffusion, target):
+        super().__init__(args, processes, model, diffusion, target)
+        self.budget = search.Budget.of(target, args.terms)
         self.warm_start = self._pool = None
         if args.init:
             router = load_router(args.init, args.model, num_branches=model.num_branches)
             source = router.schedule(router.info.get("threshold", 0.1))
             self.warm_start = search.interpolated(source.compute, diffusion.num_timesteps)
-        self.candidates = search.EARLY if args.pool else search.CANDIDATES
+        num_steps = diffusion.num_timesteps
+        self.candidates = self.budget.early_candidates(num_steps) if args.pool else search.CANDIDATES
         self.num_tables = 1 if args.init else len(self.candidates)
         self.num_growths = self.num_tables * GROWTHS
         # What an exchange gains on one batch by importance is lost on the next.
@@ -139,10 +141,11 @@ class EndToEnd(Rounds):
     def name(self) -> str:
         return "end-to-end+forecast" if self.args.terms else "end-to-end"
 
-    def new_training(self, target: Target | None) -> EndToEndTraining:
+    def new_training(self) -> EndToEndTraining:
         args, size = self.args, (self.diffusion.num_timesteps, self.model.num_branches)
-        self.budget = search.Budget.of(target, args.terms)
-        return EndToEndTraining(self.num_tables, size, args.terms, args.lr, target, self.processes.device)
+        return EndToEndTraining(
+            self.num_tables, size, args.terms, args.lr, self.target, self.processes.device
+        )
 
     def run(self, training: EndToEndTraining) -> Iterator[TrainStep | None]:
         generators, step = self.generators(training.round), training.train_steps

@@ -56,7 +56,7 @@ def prepare(args: argparse.Namespace, model: DiT, device: torch.device) -> Calla
     if args.cuda_graph and device.type != "cuda":
         raise ValueError(f"--cuda-graph needs a GPU, not --device {device}; leave it out")
     run = CapturedGenerate() if args.cuda_graph else generate
-    combine = compiled(combined) if args.compile else None
+    combine = torch.compile(combined, dynamic=False) if args.compile else None
     return partial(run, cache_dtype=CACHE_DTYPES.get(args.cache_dtype), combine=combine)
 
 
@@ -68,13 +68,9 @@ def compile_branches(model: DiT, device: torch.device) -> None:
     if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
         raise ValueError("--compile on a CPU needs a C++ compiler such as g++; install one or leave it out")
     for block in model.blocks:
-        block.attend, block.transform = compiled(block.attend), compiled(block.transform)
-        block.add = compiled(block.add)
-
-
-def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """For fixed shapes. A layer norm in one kernel: in three, as by default, it takes longer on an H200."""
-    return torch.compile(function, dynamic=False, options={"split_reductions": False})
+        block.attend = torch.compile(block.attend, dynamic=False)
+        block.transform = torch.compile(block.transform, dynamic=False)
+        block.add = torch.compile(block.add, dynamic=False)
 
 
 class FusedMlp(nn.Module):

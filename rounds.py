@@ -38,9 +38,15 @@ class Rounds:
     extra_steps = EXTRA_STEPS  # share by which a run may go on to meet its target
 
     def __init__(
-        self, args: argparse.Namespace, processes: Processes, model: DiT, diffusion: GaussianDiffusion
+        self,
+        args: argparse.Namespace,
+        processes: Processes,
+        model: DiT,
+        diffusion: GaussianDiffusion,
+        target: Target | None,
     ):
         self.args, self.processes, self.model, self.diffusion = args, processes, model, diffusion
+        self.target = target
         costs = torch.tensor(model.branch_macs, dtype=torch.float32, device=processes.device)
         self.variant = Variant(
             branch_costs=costs / costs.mean() if args.cost == "macs" else None,
@@ -64,12 +70,12 @@ class Rounds:
         generator = torch.Generator().manual_seed(self.args.global_seed)
         return Router(self.diffusion.num_timesteps, self.model.num_branches, generator)
 
-    def new_training(self, target: Target | None) -> Training:
+    def new_training(self) -> Training:
         """The state that training starts from."""
         args = self.args
         return RowTraining(
             self.new_router(), args.lr, self.processes.device, self.steps_per_round, args.ste_threshold,
-            args.l1, target,
+            args.l1, self.target,
         )  # fmt: skip
 
     def run(self, training: Training) -> Iterator[TrainStep | None]:
@@ -91,10 +97,8 @@ class Rounds:
 class Trajectories(Rounds):
     """HarmoniCa. Needs no images."""
 
-    def __init__(
-        self, args: argparse.Namespace, processes: Processes, model: DiT, diffusion: GaussianDiffusion
-    ):
-        super().__init__(args, processes, model, diffusion)
+    def __init__(self, args, processes, model, diffusion, target):
+        super().__init__(args, processes, model, diffusion, target)
         self.steps_per_round = self.steps_per_epoch = diffusion.num_timesteps
 
     def run(self, training: RowTraining) -> Iterator[TrainStep | None]:
@@ -128,10 +132,8 @@ class Pairs(Rounds):
 
     steps_per_round = 1
 
-    def __init__(
-        self, args: argparse.Namespace, processes: Processes, model: DiT, diffusion: GaussianDiffusion
-    ):
-        super().__init__(args, processes, model, diffusion)
+    def __init__(self, args, processes, model, diffusion, target):
+        super().__init__(args, processes, model, diffusion, target)
         self.data = open_data(args.data, model)
         is_folder = self.data[0][0].dtype == torch.uint8
         if is_folder and args.vae == "none":

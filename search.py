@@ -21,8 +21,7 @@ from target import Target
 
 WARPS = (0.8, 0.9, 1.0, 1.12, 1.25)  # of a skeleton's spacing; above 1 noisy steps are computed more often
 CANDIDATES = tuple((share, WARPS) for share in (0.6, 0.8, 1.0))  # of the budget that full rows take
-# Against samples that small early errors turn into others: the whole budget as full rows, two spacings.
-EARLY = ((1.0, (0.8,)), (1.0, (0.9,)))
+EARLY = ((1.0, (0.8,)), (1.0, (0.9,)))  # the whole budget as full rows, two spacings
 EXCHANGED = 0.02  # share of the budget that the first exchange may move
 
 Reduce = Callable[[Tensor], Tensor]
@@ -78,6 +77,14 @@ class Budget:
         steps in five can be computed; where fewer can, the gaps that it leaves cost more.
         """
         return 2 if 5 * self.num_rows(num_steps) > 2 * num_steps else 1
+
+    def early_candidates(self, num_steps: int) -> tuple:
+        """Shares of full rows, and spacings, to try against samples that small early errors turn into others.
+
+        Full rows alone hold them, and cost little where few steps can be computed. Where more than half can,
+        the rows that `early_steps` asks for are enough.
+        """
+        return CANDIDATES if 2 * self.num_rows(num_steps) > num_steps else EARLY
 
     def skeletons(
         self, num_steps: int, share: float, warps: Sequence[float] = WARPS, first: int = 1

@@ -107,9 +107,9 @@ class Run:
     ):
         self.args, self.processes, self.settings = args, processes, settings
         self.model, self.diffusion = model, diffusion
-        self.rounds = METHODS[args.method](args, processes, model, diffusion)
         target = choose_target(args, model, diffusion)
-        self.training = self.rounds.new_training(target)
+        self.rounds = METHODS[args.method](args, processes, model, diffusion, target)
+        self.training = self.rounds.new_training()
         self.total = self.rounds.total_steps
         self.last = self.total + (int(self.total * self.rounds.extra_steps) if target else 0)
         self.window = Window()

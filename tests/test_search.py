@@ -11,6 +11,7 @@ from objectives import Paired
 from router import Schedule, weights_read
 from sampling import build_model, generate
 from search import (
+    CANDIDATES,
     EARLY,
     Budget,
     best_of,
@@ -78,11 +79,22 @@ def test_skeletons_are_full_rows_of_one_number(digits, share):
     assert any(torch.equal(table, fora) for table in budget_of(digits, 1.9).skeletons(10, 1.0))
 
 
-@pytest.mark.parametrize(("speedup", "in_a_row"), [(1.25, 2), (1.96, 2), (2.77, 1), (3.1, 1)])
-def test_candidates_of_a_pool_leave_no_row_and_take_two_in_a_row_where_there_is_room(
-    digits, speedup, in_a_row
-):
+@pytest.mark.parametrize("speedup", [1.25, 1.52])
+def test_candidates_of_a_pool_begin_with_two_steps_where_more_than_half_can_be_computed(digits, speedup):
     budget = budget_of(digits, speedup, 20)
+    assert budget.early_candidates(20) == CANDIDATES
+    assert budget.early_steps(20) == 2
+    for candidate in CANDIDATES:
+        tables = budget.skeletons(20, *candidate, 2)
+        assert len(tables) > 1
+        assert all(table[-2:].all() for table in tables)
+
+
+@pytest.mark.parametrize(("speedup", "in_a_row"), [(1.96, 2), (2.77, 1), (3.1, 1)])
+def test_candidates_of_a_pool_leave_no_row_where_fewer_can(digits, speedup, in_a_row):
+    """And take two in a row where there is room."""
+    budget = budget_of(digits, speedup, 20)
+    assert budget.early_candidates(20) == EARLY
     tables = [budget.skeletons(20, *candidate, budget.early_steps(20)) for candidate in EARLY]
     for (table,) in tables:
         assert budget.spent(table) + budget.costs.sum() > budget.allowed
