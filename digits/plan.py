@@ -2,7 +2,6 @@
 
 import bisect
 import dataclasses
-import itertools
 import os
 from dataclasses import dataclass, field
 from functools import cache
@@ -163,7 +162,7 @@ class Plan:
     def row(self, method: str, num_steps: int, flags: list, router: str | None = None, **facts) -> None:
         """A row; facts (speed, train_seed, group, variant, cfg_scale, sampler) go into it as they are.
 
-        A row of a group in SEEDS is drawn from its seed, and of three times the samples.
+        A row of a group in SEEDS is drawn from its seed, of three times the samples where steps are few.
         """
         cfg_scale, sampler = facts.pop("cfg_scale", 1.0), facts.pop("sampler", "ddim")
         id = "-".join(str(part) for part in (method, f"T{num_steps}", *facts.values()) if part is not None)
@@ -172,7 +171,7 @@ class Plan:
         shown = shown and num_steps == README_STEPS and sampler == "ddim"
         samples = self.scale.samples_in_readme if shown and cfg_scale == 1 else self.scale.samples
         own_seed = SEEDS.get(facts.get("group"))
-        samples = 3 * samples if own_seed else samples
+        samples = 3 * samples if own_seed and num_steps < 50 else samples
         arguments = ["--num-sampling-steps", num_steps, "--cfg-scale", cfg_scale, "--samples", samples]
         arguments += (["--p-sample"] if sampler == "ddpm" else []) + flags
         arguments += ["--seed", own_seed] if own_seed else []
@@ -197,9 +196,13 @@ class Plan:
             self.row("fewer-steps", num_steps, fewer, **name)
         interval = ["--interval", speed.interval]
         self.row("fora", num_steps, ["--accelerate-method", "fora", *interval], **name)
-        taylor = ["--accelerate-method", "taylor-fora", *interval, "--order"]
-        self.row("taylor-fora", num_steps, [*taylor, 1], **name)
-        self.row("taylor2-fora", num_steps, [*taylor, 2], **name)
+        self.forecasts(num_steps, speed, **name)
+
+    def forecasts(self, num_steps: int, speed: Speed, **facts) -> None:
+        """TaylorSeer, orders 1 and 2."""
+        for order, name in ((1, "taylor-fora"), (2, "taylor2-fora")):
+            flags = ["--accelerate-method", "taylor-fora", "--interval", speed.interval, "--order", order]
+            self.row(name, num_steps, flags, **facts)
 
     def random(self, num_steps: int, speed: Speed, seed: int) -> None:
         cur = random_cur(num_steps, speed.target, seed)
@@ -252,24 +255,30 @@ class Plan:
                 self.row("calibrated-harmonica", num_steps, flags, router, **facts, train_seed=0)
             self.end_to_end(num_steps, speed, 0, "end-to-end", {"--terms": 0, "--max-steps": 22})
 
-    def fresh(self, num_steps: int) -> None:
-        """The end-to-end rows and the best of the others once more, at sampling seeds of their own.
+    def fresh(self, num_steps: int, group: str) -> None:
+        """The end-to-end rows and those of all others that come near once more, at a sampling seed of its own.
 
-        And what the flags of these trainings are worth there, at two speeds with one training seed.
+        Of the others training seed 0.
         """
-        taylor = "--accelerate-method taylor-fora --interval {} --order {}"
-        for group, speed in itertools.product(SEEDS, self.scale.speeds[num_steps]):
+        for speed in self.scale.speeds[num_steps]:
             facts = {"speed": f"{speed.target:g}", "group": group}
-            if speed.target == MILD:
-                router = f"l2c-T{num_steps}-speedup{speed.l2c_target:g}-s0"
-                self.row("l2c", num_steps, dynamic("l2c"), router, train_seed=0, **facts)
-            for order, name in ((1, "taylor-fora"), (2, "taylor2-fora")):
-                self.row(name, num_steps, taylor.format(speed.interval, order).split(), **facts)
-            router = f"harmonica-T{num_steps}-speedup{speed.target:g}-s0"
-            self.row("harmonica", num_steps, dynamic(), router, train_seed=0, **facts)
+            self.forecasts(num_steps, speed, **facts)
+            trained = {"harmonica": speed.target}
+            if group == FRESH:
+                fora = ["--accelerate-method", "fora", "--interval", speed.interval]
+                self.row("fora", num_steps, fora, **facts)
+                trained |= {} if speed.target == MILD else {"harmonica-paper": speed.target}
+                trained |= {"l2c": speed.l2c_target} if speed.l2c_target else {}
+            for name, target in trained.items():
+                router = f"{name}-T{num_steps}-speedup{target:g}-s0"
+                reuse = dynamic("l2c" if name == "l2c" else "dynamiclayer")
+                self.row(name, num_steps, reuse, router, train_seed=0, **facts)
             for seed in range(self.scale.seeds[num_steps]):
                 router = f"{FORECAST}-T{num_steps}-speedup{speed.target:g}-s{seed}"
                 self.row(FORECAST, num_steps, dynamic(), router, train_seed=seed, **facts)
+
+    def without_flags(self, num_steps: int) -> None:
+        """What the flags of end-to-end trainings are worth, at two speeds with one training seed."""
         no_moments = dict(self.scale.beyond[num_steps].flags)
         no_moments.pop("--moments-weight")
         for speed in self.scale.speeds[num_steps]:
@@ -434,7 +443,9 @@ def plan(folder: Path, scale: Scale) -> list[Task]:
         tasks.beyond(num_steps)
     if scale.ablations:
         tasks.ingredients()
-        tasks.fresh(20)  # where a row of the other seed was seen before settings were chosen
+        for num_steps, group in ((20, FRESH), (20, SECOND), (10, FRESH), (50, FRESH)):
+            tasks.fresh(num_steps, group)
+        tasks.without_flags(20)
     return list(tasks.tasks.values())
 
 
