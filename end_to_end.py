@@ -98,6 +98,11 @@ class EndToEndTraining(Training):
         return own | {"moves": self.moves} | moments
 
     def set_state(self, state: dict[str, Tensor]) -> None:
+        if len(state["tables"]) != len(self.tables):
+            raise ValueError(
+                f"--resume: the run searched {len(state['tables'])} candidates, this version takes "
+                f"{len(self.tables)}; start a new one"
+            )
         self.tables, self.current = state["tables"].bool(), int(state["current"])
         self.part = state["part"].item()
         self.fitted, self.scale = state["fitted"].to(self.device), state["scale"].to(self.device)

@@ -67,6 +67,8 @@ def compile_branches(model: DiT, device: torch.device) -> None:
     """
     if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
         raise ValueError("--compile on a CPU needs a C++ compiler such as g++; install one or leave it out")
+    # By default the ninth shape (of batch size, dtype, number of stored outputs) would run uncompiled.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     for block in model.blocks:
         block.attend = torch.compile(block.attend, dynamic=False)
         block.transform = torch.compile(block.transform, dynamic=False)
@@ -183,10 +185,13 @@ class CapturedGenerate:
 
 
 class _Graph:
-    """A function of tensors, captured: its kernels are replayed without the host's part."""
+    """A function of tensors, captured: its kernels are replayed without the host's part.
+
+    What the function holds on the device is read by every replay, so the function is kept.
+    """
 
     def __init__(self, function: Callable[..., Tensor], inputs: list[Tensor], kept: tuple):
-        self._inputs, self._kept = [tensor.clone() for tensor in inputs], kept
+        self._inputs, self._kept = [tensor.clone() for tensor in inputs], (function, kept)
         self._graph, self._output = captured(lambda: function(*self._inputs))
 
     def __call__(self, *inputs: Tensor) -> Tensor:

@@ -11,7 +11,7 @@
 | `refresh` | lambda by the image error proxy; the naive way is T trajectories |
 | `end-to-end` | an update of end-to-end training at half of the MACs, activations recomputed |
 | `end-to-end, kept` | the same, activations of all steps kept |
-| `end-to-end, search` | a step of its search: all cells' effects, activations recomputed |
+| `end-to-end, search` | the most of a step of its search: all cells' effects, activations recomputed |
 """
 
 import argparse

@@ -22,9 +22,8 @@ ABLATION_STEPS = README_STEPS = 10  # both at MAIN_SPEED; the README's rows have
 # Of samples that nobody looked at before every setting was chosen, and of some that were looked at before.
 SEEDS = {FRESH: 20261129, SECOND: 20261128}
 ABLATED = (1.96, 2.77)  # speeds at which FRESH tells what the flags of a training are worth
-MILD = (
-    1.25  # a third speed for Learning-to-Cache, which can reuse every other step at most; not of all methods
-)
+# A third speed for Learning-to-Cache, which can reuse every other step at most; not measured of all methods.
+MILD = 1.25
 
 
 @dataclass(frozen=True)
@@ -256,9 +255,10 @@ class Plan:
             self.end_to_end(num_steps, speed, 0, "end-to-end", {"--terms": 0, "--max-steps": 22})
 
     def fresh(self, num_steps: int, group: str) -> None:
-        """The end-to-end rows, HarmoniCa's and those of all others that come near, at a seed of their own.
+        """The end-to-end rows and those of the others that come near, at a seed of their own.
 
-        Near come those that have the least error or distance of the others anywhere in the comparison.
+        Near come the others that have the least error or distance of all others somewhere in the comparison
+        at this number of steps, as of training seed 0; at FRESH beside HarmoniCa too.
         """
         for speed in self.scale.speeds[num_steps]:
             facts, interval = {"speed": f"{speed.target:g}", "group": group}, ["--interval", speed.interval]

@@ -13,6 +13,7 @@ import train_router
 from baselines import fora_schedule
 from calibrate import calibrated
 from diffusion import create_diffusion
+from end_to_end import EndToEndTraining
 from router import find_router, load_router, save_router
 from sampling import generate_seeded, load_model
 
@@ -105,6 +106,14 @@ def test_moments_are_trained_on(from_pool, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_state_of_other_candidates_is_refused():
+    def training(num_tables):
+        return EndToEndTraining(num_tables, (4, 24), 3, 0.1, None, torch.device("cpu"))
+
+    with pytest.raises(ValueError, match="searched 2 candidates, this version takes 3; start a new one"):
+        training(3).set_state(training(2).state())
+
+
 @pytest.mark.parametrize("pool", [[], POOL_AND_MOMENTS])
 def test_two_processes_train_the_same_router(uninterrupted, from_pool, tmp_path, pool):
     arguments = ["--results-dir", tmp_path, "--max-steps", STEPS, "--ckpt-every", EVERY, *pool]
