@@ -258,25 +258,23 @@ class Plan:
         """The end-to-end rows and those of the others that come near, at a seed of their own.
 
         Near come the others that have the least error or distance of all others somewhere in the comparison
-        at this number of steps, as of training seed 0; at FRESH beside HarmoniCa too.
+        at this number of steps, as of training seed 0; at FRESH HarmoniCa too, of all training seeds.
         """
         for speed in self.scale.speeds[num_steps]:
             facts, interval = {"speed": f"{speed.target:g}", "group": group}, ["--interval", speed.interval]
             self.forecasts(num_steps, interval, **facts)
-            routers = []
+            seeds = range(self.scale.seeds[num_steps])
+            routers = [(FORECAST, speed.target, seed) for seed in seeds]
             if group == FRESH:
-                routers = [("harmonica", speed.target)]
-                routers += [("l2c", speed.l2c_target)] if speed.target == MILD else []
+                routers += [("harmonica", speed.target, seed) for seed in seeds]
+                routers += [("l2c", speed.l2c_target, 0)] if speed.target == MILD else []
             if num_steps == 10:
                 self.row("fora", num_steps, ["--accelerate-method", "fora", *interval], **facts)
-                routers += [("harmonica-paper", speed.target)] if speed.target != MILD else []
-            for name, target in routers:
-                router = f"{name}-T{num_steps}-speedup{target:g}-s0"
+                routers += [("harmonica-paper", speed.target, 0)] if speed.target != MILD else []
+            for name, target, seed in routers:
+                router = f"{name}-T{num_steps}-speedup{target:g}-s{seed}"
                 reuse = dynamic("l2c" if name == "l2c" else "dynamiclayer")
-                self.row(name, num_steps, reuse, router, train_seed=0, **facts)
-            for seed in range(self.scale.seeds[num_steps]):
-                router = f"{FORECAST}-T{num_steps}-speedup{speed.target:g}-s{seed}"
-                self.row(FORECAST, num_steps, dynamic(), router, train_seed=seed, **facts)
+                self.row(name, num_steps, reuse, router, train_seed=seed, **facts)
 
     def without_flags(self, num_steps: int) -> None:
         """What the flags of end-to-end trainings are worth, at two speeds with one training seed."""
