@@ -255,8 +255,8 @@ def further_tables(rows: list[dict]) -> list[tuple[str, str, list[list[str]]]]:
         ),
         (
             "Beyond the paper, fresh samples",
-            "The same routers beside the best of the others (training seed 0), on samples of a seed kept for "
-            "this: 2,000, at T = 20 6,000.",
+            "The same routers beside HarmoniCa and the best of the others (these of training seed 0), on "
+            "samples of a seed kept for this: 2,000, at T = 20 6,000.",
             beyond_table(rows, FRESH),
         ),
         (
