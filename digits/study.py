@@ -198,6 +198,7 @@ def measure_latencies(folder: Path, tasks: list[Task], repeats: int) -> None:
                 "speedup_latency": plain / ms,
                 "latency_batch": measure.LATENCY_BATCH,
                 "latency_repeats": repeats,
+                "latency_hardware": cli.hardware(torch.device("cpu")),
                 "router_hash": row.get("router_hash"),
             }
             for row, ms in zip(rows, medians, strict=True)
@@ -218,7 +219,9 @@ def collect(folder: Path, tasks: list[Task]) -> list[dict]:
         if not task.is_training and is_done(folder, task):
             row = json.loads((folder / "rows" / task.file_name).read_text())
             router = Path(row["router"]).stem if row["router"] else None
-            measured = latency.get(task.id, {"latency_ms": None, "speedup_latency": None})
+            measured = latency.get(task.id, {"router_hash": "of nothing yet"})
+            if measured["router_hash"] != row.get("router_hash"):  # measured before a training anew
+                measured = {"latency_ms": None, "speedup_latency": None}
             rows.append(row | measured | {"train_command": commands.get(router)})
     return rows
 

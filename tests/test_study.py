@@ -13,11 +13,11 @@ from commands import ROOT, error_line, run
 
 from digits import measure
 from digits.plan import FULL, QUICK, SPEEDS, Beyond, plan
-from digits.study import is_done
+from digits.study import collect, is_done
 from methods import load_method
 from router import SHIPPED, load_router
 from sampling import build_model
-from tables import FRESH, SECOND, beyond_table
+from tables import BEYOND, FRESH, SECOND, beyond_table
 
 RESULTS = ROOT / "results" / "digits"
 
@@ -172,6 +172,21 @@ def test_end_to_end_beats_all_others_where_both_are_measured(group, least):
         assert float(row["ratio"]) <= 2 / 3, row
         assert group == SECOND or float(row["/ HarmoniCa"]) <= 0.25, row
         assert float(row["FD"]) <= float(row["lowest of the others"].split()[0]), row
+
+
+def test_latency_of_a_router_before_it_was_trained_anew_does_not_count(full, tmp_path):
+    (tmp_path / "latency").mkdir()
+    for name in ("rows", "routers"):
+        (tmp_path / name).symlink_to(RESULTS / name)
+    row = f"{BEYOND}-T20-1.25-0"
+    tasks = [task for task in full if task.id == row]
+    file = json.loads((RESULTS / "latency" / "T20.json").read_text())
+    for router_hash, latency in ((file[row]["router_hash"], file[row]["latency_ms"]), ("another", None)):
+        measured = {row: file[row] | {"router_hash": router_hash}}
+        (tmp_path / "latency" / "T20.json").write_text(json.dumps(measured))
+        [found] = collect(tmp_path, tasks)
+        assert found["latency_ms"] == latency
+        assert found["router_hash"] == file[row]["router_hash"]
 
 
 def test_what_other_weights_made_is_not_done(full, monkeypatch):
