@@ -119,10 +119,15 @@ class DiTBlock(nn.Module):
         return [list(branches) for branches in zip(*of_branches, strict=True)]
 
     def attend(self, x: Tensor, modulation: Modulation) -> Tensor:
-        return self.attn(modulation.of_input(self.norm1(x)))
+        return self.attn(self.normed(self.norm1, x, modulation))
 
     def transform(self, x: Tensor, modulation: Modulation) -> Tensor:
-        return self.mlp(modulation.of_input(self.norm2(x)))
+        return self.mlp(self.normed(self.norm2, x, modulation))
+
+    @staticmethod
+    def normed(norm: nn.LayerNorm, x: Tensor, modulation: Modulation) -> Tensor:
+        """What a branch has as its input (N, T, D)."""
+        return modulation.of_input(norm(x))
 
     def add(self, x: Tensor, gate: Tensor, output: Tensor) -> Tensor:
         """The residual stream x (N, T, D) with a branch output (N, T, D); in place without gradients."""
@@ -264,7 +269,8 @@ class DiT(nn.Module):
 
     def predict(self, x: Tensor, modulations: Modulations, cache: Cache | None = None) -> Tensor:
         """(N, C_out, H, W) of x (N, C, H, W), its timesteps and labels given by `modulations`."""
-        x = self.x_embedder(x) + self.pos_embed  # (N, T, D)
+        # The convolution leaves tokens innermost, and sums keep that order; norms want the width there.
+        x = self.x_embedder(x).contiguous() + self.pos_embed  # (N, T, D)
         for i, block in enumerate(self.blocks):
             x = block(x, *modulations.branches[2 * i : 2 * i + 2], cache)  # (N, T, D)
         return self.unpatchify(self.final_layer(x, *modulations.final))
