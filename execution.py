@@ -5,6 +5,7 @@ schedule does not depend on the input, so a whole trajectory, sampler included, 
 """
 
 import argparse
+import importlib.util
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--quantize", choices=QUANTIZATIONS,
-        help="weights of the branches through torchao: int8wo in 8 bits, int8 and fp8 activations too",
+        help="weights of the branches: int8wo in 8 bits, int8 and fp8 activations too; int8 needs torchao",
     )  # fmt: skip
     group.add_argument("--cache-dtype", choices=CACHE_DTYPES, help="of stored outputs (default: the model's)")
 
@@ -47,9 +48,8 @@ def prepare(args: argparse.Namespace, model: DiT, device: torch.device) -> Calla
     if args.quantize:
         quantize(model, args.quantize, device)
     if args.compile:
-        if device.type == "cuda" and not args.quantize:
-            for block in model.blocks:
-                block.mlp = FusedMlp(block.mlp)
+        if device.type == "cuda":
+            fuse(model, args.quantize)
         compile_branches(model, device)
     if args.cuda_graph is None:
         args.cuda_graph = args.compile and device.type == "cuda"
@@ -75,6 +75,20 @@ def compile_branches(model: DiT, device: torch.device) -> None:
         block.add = torch.compile(block.add, dynamic=False)
 
 
+def fuse(model: DiT, quantization: str | None = None) -> None:
+    """Sampling on a GPU: what the compiler leaves apart, or does slowly, in one kernel each."""
+    for block in model.blocks:
+        block.normed = _fused_norm
+        if quantization is None:
+            block.mlp = FusedMlp(block.mlp)
+
+
+def _fused_norm(norm: nn.LayerNorm, x: Tensor, modulation: Modulation) -> Tensor:
+    import kernels  # of Triton, which is nowhere but where there are GPUs
+
+    return kernels.modulated_norm(x, modulation.shift, modulation.scale, norm.eps)
+
+
 class FusedMlp(nn.Module):
     """A block's MLP, its GELU in the epilogue of the first product: for sampling on a GPU.
 
@@ -90,6 +104,31 @@ class FusedMlp(nn.Module):
         rows, weight = x.flatten(0, -2), self.fc1.weight.t()
         hidden = torch._addmm_activation(self.fc1.bias, rows, weight, use_gelu=True)
         return self.fc2(hidden).view_as(x)
+
+
+class Fp8Linear(nn.Module):
+    """A linear layer in float8: weights by a scale per output, inputs (..., in) by one per row as they come.
+
+    Products are accumulated in float32 and leave in bfloat16. gelu: of the inputs first, in the same kernel.
+    """
+
+    def __init__(self, linear: nn.Linear, gelu: bool = False):
+        super().__init__()
+        import kernels
+
+        self.rows_in_fp8, self.gelu = kernels.quantized, gelu
+        weight, scale = kernels.quantized(linear.weight.detach(), False)
+        self.weight = nn.Parameter(weight, requires_grad=False)  # (out, in)
+        self.register_buffer("scale", scale.t())  # (1, out)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, scale = self.rows_in_fp8(x.flatten(0, -2), self.gelu)
+        out = torch._scaled_mm(
+            rows, self.weight.t(), scale_a=scale, scale_b=self.scale, bias=self.bias,
+            out_dtype=torch.bfloat16, use_fast_accum=True,
+        )  # fmt: skip
+        return out.view(*x.shape[:-1], -1)
 
 
 def recompute_branches(model: DiT) -> None:
@@ -112,27 +151,36 @@ def quantize(model: DiT, kind: str, device: torch.device) -> None:
     """Quantise the linear layers of all branches in place, not those of the conditioning.
 
     int8wo: 8-bit weights, products in the model's dtype. int8: activations in 8 bits too, per token, so that
-    no sample depends on its batch. fp8: the same in float8, of bfloat16 on a GPU of compute capability 8.9.
+    no sample depends on its batch; both through torchao. fp8: as int8 in float8 (`Fp8Linear`), of bfloat16 on
+    a GPU of compute capability 8.9.
     """
+    if kind == "fp8":
+        quantize_fp8(model, device)
+        return
     try:
         from torchao import quantization
     except ImportError:
         raise ValueError(f"{kind} weights need torchao; install it with `pip install torchao`") from None
-    if kind == "fp8" and not (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)):
-        raise ValueError(f"--quantize fp8 needs a GPU of compute capability 8.9, not {device}; take int8")
-    if kind == "fp8" and next(model.parameters()).dtype != torch.bfloat16:
-        raise ValueError("--quantize fp8 needs weights in bfloat16; add --precision bf16")
     config = {
         "int8wo": quantization.Int8WeightOnlyConfig,
         "int8": quantization.Int8DynamicActivationInt8WeightConfig,
-        "fp8": partial(
-            quantization.Float8DynamicActivationFloat8WeightConfig, granularity=quantization.PerRow()
-        ),
     }[kind]()
-
     for block in model.blocks:
         for branch in (block.attn, block.mlp):
             quantization.quantize_(branch, config)
+
+
+def quantize_fp8(model: DiT, device: torch.device) -> None:
+    if not (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)):
+        raise ValueError(f"--quantize fp8 needs a GPU of compute capability 8.9, not {device}; take int8")
+    if next(model.parameters()).dtype != torch.bfloat16:
+        raise ValueError("--quantize fp8 needs weights in bfloat16; add --precision bf16")
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError("--quantize fp8 needs triton; install it with `pip install triton`")
+    for block in model.blocks:
+        attn, mlp = block.attn, block.mlp
+        attn.qkv, attn.proj = Fp8Linear(attn.qkv), Fp8Linear(attn.proj)
+        mlp.fc1, mlp.act, mlp.fc2 = Fp8Linear(mlp.fc1), nn.Identity(), Fp8Linear(mlp.fc2, gelu=True)
 
 
 def branch_weight_bytes(model: DiT, quantization: str | None = None) -> list[int]:
@@ -140,7 +188,7 @@ def branch_weight_bytes(model: DiT, quantization: str | None = None) -> list[int
     found = []
     for block in model.blocks:
         for branch in (block.attn, block.mlp):
-            weights = [module.weight for module in branch.modules() if isinstance(module, nn.Linear)]
+            weights = [one.weight for one in branch.modules() if isinstance(one, nn.Linear | Fp8Linear)]
             found.append(sum(one.numel() if quantization else one.nbytes for one in weights))
     return found
 

@@ -3,9 +3,9 @@
     python -m digits.precisions --path digits-T20-1.96x
     python -m digits.precisions --path digits-T20-1.96x --weights int8wo int8 --compile
 
-Rows are weights (fp32, then bf16 or 8 bits through torchao), uncached and under a router. All is relative to
-fp32 uncached: quality is that of samples of the same noise, latencies are of one batch, taken in turn. 8 bits
-need torchao. The last line is JSON, `--output` writes it to a file.
+Rows are weights (fp32, then bf16 or 8 bits, see `execution.quantize`), uncached and under a router. All is
+relative to fp32 uncached: quality is that of samples of the same noise, latencies are of one batch, taken in
+turn. int8 needs torchao, fp8 a GPU. The last line is JSON, `--output` writes it to a file.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from sampling import DIGITS_MODEL, decode, load_model
 from tables import print_columns
 from timing import in_turn, latency
 
-WEIGHTS = ("fp32", "bf16", "int8wo", "int8")
+WEIGHTS = ("fp32", "bf16", *execution.QUANTIZATIONS)
 REFERENCE = "fp32", "none"
 COLUMNS = (
     ("weights", lambda row: row["weights"]),
@@ -60,6 +60,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--repeats", type=cli.positive_int, default=9, help="timed (default 9)")
     parser.add_argument("--compile", action="store_true", help="compile the branches (torch.compile)")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="the last line, indented")
     args = parser.parse_args(arguments)
     if args.samples % args.batch_size:
@@ -68,24 +69,28 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def variant(plain: DiT, weights: str, compiled: bool) -> tuple[DiT, Callable[..., Tensor], float]:
+def variant(
+    plain: DiT, weights: str, compiled: bool, device: torch.device
+) -> tuple[DiT, Callable[..., Tensor], float]:
     """A copy of the model with these weights, what samples it, and what its weights take in MB."""
-    model = copy.deepcopy(plain).to(torch.bfloat16 if weights == "bf16" else torch.float32)
+    model = copy.deepcopy(plain).to(device, torch.bfloat16 if weights in ("bf16", "fp8") else torch.float32)
     kind = weights if weights in execution.QUANTIZATIONS else None
     megabytes = execution.weight_bytes(model, kind) / 2**20
     flags = {"quantize": kind, "compile": compiled, "cuda_graph": None, "cache_dtype": None}
-    return model, execution.prepare(argparse.Namespace(**flags), model, torch.device("cpu")), megabytes
+    return model, execution.prepare(argparse.Namespace(**flags), model, device), megabytes
 
 
 def main(args: argparse.Namespace) -> None:
     if args.output:
         check_writable(args.output, [".json"])
+    device = cli.choose_device(args.device)
+    cli.set_precision("fp32", device)
     plain, name = load_model(DIGITS_MODEL), Path(args.path).name.removesuffix(".safetensors")
     num_steps = len(load_router(args.path, DIGITS_MODEL, num_branches=plain.num_branches).logits)
     setting = {"model": DIGITS_MODEL, "cfg_scale": args.cfg_scale, "num_sampling_steps": num_steps}
     specs = {"none": "none", name: args.path}
     chosen = {name: methods.load_spec(spec, plain, p_sample=False, **setting) for name, spec in specs.items()}
-    variants = {weights: variant(plain, weights, args.compile) for weights in args.weights}
+    variants = {weights: variant(plain, weights, args.compile, device) for weights in args.weights}
     runs = {
         (weights, name): (model, method, generate)
         for weights, (model, generate, _) in variants.items()
@@ -94,9 +99,9 @@ def main(args: argparse.Namespace) -> None:
 
     args.p_sample = False  # which `draw` reads
     one_batch = argparse.Namespace(**vars(args) | {"samples": args.batch_size})
-    x_0 = {key: draw(args, *run).float() for key, run in runs.items()}
+    x_0 = {key: draw(args, *run).float().cpu() for key, run in runs.items()}
     batches = [lambda run=run: draw(one_batch, *run) for run in runs.values()]
-    times = dict(zip(runs, in_turn(batches, args.repeats, torch.device("cpu")), strict=True))
+    times = dict(zip(runs, in_turn(batches, args.repeats, device), strict=True))
     judge, labels, rows = Judge(), torch.arange(args.samples) % plain.num_classes, []
     for key, own in times.items():
         weights, name = key
@@ -109,7 +114,7 @@ def main(args: argparse.Namespace) -> None:
 
     asked = ("path", "cfg_scale", "samples", "seed", "batch_size", "repeats", "compile")
     result = {name: getattr(args, name) for name in asked} | {"num_steps": num_steps}
-    result |= {"hardware": cli.hardware(torch.device("cpu")), "torch": torch.__version__, "rows": rows}
+    result |= {"hardware": cli.hardware(device), "torch": torch.__version__, "rows": rows}
     if args.output:
         write_json(args.output, result)
     print(json.dumps(result))

@@ -1,8 +1,13 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before anything imports triton
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from safetensors.torch import load_file
 
 from diffusion import create_diffusion

@@ -207,7 +207,6 @@ def test_what_cannot_be_done_is_named(tmp_path, monkeypatch):
     assert not (tmp_path / "x.png").exists()
 
 
-@pytest.mark.skipif(not torchao_is_there, reason="needs torchao")
 def test_fp8_on_a_cpu_is_refused(tmp_path):
     arguments = [*DIGITS, "--output", tmp_path / "x.png", "--device", "cpu", "--quantize", "fp8"]
     assert "compute capability 8.9" in error_line("sample.py", *arguments)
