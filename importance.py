@@ -23,7 +23,7 @@ def inclusion(sizes: Tensor, n: int, by_size: float = BY_SIZE) -> Tensor:
     while True:
         rest = worth * ~certain
         probabilities = torch.where(certain, 1.0, rest * ((n - certain.sum()) / rest.sum().clamp(min=1e-300)))
-        beyond = (probabilities > 1) & ~certain
+        beyond = (probabilities > 1 - 1e-12) & ~certain  # what rounding leaves below 1 is certain, too
         if not beyond.any():
             return probabilities
         certain |= beyond
