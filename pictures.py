@@ -3,8 +3,6 @@
 import textwrap
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -47,6 +45,9 @@ def schedule_heat_map(
     scores: Tensor, threshold: float, branches: tuple[str, ...], title: str = ""
 ) -> Image.Image:
     """Scores (T, B) as colour, steps down as they are executed, branches across; a dot on reused cells."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and sheets need none of it
+    from matplotlib.figure import Figure
+
     table = scores.detach().cpu().numpy()[::-1]
     num_steps, num_branches = table.shape
     figure = Figure(figsize=(max(6.0, 0.16 * num_branches + 2), max(3.0, 0.16 * num_steps + 1.6)), dpi=110)

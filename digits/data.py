@@ -6,7 +6,6 @@ downloaded.
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor
 
 NUM_CLASSES = 10
@@ -14,6 +13,8 @@ NUM_CLASSES = 10
 
 def digit_images() -> tuple[Tensor, Tensor]:
     """All images (1797, 1, 8, 8) in [-1, 1] and their labels (1797,)."""
+    from sklearn.datasets import load_digits  # slow to import, and few commands read images
+
     digits = load_digits()
     images = torch.from_numpy(digits.images).float()[:, None] / 8.0 - 1.0
     return images, torch.from_numpy(digits.target).long()
