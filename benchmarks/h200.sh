@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every figure of docs/performance.md that needs a GPU: a JSON file each under results/benchmark/, named after
-# the card. Needs no weights. For the 8-bit rows: pip install torchao. Not run to their end so far: xl-512-plain,
+# the card. Needs no weights. For the int8 rows: pip install torchao. Not committed so far: xl-512-plain,
 # xl-256-scaling and the 8-bit rows; what is committed of an H200 took some seven minutes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
