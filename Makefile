@@ -15,7 +15,8 @@ study: $(VENV)/installed
 test: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not timed"
+	$(VENV)/bin/python -m pytest -m timed
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)

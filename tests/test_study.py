@@ -19,7 +19,6 @@ from router import SHIPPED, load_router
 from sampling import build_model
 from tables import BEYOND, FRESH, SECOND, beyond_table
 
-pytestmark = pytest.mark.xdist_group("study")  # in one process, which runs the study once
 RESULTS = ROOT / "results" / "digits"
 
 
