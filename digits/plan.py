@@ -442,7 +442,7 @@ def plan(folder: Path, scale: Scale) -> list[Task]:
         tasks.beyond(num_steps)
     if scale.ablations:
         tasks.ingredients()
-        for num_steps, group in ((20, FRESH), (20, SECOND), (10, FRESH)):
+        for num_steps, group in ((20, FRESH), (20, SECOND), (10, FRESH), (50, FRESH)):
             tasks.fresh(num_steps, group)
         tasks.without_flags(20)
     return list(tasks.tasks.values())

