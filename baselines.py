@@ -1,4 +1,4 @@
-"""Schedules that nobody trains: what a learned router has to beat.
+"""Untrained schedules: the baselines that a learned router has to beat.
 
 | schedule | computes |
 |---|---|
@@ -20,19 +20,48 @@ def full_schedule(num_steps: int, num_branches: int) -> Schedule:
     return Schedule(torch.ones(num_steps, num_branches, dtype=torch.bool), "every branch computed")
 
 
-def fora_schedule(num_steps: int, num_branches: int, interval: float | Fraction | str) -> Schedule:
-    """Full compute at every `interval`-th step, counted from the first executed (T-1).
+ANCHORS = ("first", "last")
 
-    A fractional interval computes that often on average: 1.5 computes two steps of three.
-    Raises ValueError below 1.
+
+def fora_schedule(
+    num_steps: int,
+    num_branches: int,
+    interval: float | Fraction | str,
+    anchor: str = "first",
+    first_steps: int = 1,
+) -> Schedule:
+    """Full compute at every `interval`-th step, and at the `first_steps` steps that are executed first.
+
+    | rule | parameters | computed at T = 10, interval 3 |
+    |---|---|---|
+    | every N-th step from the first executed (HarmoniCa's tables) | the defaults | 9, 6, 3, 0 |
+    | FORA as released, `step == T-1 or step % N == 0` | `anchor="last"` | 9, 6, 3, 0 |
+    | TaylorSeer as released, two steps in a row, then every N-th | `first_steps=2` | 9, 8, 5, 2 |
+
+    anchor: `"first"` counts intervals from the last of the leading steps, `"last"` from step 0. A fractional
+    interval computes that often on average: 1.5 computes two steps of three; the released codes take whole
+    numbers alone. Raises ValueError for an interval below 1, another anchor, or first_steps outside 1 .. T.
     """
     interval = Fraction(str(interval))
     if interval < 1:
         raise ValueError(f"interval {interval} is below 1; 1 computes every step, 2 every other")
-    periods = [math.floor(k / interval) for k in range(num_steps)]  # k counts executed steps
-    computed = [k == 0 or periods[k] != periods[k - 1] for k in range(num_steps)]
-    table = torch.tensor(computed[::-1])[:, None].expand(num_steps, num_branches)
-    return Schedule(table, f"FORA, interval {interval}")
+    if anchor not in ANCHORS:
+        raise ValueError(f"anchor {anchor!r} is unknown; choose one of {', '.join(ANCHORS)}")
+    if not 1 <= first_steps <= num_steps:
+        raise ValueError(f"first_steps {first_steps} is outside 1 .. {num_steps}, the number of steps")
+
+    def is_computed(step: int) -> bool:
+        if step >= num_steps - first_steps:
+            return True
+        # Distance to the step that intervals are counted from; a new interval begins where the count changes.
+        distance = step if anchor == "last" else num_steps - first_steps - step
+        return math.floor(distance / interval) != math.floor((distance - 1) / interval)
+
+    table = torch.tensor([[is_computed(step)] * num_branches for step in range(num_steps)])
+    source = f"FORA, interval {interval}"
+    source += ", anchored at the last step" if anchor == "last" else ""
+    source += f", first {first_steps} steps computed" if first_steps > 1 else ""
+    return Schedule(table, source)
 
 
 def random_schedule(num_steps: int, num_branches: int, cur: float, seed: int = 0) -> Schedule:

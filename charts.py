@@ -19,8 +19,9 @@ COLOURS = {
     "random": "#B08D57", "l2c": "#009E73", "l2c-every-row": "#66C2A5", "harmonica": "#D55E00",
     "harmonica-paper": "#E69F00", "taylor-harmonica": "#CC79A7", "calibrated-fora": "#1B6F8A",
     "calibrated-harmonica": "#A65628", "end-to-end": "#8E5AC8", "end-to-end+forecast": "#D6006C",
+    "fora-released": "#4C9FD0", "taylor-fora-released": "#9BD3F2", "taylor2-fora-released": "#A9B5EC",
 }  # fmt: skip
-MARKERS = "osD^v<>PXphdH*"
+MARKERS = "osD^v<>PXphdH*8+x"
 THEMES = {
     "light": {
         "figure.facecolor": "#ffffff",

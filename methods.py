@@ -4,7 +4,7 @@
 |---|---|---|
 | `none` | every branch computed | |
 | `fewer-steps` | every branch computed, of a shorter chain | `--steps N` |
-| `fora` | every N-th step computed | `--interval N` |
+| `fora` | every N-th step computed | `--interval N`, `--anchor A`, `--first-steps F` |
 | `random` | a random share reused | `--cur X`, `--schedule-seed S` |
 | `dynamiclayer` | a router's, whatever trained it | `--path ROUTER`, `--thres X` |
 | `l2c` | a Learning-to-Cache router's | `--path ROUTER`, `--thres X` |
@@ -19,7 +19,7 @@ import argparse
 from dataclasses import dataclass
 
 import cli
-from baselines import fora_schedule, forecast, random_schedule
+from baselines import ANCHORS, fora_schedule, forecast, random_schedule
 from calibrate import calibrated
 from diffusion import GaussianDiffusion, create_diffusion
 from models import DiT
@@ -29,14 +29,14 @@ from sampling import pixels_of
 _FLAGS = {
     "none": (),
     "fewer-steps": ("steps",),
-    "fora": ("interval",),
+    "fora": ("interval", "anchor", "first_steps"),
     "random": ("cur", "schedule_seed"),
     "dynamiclayer": ("path", "thres"),
     "l2c": ("path", "thres"),
 }
 _CACHING = ("fora", "random", "dynamiclayer", "l2c")
 _REUSE = {"taylor": ("order",), "calibrated": ("calibrate", "terms")}  # how reused branches get their output
-_OPTIONAL = ("schedule_seed", "thres", "order", "calibrate", "terms")
+_OPTIONAL = ("anchor", "first_steps", "schedule_seed", "thres", "order", "calibrate", "terms")
 METHODS = (*_FLAGS, *(f"{reuse}-{name}" for reuse in _REUSE for name in _CACHING))
 CALIBRATION_SAMPLES = 64
 
@@ -68,6 +68,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--interval", type=cli.interval, help="fora: compute every N-th step; 3/2 is two of three"
     )
+    group.add_argument(
+        "--anchor", choices=ANCHORS,
+        help="fora: count intervals from the first executed step (the default), or from the last as the "
+        "released FORA does",
+    )  # fmt: skip
+    group.add_argument(
+        "--first-steps", type=cli.positive_int, metavar="F",
+        help="fora: compute the first F steps in any case (default 1; the released TaylorSeer: 2)",
+    )  # fmt: skip
     group.add_argument("--cur", type=cli.finite, help="random: share of branches reused, 0 .. 1")
     group.add_argument("--schedule-seed", type=cli.non_negative_int, help="random: of the draw (default 0)")
     group.add_argument("--steps", type=cli.positive_int, help="fewer-steps: denoising steps instead")
@@ -149,7 +158,7 @@ def load_method(args: argparse.Namespace, model: DiT) -> Method:
         ddim = "ddim" if str(args.num_sampling_steps).startswith("ddim") else ""  # the same spacing
         diffusion = create_diffusion(f"{ddim}{args.steps}", learn_sigma=model.learn_sigma)
     elif base == "fora":
-        schedule = fora_schedule(*size, args.interval)
+        schedule = fora_schedule(*size, args.interval, args.anchor or "first", args.first_steps or 1)
     elif base == "random":
         schedule = random_schedule(*size, args.cur, args.schedule_seed or 0)
     elif base in ("dynamiclayer", "l2c"):

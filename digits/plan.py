@@ -32,31 +32,32 @@ class Speed:
 
     target: float
     interval: str  # FORA's
+    released_interval: str  # of the released rules of FORA and TaylorSeer, for as many computed rows
     steps: int | None  # of the shorter chain; None: none is near enough
     l2c_target: float | None = None  # for even rows alone; None: out of its reach
 
 
 SPEEDS = {
     10: [
-        Speed(1.25, "1.25", 8, 1.25),
-        Speed(1.42, "4/3", 7, 1.42),
-        Speed(1.96, "2", 5, 1.92),
-        Speed(2.44, "3", 4),
-        Speed(3.1, "10/3", None),
+        Speed(1.25, "1.25", "4/3", 8, 1.25),
+        Speed(1.42, "4/3", "3/2", 7, 1.42),
+        Speed(1.96, "2", "5/2", 5, 1.92),
+        Speed(2.44, "3", "3", 4),
+        Speed(3.1, "10/3", "5", None),
     ],
     20: [
-        Speed(1.25, "1.25", 16, 1.25),
-        Speed(1.52, "1.5", 13, 1.52),
-        Speed(1.96, "2", 10, 1.92),
-        Speed(2.77, "3", 7),
-        Speed(3.1, "10/3", None),
+        Speed(1.25, "1.25", "5/4", 16, 1.25),
+        Speed(1.52, "1.5", "8/5", 13, 1.52),
+        Speed(1.96, "2", "9/4", 10, 1.92),
+        Speed(2.77, "3", "7/2", 7),
+        Speed(3.1, "10/3", "4", None),
     ],
     50: [
-        Speed(1.25, "1.25", 40, 1.25),
-        Speed(1.5, "1.5", 33, 1.5),
-        Speed(1.96, "2", 25, 1.92),
-        Speed(2.77, "3", 18),
-        Speed(3.1, "10/3", 16),
+        Speed(1.25, "1.25", "5/4", 40, 1.25),
+        Speed(1.5, "1.5", "17/11", 33, 1.5),
+        Speed(1.96, "2", "25/12", 25, 1.92),
+        Speed(2.77, "3", "16/5", 18),
+        Speed(3.1, "10/3", "7/2", 16),
     ],
 }
 
@@ -193,15 +194,8 @@ class Plan:
         if speed.steps:
             fewer = ["--accelerate-method", "fewer-steps", "--steps", speed.steps]
             self.row("fewer-steps", num_steps, fewer, **name)
-        interval = ["--interval", speed.interval]
-        self.row("fora", num_steps, ["--accelerate-method", "fora", *interval], **name)
-        self.forecasts(num_steps, interval, **name)
-
-    def forecasts(self, num_steps: int, interval: list, **facts) -> None:
-        """TaylorSeer, orders 1 and 2."""
-        for order, name in ((1, "taylor-fora"), (2, "taylor2-fora")):
-            flags = ["--accelerate-method", "taylor-fora", *interval, "--order", order]
-            self.row(name, num_steps, flags, **facts)
+        for method, flags in interval_methods(speed):
+            self.row(method, num_steps, flags, **name)
 
     def random(self, num_steps: int, speed: Speed, seed: int) -> None:
         cur = random_cur(num_steps, speed.target, seed)
@@ -261,15 +255,16 @@ class Plan:
         at this number of steps, as of training seed 0; at FRESH HarmoniCa too, of all training seeds.
         """
         for speed in self.scale.speeds[num_steps]:
-            facts, interval = {"speed": f"{speed.target:g}", "group": group}, ["--interval", speed.interval]
-            self.forecasts(num_steps, interval, **facts)
+            facts = {"speed": f"{speed.target:g}", "group": group}
+            for method, flags in interval_methods(speed):
+                if num_steps == 10 or method.startswith("taylor"):
+                    self.row(method, num_steps, flags, **facts)
             seeds = range(self.scale.seeds[num_steps])
             routers = [(FORECAST, speed.target, seed) for seed in seeds]
             if group == FRESH:
                 routers += [("harmonica", speed.target, seed) for seed in seeds]
                 routers += [("l2c", speed.l2c_target, 0)] if speed.target == MILD else []
             if num_steps == 10:
-                self.row("fora", num_steps, ["--accelerate-method", "fora", *interval], **facts)
                 routers += [("harmonica-paper", speed.target, 0)] if speed.target != MILD else []
             for name, target, seed in routers:
                 router = f"{name}-T{num_steps}-speedup{target:g}-s{seed}"
@@ -398,6 +393,25 @@ class Plan:
         """The published 20,000 train steps at the published learning rate."""
         changes = {"lr": 0.01, "updates": 2000, "facts": {"group": "full-length"}}
         self.harmonica(ABLATION_STEPS, ablation_speed(), 0, "harmonica-20k", **changes)
+
+
+def interval_methods(speed: Speed) -> list[tuple[str, list]]:
+    """FORA and TaylorSeer of orders 1 and 2 with their flags, by one rule for all and by the released rules.
+
+    As many rows are computed by either rule. The released codes know whole intervals alone; where none gives
+    that many rows, theirs is a fraction here.
+    """
+    ours, released = ["--interval", speed.interval], ["--interval", speed.released_interval]
+    found = []
+    for suffix, fora, taylor in (
+        ("", ours, ours),
+        ("-released", [*released, "--anchor", "last"], [*released, "--first-steps", 2]),
+    ):
+        found.append((f"fora{suffix}", ["--accelerate-method", "fora", *fora]))
+        for order, name in ((1, "taylor-fora"), (2, "taylor2-fora")):
+            flags = ["--accelerate-method", "taylor-fora", *taylor, "--order", order]
+            found.append((f"{name}{suffix}", flags))
+    return found
 
 
 def ablation_speed() -> Speed:

@@ -170,7 +170,10 @@ def perform_all(folder: Path, tasks: list[Task], workers: int) -> list[str]:
 
 
 def measure_latencies(folder: Path, tasks: list[Task], repeats: int) -> None:
-    """Latency of the main rows of seed 0, measured alone and in turn, one number of steps after the other."""
+    """Latency of the main rows of seed 0 that have none yet, alone and in turn with uncached sampling.
+
+    One number of steps after the other. A row whose router was trained anew is measured anew.
+    """
     torch.set_num_threads(1)
     model, groups = digits_model(), {}
     for row in collect(folder, tasks):
@@ -178,32 +181,34 @@ def measure_latencies(folder: Path, tasks: list[Task], repeats: int) -> None:
             groups.setdefault(row["num_steps"], []).append(row)
     for num_steps, rows in sorted(groups.items()):
         path = folder / "latency" / f"T{num_steps}.json"
-        measured = {row["id"]: row.get("router_hash") for row in rows}
-        if "uncached" not in (row["method"] for row in rows):
-            continue  # nothing to compare with yet
         there = json.loads(path.read_text()) if path.exists() else {}
-        if {id: one.get("router_hash") for id, one in there.items()} == measured:
+        plain = [row for row in rows if row["method"] == "uncached"]
+        missing = [row for row in rows if row not in plain and row["speedup_latency"] is None]
+        if not (plain and missing):
             continue
-        print(f"latency of {len(rows)} rows at T = {num_steps}", flush=True)
+        print(f"latency of {len(missing)} rows at T = {num_steps}", flush=True)
         batches = []
-        for row in rows:
+        for row in plain + missing:
             args = measure.parse_args(row["arguments"])
             with contextlib.redirect_stdout(None):
                 batches.append(measure.timed_batch(args, model, methods.load_method(args, model)))
-        medians = measure.latencies(batches, repeats)
-        plain = medians[[row["method"] for row in rows].index("uncached")]
+        plain_ms, *medians = measure.latencies(batches, repeats)
+        measured = {plain[0]["id"]: (plain_ms, None)} if plain[0]["speedup_latency"] is None else {}
+        measured |= {
+            row["id"]: (ms, row.get("router_hash")) for row, ms in zip(missing, medians, strict=True)
+        }
         found = {
-            row["id"]: {
+            id: {
                 "latency_ms": ms,
-                "speedup_latency": plain / ms,
+                "speedup_latency": plain_ms / ms,
                 "latency_batch": measure.LATENCY_BATCH,
                 "latency_repeats": repeats,
                 "latency_hardware": cli.hardware(torch.device("cpu")),
-                "router_hash": row.get("router_hash"),
+                "router_hash": router_hash,
             }
-            for row, ms in zip(rows, medians, strict=True)
+            for id, (ms, router_hash) in measured.items()
         }
-        write_json(path, found)
+        write_json(path, there | found)
 
 
 def collect(folder: Path, tasks: list[Task]) -> list[dict]:
