@@ -18,6 +18,7 @@ and Learning-to-Cache's training.
 """
 
 from collections.abc import Callable, Sequence
+from enum import Enum
 
 import torch
 from torch import Tensor
@@ -150,16 +151,24 @@ class FittingCache(_Store):
 RIDGE = 1e-6  # of the mean square of the stored outputs
 
 
+class Mode(Enum):
+    """What `GatedCache` does in a cell (step, branch)."""
+
+    COMPUTE = "as a schedule that computes it"
+    REUSE = "as a schedule that reuses it: the branch is not computed"
+    BLEND = "compute and reuse, blended by the gate"
+
+
 class GatedCache(_Store):
     """Training: `gate * computed + (1 - gate) * reused`, exactly `StaticCache` where the gates are 0 or 1.
 
     gates: (T, B), or (T, B, n) one for each sample; under guidance both halves of the batch share theirs.
-    weights: (T, B, K) of the reuse. Both may require grad. soft: bool (T, B), the cells that are blended: all
-    others follow their gate, rounded, and compute nothing that they do not need. None: where a gate is
-    neither 0 nor 1, or wants a gradient. The store moves on as far as the gate says: `gate * (computed,
-    outputs but the oldest) + (1 - gate) * outputs`; with `store_gradient` False only its values follow the
-    gate, the gradient does not. Stored outputs keep their graph: all later readers of a computed output pay
-    for it.
+    weights: (T, B, K) of the reuse. Both may require grad. soft: bool (T, B), the cells that are blended; the
+    others follow their gate, rounded, and compute nothing that they do not need. None: blended are the cells
+    whose gate is neither 0 nor 1, or requires grad. The store moves on as far as the gate says: `gate *
+    (computed, outputs but the oldest) + (1 - gate) * outputs`; with `store_gradient` False only its values
+    follow the gate, the gradient does not. Stored outputs keep their graph: the loss of every later reader
+    reaches the step that computed them.
     """
 
     def __init__(
@@ -173,30 +182,39 @@ class GatedCache(_Store):
         # Cell by cell: the gradient of an indexed tensor would be as large as the tensor, for each cell.
         self._gates = [row.unbind() for row in gates.unbind()]
         self._weights = [row.unbind() for row in weights.unbind()]
-        hard = gates.detach() if gates.ndim == 2 else gates.detach().mean(-1)
-        self._compute, self._soft = (hard > 0.5).tolist(), soft.tolist()
-        self.computed = (hard.gt(0.5).cpu() | soft.cpu()).tolist()
+        rounded = (gates.detach() if gates.ndim == 2 else gates.detach().mean(-1)) > 0.5
+        self._modes = [
+            [Mode.BLEND if blend else Mode.COMPUTE if one else Mode.REUSE for one, blend in row]
+            for row in torch.stack([rounded, soft.to(rounded.device)], dim=-1).tolist()
+        ]
+        self.computed = [[mode is not Mode.REUSE for mode in row] for row in self._modes]
         self._stored: list[Outputs] = [()] * gates.shape[1]
 
     def __call__(self, branch: int, compute: Callable[[], Tensor]) -> Tensor:
-        stored, soft = self._stored[branch], self._soft[self.step][branch]
-        if not stored or (self._compute[self.step][branch] and not soft):
-            output = compute()
-            self._stored[branch] = (output, *stored[: self._num_terms - 1])
-            return output
-        reused = combined(stored, self._weights[self.step][branch])
-        if not soft:
-            return reused
+        mode = self._modes[self.step][branch] if self._stored[branch] else Mode.COMPUTE
+        if mode is Mode.REUSE:
+            return self._reused(branch)
         output = compute()
-        gate = self._gate(branch, output)
-        moved = (output, *stored)[: self._num_terms]
+        return self._blended(branch, output) if mode is Mode.BLEND else self._refreshed(branch, output)
+
+    def _reused(self, branch: int) -> Tensor:
+        return combined(self._stored[branch], self._weights[self.step][branch])
+
+    def _refreshed(self, branch: int, output: Tensor) -> Tensor:
+        self._stored[branch] = (output, *self._stored[branch][: self._num_terms - 1])
+        return output
+
+    def _blended(self, branch: int, output: Tensor) -> Tensor:
+        reused, gate, stored = self._reused(branch), self._gate(branch, output), self._stored[branch]
         share = gate if self.store_gradient else gate.detach()
-        kept = [torch.lerp(old, new, share) for old, new in zip(stored, moved, strict=False)]
-        self._stored[branch] = (*kept, *(new * share for new in moved[len(stored) :]))  # of nothing there
+        refreshed = (output, *stored)[: self._num_terms]
+        moved = [torch.lerp(old, new, share) for old, new in zip(stored, refreshed, strict=False)]
+        grown = [new * share for new in refreshed[len(stored) :]]  # a place that was empty: nothing to blend
+        self._stored[branch] = (*moved, *grown)
         return torch.lerp(reused, output, gate)
 
     def _gate(self, branch: int, output: Tensor) -> Tensor:
-        """Broadcast to a branch output (N, tokens, D)."""
+        """The cell's gate, shaped for a product with a branch output (N, tokens, D)."""
         gate = self._gates[self.step][branch].to(output.dtype)
         if gate.ndim:
             gate = gate.repeat(len(output) // len(gate)).view(-1, *[1] * (output.ndim - 1))

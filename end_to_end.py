@@ -210,7 +210,7 @@ class EndToEnd(Rounds):
         effects, _ = self._effects(training, paired, generators)
         spent = self.budget.spent(training.table)
         goal = spent + (self.budget.allowed - spent) / (GROWTHS - growth)
-        training.table = search.grown(training.table, effects, self.budget, goal)
+        training.table = search.spending(training.table, effects, self.budget, goal)
         return self._outcome(training, self._fit(paired, training.table))
 
     def _skeleton(self, candidate: int, paired: Paired) -> Tensor:

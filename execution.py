@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cache import StaticCache, combined
-from models import DiT, Modulation
+from models import DiT
 from sampling import check_arguments, denoise_loop, draw_step_noise, generate
 from timing import captured
 
@@ -69,24 +69,19 @@ def compile_branches(model: DiT, device: torch.device) -> None:
         raise ValueError("--compile on a CPU needs a C++ compiler such as g++; install one or leave it out")
     # By default the ninth shape (of batch size, dtype, number of stored outputs) would run uncompiled.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    for block in model.blocks:
-        block.attend = torch.compile(block.attend, dynamic=False)
-        block.transform = torch.compile(block.transform, dynamic=False)
-        block.add = torch.compile(block.add, dynamic=False)
+    model.wrap_branches(partial(torch.compile, dynamic=False))
+    model.wrap_additions(partial(torch.compile, dynamic=False))
 
 
 def fuse(model: DiT, quantization: str | None = None) -> None:
     """Sampling on a GPU: what the compiler leaves apart, or does slowly, in one kernel each."""
-    for block in model.blocks:
-        block.normed = _fused_norm
-        if quantization is None:
-            block.mlp = FusedMlp(block.mlp)
+    model.use_kernels(_fused_norm, FusedMlp if quantization is None else None)
 
 
-def _fused_norm(norm: nn.LayerNorm, x: Tensor, modulation: Modulation) -> Tensor:
-    import kernels  # of Triton, which is nowhere but where there are GPUs
+def _fused_norm(norm: nn.LayerNorm, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    import kernels  # needs Triton, which is installed only where there are GPUs
 
-    return kernels.modulated_norm(x, modulation.shift, modulation.scale, norm.eps)
+    return kernels.modulated_norm(x, shift, scale, norm.eps)
 
 
 class FusedMlp(nn.Module):
@@ -136,15 +131,13 @@ def recompute_branches(model: DiT) -> None:
 
     A third more time per update for a fraction of the memory; for 1024 px and above.
     """
-    for block in model.blocks:
-        block.attend = partial(_recomputed, block.attend)
-        block.transform = partial(_recomputed, block.transform)
+    model.wrap_branches(lambda branch: partial(_recomputed, branch))
 
 
-def _recomputed(branch: Callable[..., Tensor], x: Tensor, modulation: Modulation) -> Tensor:
+def _recomputed(branch: Callable[..., Tensor], *inputs) -> Tensor:
     if not torch.is_grad_enabled():
-        return branch(x, modulation)
-    return checkpoint(branch, x, modulation, use_reentrant=False, preserve_rng_state=False)
+        return branch(*inputs)
+    return checkpoint(branch, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def quantize(model: DiT, kind: str, device: torch.device) -> None:
@@ -165,9 +158,8 @@ def quantize(model: DiT, kind: str, device: torch.device) -> None:
         "int8wo": quantization.Int8WeightOnlyConfig,
         "int8": quantization.Int8DynamicActivationInt8WeightConfig,
     }[kind]()
-    for block in model.blocks:
-        for branch in (block.attn, block.mlp):
-            quantization.quantize_(branch, config)
+    for branch in model.branch_modules:
+        quantization.quantize_(branch, config)
 
 
 def quantize_fp8(model: DiT, device: torch.device) -> None:
@@ -186,10 +178,9 @@ def quantize_fp8(model: DiT, device: torch.device) -> None:
 def branch_weight_bytes(model: DiT, quantization: str | None = None) -> list[int]:
     """What the linear layers of every branch take, (B,), before or after `quantize`; scales left out."""
     found = []
-    for block in model.blocks:
-        for branch in (block.attn, block.mlp):
-            weights = [one.weight for one in branch.modules() if isinstance(one, nn.Linear | Fp8Linear)]
-            found.append(sum(one.numel() if quantization else one.nbytes for one in weights))
+    for branch in model.branch_modules:
+        weights = [one.weight for one in branch.modules() if isinstance(one, nn.Linear | Fp8Linear)]
+        found.append(sum(one.numel() if quantization else one.nbytes for one in weights))
     return found
 
 

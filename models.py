@@ -32,15 +32,12 @@ def compute_always(_branch: int, compute: Callable[[], Tensor]) -> Tensor:
 class Modulation(NamedTuple):
     """What the conditioning does to one branch; every field is (N, 1, D).
 
-    shift and scale (here with its 1 added) are of the branch's input: None where it will not be computed.
+    shift and scale (with its 1 added) belong to the branch's input: None where the branch is not computed.
     """
 
     shift: Tensor | None
     scale: Tensor | None
     gate: Tensor
-
-    def of_input(self, x: Tensor) -> Tensor:
-        return torch.addcmul(self.shift, x, self.scale)
 
 
 class Modulations(NamedTuple):
@@ -48,6 +45,18 @@ class Modulations(NamedTuple):
 
     branches: list[Modulation]
     final: tuple[Tensor, Tensor]  # shift and scale (N, 1, D)
+
+
+def modulated(norm: nn.LayerNorm, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """The input of a branch: x (N, T, D) normalised, then scaled and shifted by (N, 1, D)."""
+    return torch.addcmul(shift, norm(x), scale)
+
+
+def add_gated(x: Tensor, gate: Tensor, output: Tensor) -> Tensor:
+    """The residual stream x (N, T, D) plus gate (N, 1, D) times output; in place without gradients."""
+    if torch.is_grad_enabled():
+        return torch.addcmul(x, gate, output)
+    return x.addcmul_(gate, output)
 
 
 class TimestepEmbedder(nn.Module):
@@ -91,58 +100,47 @@ class DiTBlock(nn.Module):
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, index: int):
         super().__init__()
-        self.attn_branch, self.mlp_branch = 2 * index, 2 * index + 1
+        self.branch_indices = self.attn_branch, self.mlp_branch = 2 * index, 2 * index + 1
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         gelu = partial(nn.GELU, approximate="tanh")
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=gelu, drop=0)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
-
-    def modulations(self, c: Tensor, computed: Sequence[Sequence[bool]]) -> list[list[Modulation]]:
-        """For every step its branches' modulations. c: (S, N, D), after its SiLU; computed: as in `DiT`'s."""
-        linear = self.adaLN_modulation[1]
-        of_branches = []
-        for k, branch in enumerate((self.attn_branch, self.mlp_branch)):
-            weight, bias = (values.chunk(2)[k] for values in (linear.weight, linear.bias))
-            sizes = [2 * c.shape[-1], c.shape[-1]]  # shift and scale, gate
-            of_input, gate_weight = weight.split(sizes)
-            of_input_bias, gate_bias = bias.split(sizes)
-            gates = F.linear(c, gate_weight, gate_bias).unsqueeze(2)  # (S, N, 1, D)
-            steps = [step for step, row in enumerate(computed) if row[branch]]
-            inputs = dict.fromkeys(range(len(c)), (None, None))
-            if steps:
-                chosen = c if len(steps) == len(c) else torch.stack([c[step] for step in steps])
-                shift, scale = F.linear(chosen, of_input, of_input_bias).unsqueeze(2).chunk(2, dim=-1)
-                inputs |= dict(zip(steps, zip(shift, 1 + scale, strict=True), strict=True))
-            of_branches.append([Modulation(*inputs[step], gate) for step, gate in enumerate(gates)])
-        return [list(branches) for branches in zip(*of_branches, strict=True)]
+        self.modulated, self.add_gated = modulated, add_gated  # see `DiT.use_kernels`, `wrap_additions`
 
     def attend(self, x: Tensor, modulation: Modulation) -> Tensor:
-        return self.attn(self.normed(self.norm1, x, modulation))
+        return self.attn(self.modulated(self.norm1, x, modulation.shift, modulation.scale))
 
     def transform(self, x: Tensor, modulation: Modulation) -> Tensor:
-        return self.mlp(self.normed(self.norm2, x, modulation))
-
-    @staticmethod
-    def normed(norm: nn.LayerNorm, x: Tensor, modulation: Modulation) -> Tensor:
-        """What a branch has as its input (N, T, D)."""
-        return modulation.of_input(norm(x))
-
-    def add(self, x: Tensor, gate: Tensor, output: Tensor) -> Tensor:
-        """The residual stream x (N, T, D) with a branch output (N, T, D); in place without gradients."""
-        if torch.is_grad_enabled():
-            return torch.addcmul(x, gate, output)
-        return x.addcmul_(gate, output)
+        return self.mlp(self.modulated(self.norm2, x, modulation.shift, modulation.scale))
 
     def forward(
         self, x: Tensor, attn_modulation: Modulation, mlp_modulation: Modulation, cache: Cache | None = None
     ) -> Tensor:
         cache = cache or compute_always
         attn = cache(self.attn_branch, partial(self.attend, x, attn_modulation))
-        x = self.add(x, attn_modulation.gate, attn)  # (N, T, D)
+        x = self.add_gated(x, attn_modulation.gate, attn)  # (N, T, D)
         mlp = cache(self.mlp_branch, partial(self.transform, x, mlp_modulation))
-        return self.add(x, mlp_modulation.gate, mlp)  # (N, T, D)
+        return self.add_gated(x, mlp_modulation.gate, mlp)  # (N, T, D)
+
+    # The layer `adaLN_modulation` holds (shift, scale, gate) of attn, then of mlp. Its two halves are taken
+    # apart below, since a branch needs its gate at every step, and its shift and scale only where computed.
+
+    def gates(self, c: Tensor, branch: int) -> Tensor:
+        """The gates (S, N, 1, D) of a branch's output at each of S steps. c: (S, N, D), after its SiLU."""
+        weight, bias = (one.chunk(6)[3 * branch + 2] for one in self._modulation_layer())
+        return F.linear(c, weight, bias).unsqueeze(2)
+
+    def input_modulations(self, c: Tensor, branch: int) -> list[tuple[Tensor, Tensor]]:
+        """For each of S steps the shift and scale, its 1 added, of a branch's input, (N, 1, D) both."""
+        weight, bias = (one.chunk(2)[branch] for one in self._modulation_layer())
+        size = 2 * c.shape[-1]
+        shift, scale = F.linear(c, weight[:size], bias[:size]).unsqueeze(2).chunk(2, dim=-1)
+        return list(zip(shift, 1 + scale, strict=True))
+
+    def _modulation_layer(self) -> tuple[Tensor, Tensor]:
+        return self.adaLN_modulation[1].weight, self.adaLN_modulation[1].bias
 
 
 class FinalLayer(nn.Module):
@@ -254,18 +252,23 @@ class DiT(nn.Module):
     def modulations(self, c: Tensor, computed: Sequence[Sequence[bool]] | None = None) -> list[Modulations]:
         """What each of S evaluations takes from its conditioning c (S, N, D); for `predict`.
 
-        It does not depend on x, so a sampler has it of all steps at once: a large matrix product instead of
-        many small ones. computed: for every step a row of num_branches, whether the branch will be computed
-        there; of the others only the gate is made. None: all are.
+        It does not depend on x, so a sampler makes it for all steps at once: a large matrix product instead
+        of many small ones. computed: for every step a row of num_branches, whether the branch is computed
+        there; of the others only the gate is made. None: all are computed.
         """
-        computed = [[True] * self.num_branches] * len(c) if computed is None else computed
-        c = F.silu(c)
-        of_blocks = [block.modulations(c, computed) for block in self.blocks]
+        c, steps = F.silu(c), range(len(c))
+        branches: list[list[Modulation]] = [[] for _ in steps]
+        for block in self.blocks:
+            for branch, index in enumerate(block.branch_indices):
+                chosen = [step for step in steps if computed is None or computed[step][index]]
+                inputs = dict.fromkeys(steps, (None, None))
+                if chosen:
+                    of_chosen = c if len(chosen) == len(c) else torch.stack([c[step] for step in chosen])
+                    inputs |= zip(chosen, block.input_modulations(of_chosen, branch), strict=True)
+                for step, gate in enumerate(block.gates(c, branch)):
+                    branches[step].append(Modulation(*inputs[step], gate))
         finals = self.final_layer.modulations(c)
-        return [
-            Modulations([one for block in of_blocks for one in block[step]], final)
-            for step, final in enumerate(finals)
-        ]
+        return [Modulations(*of_step) for of_step in zip(branches, finals, strict=True)]
 
     def predict(self, x: Tensor, modulations: Modulations, cache: Cache | None = None) -> Tensor:
         """(N, C_out, H, W) of x (N, C, H, W), its timesteps and labels given by `modulations`."""
@@ -303,6 +306,29 @@ class DiT(nn.Module):
         cond, uncond = out[:, :guided_channels].chunk(2)
         guided = uncond + cfg_scale * (cond - uncond)  # (N/2, guided_channels, H, W)
         return torch.cat([torch.cat([guided, guided]), out[:, guided_channels:]], dim=1)
+
+    # ---- what execution changes: how things are computed, not what ---------------------------------
+
+    @property
+    def branch_modules(self) -> list[nn.Module]:
+        """The module that holds each branch's linear layers, one per branch."""
+        return [module for block in self.blocks for module in (block.attn, block.mlp)]
+
+    def wrap_branches(self, wrap: Callable[[Callable], Callable]) -> None:
+        """Replace every function of (x, modulation) that computes a branch output by `wrap` of it."""
+        for block in self.blocks:
+            block.attend, block.transform = wrap(block.attend), wrap(block.transform)
+
+    def wrap_additions(self, wrap: Callable[[Callable], Callable]) -> None:
+        """Replace every function that adds a gated branch output to the residual stream by `wrap` of it."""
+        for block in self.blocks:
+            block.add_gated = wrap(block.add_gated)
+
+    def use_kernels(self, modulated: Callable, mlp: Callable[[nn.Module], nn.Module] | None = None) -> None:
+        """Take another function for `modulated`, and for every MLP what `mlp` makes of it."""
+        for block in self.blocks:
+            block.modulated = modulated
+            block.mlp = block.mlp if mlp is None else mlp(block.mlp)
 
 
 def sincos_pos_embed(dim: int, grid_size: int) -> Tensor:

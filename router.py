@@ -85,22 +85,40 @@ class Schedule:
         return torch.where(copied, 0, used.sum(-1))
 
     def kept(self) -> Tensor:
-        """(T, B) how many of its last outputs a branch keeps after a step: those that will be read."""
-        depth = (~self.compute).long()  # of the stored outputs, how far a cell reaches
+        """(T, B) how many of its last outputs a branch keeps after a step: as many as are read later."""
+        reads = weights_read(self.compute, self.num_terms)  # (T, B, K), output k of those stored at a step
         if self.weights is not None:
-            read = weights_read(self.compute, self.num_terms) & (self.weights != 0)
-            depth = depth.maximum((read * torch.arange(1, self.num_terms + 1)).amax(-1))
-        kept = torch.zeros_like(depth)
-        for step in range(self.num_steps - 1):
-            computed_here = (kept[step] - 1).clamp(min=0)
-            kept[step + 1] = torch.where(self.compute[step], computed_here, kept[step].maximum(depth[step]))
+            reads &= self.weights != 0
+        reads[..., 0] |= ~self.compute  # reuse takes the last output, whatever its weight
+        kept = torch.zeros(self.compute.shape, dtype=torch.long)
+        for branch in range(self.num_branches):
+            executed = range(self.num_steps - 1, -1, -1)
+            computed, read = self.compute[:, branch].tolist(), reads[:, branch].tolist()
+            made_at: list[int] = []  # the steps that made the stored outputs, the last one first
+            last_reader: dict[int, int] = {}  # of the output that a step made
+            for step in executed:
+                if computed[step]:
+                    made_at.insert(0, step)
+                else:
+                    last_reader |= {
+                        made: step for made, is_read in zip(made_at, read[step], strict=False) if is_read
+                    }
+            made_at = []
+            for step in executed:
+                if computed[step]:
+                    made_at.insert(0, step)
+                wanted = [last_reader.get(made, step) < step for made in made_at]
+                kept[step, branch] = max((k + 1 for k, later in enumerate(wanted) if later), default=0)
         return kept
 
     def stored_outputs(self) -> int:
         """The most branch outputs that the cache holds at once; each has `branch_size` values per sample."""
-        in_order = self.kept().flip(0).flatten()  # cell by cell as they are executed
-        before = torch.cat([torch.zeros(self.num_branches, dtype=torch.long), in_order])[: len(in_order)]
-        return int((in_order - before).cumsum(0).amax())
+        held, most = [0] * self.num_branches, 0
+        for row in reversed(self.kept().tolist()):
+            for branch, count in enumerate(row):
+                held[branch] = count
+                most = max(most, sum(held))
+        return most
 
     def macs(self, model) -> int:
         """MACs of one sample's whole trajectory without guidance (twice that with it)."""

@@ -7,7 +7,7 @@ long as that helps on fresh noise. Pure mathematics; means over ranks come in as
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -143,24 +143,52 @@ def best_of(paired: Paired, tables: Sequence[Tensor], num_terms: int, reduce: Re
     return tables[errors.index(min(errors))]
 
 
-def grown(compute: Tensor, effects: Tensor, budget: Budget, goal: float) -> Tensor:
-    """The schedule after opening (closing, where it spends more than `goal`) the cells best toggled."""
+def spending(compute: Tensor, effects: Tensor, budget: Budget, goal: float) -> Tensor:
+    """The schedule that spends `goal`, or a little less: cells are closed where it spends more, then opened.
+
+    effects: (T, B), what toggling a cell does to the error; infinite where that is not known.
+    """
+    return opened(closed(compute, effects, budget, goal), effects, budget, goal)
+
+
+def opened(compute: Tensor, effects: Tensor, budget: Budget, goal: float) -> Tensor:
+    """The schedule after computing more cells, those first that lower the error most for their cost.
+
+    A cell that would spend more than `goal` is passed over.
+    """
+    compute = compute.clone()
+    for cell, effect in _by_effect(effects, budget):
+        if effect == torch.inf:
+            break  # not known: left for another step of the search
+        if not compute[cell]:
+            compute[cell] = True
+            if budget.spent(compute) > goal:
+                compute[cell] = False
+    return compute
+
+
+def closed(compute: Tensor, effects: Tensor, budget: Budget, goal: float) -> Tensor:
+    """The schedule after reusing more cells, those first that raise the error least for what they save.
+
+    Unchanged where it spends `goal` or less.
+    """
     compute, spent = compute.clone(), budget.spent(compute)
-    opening = spent <= goal
+    for cell, _ in _by_effect(effects, budget):
+        if spent <= goal:
+            break
+        if compute[cell]:
+            compute[cell] = False
+            spent = budget.spent(compute)
+    return compute
+
+
+def _by_effect(effects: Tensor, budget: Budget) -> Iterator[tuple[tuple[int, int], float]]:
+    """Cells (step, branch) and their effect per cost, the least first; not those of the first step."""
     per_cost = effects / budget.costs
     for index in per_cost.flatten().argsort(stable=True).tolist():
-        cell = divmod(index, compute.shape[1])
-        if cell[0] == len(compute) - 1 or compute[cell] == opening or (not opening and spent <= goal):
-            continue
-        if opening and per_cost[cell] == torch.inf:
-            break  # nobody asked about it: left for another step of the search
-        compute[cell] = opening
-        after = budget.spent(compute)
-        if opening and after > goal:
-            compute[cell] = False
-        else:
-            spent = after
-    return compute if opening else grown(compute, effects, budget, goal)  # closing may have left room
+        cell = divmod(index, effects.shape[1])
+        if cell[0] < len(effects) - 1:
+            yield cell, per_cost[cell].item()
 
 
 def exchanged(compute: Tensor, effects: Tensor, budget: Budget, part: float) -> Tensor:
@@ -169,9 +197,7 @@ def exchanged(compute: Tensor, effects: Tensor, budget: Budget, part: float) -> 
     Opens at most `part` of the budget, at least one cell, and only where a pair of toggles promises a smaller
     error; the result is within the budget.
     """
-    order = (effects / budget.costs).flatten().argsort(stable=True).tolist()
-    cells = [divmod(index, compute.shape[1]) for index in order]
-    cells = [cell for cell in cells if cell[0] < len(compute) - 1]
+    cells = [cell for cell, _ in _by_effect(effects, budget)]
     opening = [cell for cell in cells if not compute[cell]]
     closing = iter([cell for cell in cells if compute[cell]])
     table, moved = compute.clone(), 0.0
@@ -186,7 +212,7 @@ def exchanged(compute: Tensor, effects: Tensor, budget: Budget, part: float) -> 
         table, moved = trial, moved + budget.costs[cell[1]].item()
         if moved >= part * budget.allowed:
             break
-    return grown(table, effects, budget, budget.allowed)
+    return spending(table, effects, budget, budget.allowed)
 
 
 def interpolated(compute: Tensor, num_steps: int) -> Tensor:

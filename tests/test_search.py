@@ -17,10 +17,10 @@ from search import (
     best_of,
     exchanged,
     fit,
-    grown,
     interpolated,
     learning_rate,
     moving_scale,
+    spending,
 )
 from target import Target
 
@@ -121,12 +121,12 @@ def test_growing_opens_what_helps_most_for_its_cost(digits):
     useful = [(3, 5), (7, 0), (2, 2)]
     for rank, cell in enumerate(useful):
         effects[cell] = rank - 10.0
-    table = grown(compute, effects, budget, budget.spent(compute) + 2)
+    table = spending(compute, effects, budget, budget.spent(compute) + 2)
     assert (table & ~compute).nonzero().tolist() == [[3, 5], [7, 0]]
-    full = grown(compute, effects, budget, budget.allowed)
+    full = spending(compute, effects, budget, budget.allowed)
     assert full.sum() == 120
     # The other way: what was opened last is what costs least to close.
-    shrunk = grown(full, torch.where(full, -effects, 0.0), budget, budget.spent(compute) + 3)
+    shrunk = spending(full, torch.where(full, -effects, 0.0), budget, budget.spent(compute) + 3)
     assert [tuple(cell) for cell in (shrunk & ~compute).nonzero().tolist()] == sorted(useful)
 
 
@@ -137,7 +137,7 @@ def test_growing_meets_the_budget_within_a_percent(digits, speedup, num_steps):
     effects = torch.randn(num_steps, 24, generator=torch.Generator().manual_seed(0))
     weights = torch.full((num_steps, 24, 3), 0.3)
     for share in (0.6, 1.0):
-        table = grown(budget.skeletons(num_steps, share)[0], effects, budget, budget.allowed)
+        table = spending(budget.skeletons(num_steps, share)[0], effects, budget, budget.allowed)
         reached = Schedule(table, weights=weights).speedup_macs(digits)
         assert speedup <= reached < 1.01 * speedup
         table = exchanged(table, effects, budget, 0.1)
