@@ -21,7 +21,7 @@ from timm.layers import Mlp, PatchEmbed
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
-Cache = Callable[[int, Callable[[], Tensor]], Tensor]
+from backbone import Cache
 
 
 def compute_always(_branch: int, compute: Callable[[], Tensor]) -> Tensor:
@@ -164,8 +164,8 @@ class DiT(nn.Module):
 
     `branches` names every branch in order of execution (`"0.attn"`, `"0.mlp"`, `"1.attn"`, ...);
     `branch_macs` gives each one's multiply-accumulates for one sample, `other_macs` those of everything that
-    is never cached; `branch_size` is the number of values of a branch output, `modulation_size` that of what
-    one sample's conditioning becomes in all layers.
+    is never cached; `branch_size` is the number of values of a branch output, `prepared_size` that of what
+    one sample's conditioning becomes in all layers. With these members a DiT is a `backbone.Backbone`.
     """
 
     def __init__(
@@ -208,13 +208,14 @@ class DiT(nn.Module):
 
         self.branches = tuple(f"{i}.{name}" for i in range(depth) for name in DiTBlock.branches)
         n, d = grid_size**2, hidden_size
-        self.branch_size, self.modulation_size = n * d, (6 * depth + 2) * d
+        self.branch_size, self.prepared_size = n * d, (6 * depth + 2) * d
+        self.sample_shape = (in_channels, input_size, input_size)
         attn_macs = 4 * n * d**2 + 2 * n**2 * d  # qkv and proj, then the two products of the attention
         mlp_macs = 2 * n * d * int(d * mlp_ratio)
         self.branch_macs = (attn_macs, mlp_macs) * depth
         patch_values = patch_size**2
         embed_macs = n * patch_values * in_channels * d + (self.t_embedder.num_frequencies + d) * d
-        self.other_macs = embed_macs + self.modulation_size * d + n * d * patch_values * self.out_channels
+        self.other_macs = embed_macs + self.prepared_size * d + n * d * patch_values * self.out_channels
 
     @property
     def num_branches(self) -> int:
@@ -306,6 +307,36 @@ class DiT(nn.Module):
         cond, uncond = out[:, :guided_channels].chunk(2)
         guided = uncond + cfg_scale * (cond - uncond)  # (N/2, guided_channels, H, W)
         return torch.cat([torch.cat([guided, guided]), out[:, guided_channels:]], dim=1)
+
+    # ---- the rest of a backbone's contract ---------------------------------------------------------
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.pos_embed.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.pos_embed.device
+
+    @property
+    def frozen(self) -> bool:
+        return not any(parameter.requires_grad for parameter in self.parameters())
+
+    def condition(self, labels: Tensor, guided: bool) -> Tensor:
+        """Labels (n,); under guidance [labels; null labels] (2n,)."""
+        if not guided:
+            return labels
+        if not self.has_null_label:
+            raise ValueError("guidance needs a null label, this model was built without; use scale 1 (off)")
+        return torch.cat([labels, torch.full_like(labels, self.num_classes)])
+
+    def prepare(
+        self, timesteps: Tensor, condition: Tensor, computed: Sequence[Sequence[bool]] | None = None
+    ) -> list[Modulations]:
+        return self.modulations(self.embed(timesteps, condition), computed)
+
+    def predicted_noise(self, output: Tensor) -> Tensor:
+        return output[:, : self.in_channels]
 
     # ---- what execution changes: how things are computed, not what ---------------------------------
 

@@ -10,6 +10,7 @@ update; its caller logs, saves and stops.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,8 +18,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from cache import GatedCache, SoftCache, StaticCache
-from denoiser import Denoiser
-from diffusion import GaussianDiffusion
+from denoiser import Denoiser, arrive, executed, walk
+from diffusion import GaussianDiffusion, State
 from models import DiT
 from router import Router, Schedule
 
@@ -42,7 +43,7 @@ class Variant:
 
     def compared(self, out: Tensor, model: DiT) -> Tensor:
         """The channels of a model output that the data loss is about."""
-        return out[:, : model.in_channels] if self.eps_only else out
+        return model.predicted_noise(out) if self.eps_only else out
 
     def score_sum(self, scores: Tensor) -> Tensor:
         return scores.sum() if self.branch_costs is None else (self.branch_costs * scores).sum()
@@ -78,22 +79,27 @@ def train_trajectory(
     """
     variant = variant or Variant()
     denoise = Denoiser(model, diffusion, labels, cfg_scale)
-    first_step, rows = diffusion.num_timesteps - 1, router.score_rows()
+    first_step, *steps = executed(denoise.num_steps)
+    rows, done = router.score_rows(), []
     cache = SoftCache(rows, threshold, variant.straight_through)
-    with torch.no_grad():
-        x_t = denoise.start(noise)
-        x_t = diffusion.ddim_step(denoise(x_t, first_step, cache), x_t, first_step)
-    for step in reversed(range(first_step)):
+
+    def train(state: State, step: int) -> State:
+        nonlocal cache
         computed = SoftCache(rows, threshold, variant.straight_through)  # empty: it computes and stores
         with torch.no_grad():
-            teacher = denoise(x_t, step, computed if variant.one_step else None)
-        routed = denoise(x_t, step, cache)
+            teacher = denoise(state.x, step, computed if variant.one_step else None)
+        routed = denoise(state.x, step, cache)
         difference = variant.compared(teacher - routed, model)
         losses = _losses(difference, rows[step], proxy_weights[step], reg_weight, variant)
         _update(router, optimizer, step, losses[0])
-        x_t = diffusion.ddim_step(teacher if variant.one_step else routed.detach(), x_t, step)
+        done.append(TrainStep(step, *(loss.detach() for loss in losses)))
         cache = computed if variant.one_step else cache
-        yield TrainStep(step, *(loss.detach() for loss in losses))
+        return denoise.sampler.step(teacher if variant.one_step else routed.detach(), state, step)
+
+    with torch.no_grad():
+        state = denoise.advance(denoise.start(noise), first_step, cache)
+    for _ in walk(train, state, steps):
+        yield done.pop()
 
 
 def train_pair(
@@ -119,8 +125,7 @@ def train_pair(
     denoise = Denoiser(model, diffusion, labels, cfg_scale=1.0)
     cache = SoftCache(router.score_rows(), threshold, variant.straight_through)
     with torch.no_grad():
-        x_t = diffusion.add_noise(x_0, step, noise)
-        x_t = diffusion.ddim_step(denoise(x_t, step, cache), x_t, step)
+        x_t = denoise.advance(denoise.sampler.add_noise(x_0, step, noise), step, cache).x
         plain = denoise(x_t, step - 1)
     difference = variant.compared(plain - denoise(x_t, step - 1, cache), model)
     losses = _losses(difference, cache.scores[step - 1], 1.0, reg_weight, variant)
@@ -144,14 +149,17 @@ def step_errors(
     """
     denoise = Denoiser(model, diffusion, labels, cfg_scale)
     cache = None if schedule is None else StaticCache(schedule)
-    x_t, errors = denoise.start(noise), []
-    for step in reversed(range(diffusion.num_timesteps)):
-        routed = denoise(x_t, step, cache)
-        squares = (denoise(x_t, step) - routed).square()
-        errors.append(torch.stack([squares.mean(), Variant(eps_only=True).compared(squares, model).mean()]))
-        x_t = diffusion.ddim_step(routed, x_t, step)
-    of_all, of_eps = torch.stack(errors[::-1], dim=1)
-    return of_all, of_eps
+    errors = torch.zeros(2, denoise.num_steps, device=noise.device)
+
+    def compare(state: State, step: int) -> State:
+        routed = denoise(state.x, step, cache)
+        squares = (denoise(state.x, step) - routed).square()
+        errors[:, step] = torch.stack([squares.mean(), model.predicted_noise(squares).mean()])
+        return denoise.sampler.step(routed, state, step)
+
+    arrive(compare, denoise.start(noise), executed(denoise.num_steps))
+    of_all, of_noise = errors
+    return of_all, of_noise
 
 
 def _losses(
@@ -198,47 +206,45 @@ def image_error_proxy(
     proxy = _released_proxy if definition == "released" else _paper_proxy
     denoise = Denoiser(model, diffusion, labels, cfg_scale)
 
-    def advance(x_t: Tensor, steps: range, cache: SoftCache | None = None) -> Tensor:
-        for step in steps:
-            x_t = diffusion.ddim_step(denoise(x_t, step, cache), x_t, step)
-        return x_t
+    def advance(state: State, steps: range, cache: SoftCache | None = None) -> State:
+        return arrive(partial(denoise.advance, cache=cache), state, steps)
 
     scores = router.scores()
     scores = (scores > threshold).to(scores.dtype) if thresholded else scores
     return proxy(advance, denoise.start(noise), scores, threshold)
 
 
-def _released_proxy(advance: Callable[..., Tensor], x_t: Tensor, scores: Tensor, threshold: float) -> Tensor:
+def _released_proxy(advance: Callable[..., State], state: State, scores: Tensor, threshold: float) -> Tensor:
     """Pass i is routed down to step i and computed after it: each continues the routed run that all share."""
     proxy_weights = scores.new_zeros(len(scores))
     first_step = len(scores) - 1
     cache = SoftCache(scores, threshold)
-    x_t = advance(x_t, range(first_step, first_step - 1, -1), cache)  # where all is computed in any case
-    previous_x0 = advance(x_t, range(first_step - 1, -1, -1))
+    state = advance(state, range(first_step, first_step - 1, -1), cache)  # where all is computed in any case
+    previous_x0 = advance(state, range(first_step - 1, -1, -1)).x
     for step in reversed(range(first_step)):
-        x_t = advance(x_t, range(step, step - 1, -1), cache)
-        x0 = advance(x_t, range(step - 1, -1, -1))
+        state = advance(state, range(step, step - 1, -1), cache)
+        x0 = advance(state, range(step - 1, -1, -1)).x
         proxy_weights[step] = (x0 - previous_x0).square().mean()
         previous_x0 = x0
     return proxy_weights
 
 
-def _paper_proxy(advance: Callable[..., Tensor], x_t: Tensor, scores: Tensor, threshold: float) -> Tensor:
+def _paper_proxy(advance: Callable[..., State], state: State, scores: Tensor, threshold: float) -> Tensor:
     """Pass i leaves the routed run before step i, with a copy of its store, and goes on to its own x_0."""
     first_step = len(scores) - 1
     cache = SoftCache(scores, threshold)
-    x_t = advance(x_t, range(first_step, first_step - 1, -1), cache)
+    state = advance(state, range(first_step, first_step - 1, -1), cache)
     x0_without = {}
     for step in reversed(range(first_step)):
         one_computed = scores.clone()
         one_computed[step] = 1.0
         branch = SoftCache(one_computed, threshold)
         branch.restore(cache.snapshot())
-        x0_without[step] = advance(x_t, range(step, -1, -1), branch)
-        x_t = advance(x_t, range(step, step - 1, -1), cache)
+        x0_without[step] = advance(state, range(step, -1, -1), branch).x
+        state = advance(state, range(step, step - 1, -1), cache)
     proxy_weights = scores.new_zeros(len(scores))
     for step, x0 in x0_without.items():
-        proxy_weights[step] = (x0 - x_t).square().mean()
+        proxy_weights[step] = (x0 - state.x).square().mean()
     return proxy_weights
 
 
@@ -264,10 +270,8 @@ class Paired:
         cls, model: DiT, diffusion: GaussianDiffusion, noise: Tensor, labels: Tensor, cfg_scale: float
     ) -> "Paired":
         denoise = Denoiser(model, diffusion, labels, cfg_scale)
-        x_t, states = denoise.start(noise), []
-        for step in reversed(range(diffusion.num_timesteps)):
-            x_t = diffusion.ddim_step(denoise(x_t, step), x_t, step)
-            states.append(x_t[: len(noise)])
+        reference = walk(denoise.advance, denoise.start(noise), executed(denoise.num_steps))
+        states = [state.x[: len(noise)] for _, state in reference]
         return cls(model, diffusion, noise, labels, cfg_scale, states[::-1])
 
     def rollout(
@@ -281,23 +285,23 @@ class Paired:
         """
         denoise = Denoiser(self.model, self.diffusion, self.labels, self.cfg_scale, cache.computed)
 
-        def advance(step: int, x_t: Tensor, stored: list) -> tuple[Tensor, list]:
-            cache.restore(stored)
-            x_t = self.diffusion.ddim_step(denoise(x_t, step, cache), x_t, step)
-            return x_t, cache.snapshot()
-
-        x_t, stored = denoise.start(self.noise), cache.snapshot()
-        for step in reversed(range(self.diffusion.num_timesteps)):
-            if recompute and torch.is_grad_enabled():
-                x_t, stored = checkpoint(
-                    advance, step, x_t, stored, use_reentrant=False, preserve_rng_state=False
-                )
-            else:
-                x_t, stored = advance(step, x_t, stored)
-            yield step, x_t[: len(self.noise)]
-            if window and step % window == 0:
-                x_t = x_t.detach()
+        def advance(place: tuple[State, list], step: int) -> tuple[State, list]:
+            state, stored = place
+            if window and (step + 1) % window == 0:
+                state = state.detach()
                 stored = [tuple(output.detach() for output in outputs) for outputs in stored]
+            if recompute and torch.is_grad_enabled():
+                setting = {"use_reentrant": False, "preserve_rng_state": False}
+                return checkpoint(routed, state, stored, step, **setting)
+            return routed(state, stored, step)
+
+        def routed(state: State, stored: list, step: int) -> tuple[State, list]:
+            cache.restore(stored)
+            return denoise.advance(state, step, cache), cache.snapshot()
+
+        place = denoise.start(self.noise), cache.snapshot()
+        for step, (state, _) in walk(advance, place, executed(denoise.num_steps)):
+            yield step, state.x[: len(self.noise)]
 
     def errors(self, cache: GatedCache, recompute: bool = False, window: int | None = None) -> list[Tensor]:
         """Mean squared error (n,) of every sample against its uncached x, times its importance.

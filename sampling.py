@@ -13,12 +13,11 @@ from tqdm import tqdm
 import download
 from cache import Combine, StaticCache
 from checkpoints import load_checkpoint
-from denoiser import Denoiser
-from diffusion import GaussianDiffusion
+from denoiser import Denoiser, executed, walk
+from diffusion import GaussianDiffusion, State, create_sampler
 from models import DiT, DiT_models
 from router import Schedule
 
-SAMPLERS = ("ddim", "ddpm")
 # Streams of randomness that never meet, whatever the seed.
 SAMPLING_STREAM, TRAINING_STREAM, DATA_STREAM, CALIBRATION_STREAM = 0, 1, 2, 3
 VAE_SCALE = 0.18215
@@ -132,8 +131,7 @@ def sample_generator(seed: int, stream: int, *key: int) -> torch.Generator:
 
 def draw_noise(model: DiT, generators: Sequence[torch.Generator]) -> Tensor:
     """Noise (n, C, H, W) on the CPU, one sample from each generator."""
-    shape = (model.in_channels, model.input_size, model.input_size)
-    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+    return torch.stack([torch.randn(model.sample_shape, generator=generator) for generator in generators])
 
 
 def draw_labels(model: DiT, generators: Sequence[torch.Generator]) -> Tensor:
@@ -162,16 +160,14 @@ def denoise_loop(
 
     step_noise: of `draw_step_noise`. Nothing in here makes the device wait for the host.
     """
-    denoise = Denoiser(model, diffusion, labels, cfg_scale, None if cache is None else cache.computed)
-    x_t = denoise.start(noise)
-    for step in reversed(range(diffusion.num_timesteps)):
-        out = denoise(x_t, step, cache)
-        own_noise = None if step_noise is None else step_noise[step]
-        if sampler == "ddpm":
-            x_t = diffusion.ddpm_step(out, x_t, step, own_noise)
-        else:
-            x_t = diffusion.ddim_step(out, x_t, step, eta, own_noise)
-        yield step, x_t[: len(noise)]
+    chosen, computed = create_sampler(sampler, diffusion, eta), None if cache is None else cache.computed
+    denoise = Denoiser(model, chosen, labels, cfg_scale, computed)
+
+    def advance(state: State, step: int) -> State:
+        return denoise.advance(state, step, cache, None if step_noise is None else step_noise[step])
+
+    for step, state in walk(advance, denoise.start(noise), executed(denoise.num_steps)):
+        yield step, state.x[: len(noise)]
 
 
 def sample_loop(
@@ -251,10 +247,7 @@ def generate_seeded(
 
 
 def check_arguments(model, diffusion, labels, noise, sampler, schedule, eta) -> None:
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta {eta} is outside [0, 1]; 0 is DDIM, 1 as noisy as DDPM")
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler {sampler!r} is unknown; choose one of {', '.join(SAMPLERS)}")
+    create_sampler(sampler, diffusion, eta)
     if len(labels) != len(noise):
         raise ValueError(f"{len(labels)} labels for {len(noise)} noise samples; give one label per sample")
     if schedule is None:
@@ -285,7 +278,7 @@ def draw_step_noise(
     halves of a guided batch draw, as in the official sampler. Only the first half of x_t is ever read, so
     with one generator per sample the halves share their noise.
     """
-    if sampler != "ddpm" and eta == 0:
+    if not create_sampler(sampler, diffusion, eta).adds_noise:
         return None
     halves = 1 if cfg_scale == 1 else 2
     shape = (halves * len(noise), *noise.shape[1:])

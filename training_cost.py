@@ -25,10 +25,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-import denoiser
 from baselines import fora_schedule
 from cache import GatedCache
-from denoiser import Denoiser
 from diffusion import GaussianDiffusion, create_diffusion
 from execution import compile_branches, recompute_branches
 from models import DiT
@@ -49,29 +47,24 @@ def plain_loop(
     model: DiT, diffusion: GaussianDiffusion, labels: Tensor, noise: Tensor, cfg_scale: float
 ) -> Tensor:
     """DDIM with nothing taken out of the loop: the bare model, called at every step. Returns x_0."""
-    denoise = Denoiser(model, diffusion, labels, cfg_scale)  # for its labels and its start alone
-    x_t = denoise.start(noise)
+    guided = cfg_scale != 1
+    y, x_t = model.condition(labels, guided), torch.cat([noise, noise]) if guided else noise
     with torch.no_grad():
         for step in reversed(range(diffusion.num_timesteps)):
-            setting = x_t.to(denoise.dtype), diffusion.timesteps(step, len(x_t), x_t.device), denoise.y
-            out = model.forward_with_cfg(*setting, cfg_scale) if denoise.guided else model(*setting)
+            setting = x_t.to(model.dtype), diffusion.timesteps(step, len(x_t), x_t.device), y
+            out = model.forward_with_cfg(*setting, cfg_scale) if guided else model(*setting)
             x_t = diffusion.ddim_step(out.to(x_t.dtype), x_t, step)
     return x_t[: len(noise)]
 
 
 @contextlib.contextmanager
 def unfrozen(model: DiT) -> Iterator[None]:
-    """All parameters require gradients, those of timestep and label too: they run at each step, not ahead."""
-    limit, denoiser.MODULATION_BYTES = denoiser.MODULATION_BYTES, 0
-    for name in ("embed", "modulations"):
-        setattr(model, name, torch.enable_grad()(getattr(model, name)))
+    """All parameters require gradients, those of timestep and label too."""
     model.requires_grad_(True)
     try:
         yield
     finally:
         model.requires_grad_(False)
-        del model.embed, model.modulations  # the class's again
-        denoiser.MODULATION_BYTES = limit
 
 
 def case(

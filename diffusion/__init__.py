@@ -1,9 +1,21 @@
-"""Gaussian diffusion: the linear schedule, respacing, DDIM and DDPM steps, and the training loss of DiT."""
+"""Gaussian diffusion: the linear schedule, respacing, samplers, and the training loss of DiT."""
 
 from diffusion.gaussian_diffusion import GaussianDiffusion
 from diffusion.respace import space_timesteps
+from diffusion.samplers import DDIM, DDPM, SAMPLERS, Sampler, State, as_sampler, create_sampler
 
-__all__ = ["GaussianDiffusion", "create_diffusion", "space_timesteps"]
+__all__ = [
+    "DDIM",
+    "DDPM",
+    "SAMPLERS",
+    "GaussianDiffusion",
+    "Sampler",
+    "State",
+    "as_sampler",
+    "create_diffusion",
+    "create_sampler",
+    "space_timesteps",
+]
 
 
 def create_diffusion(

@@ -28,7 +28,7 @@ def test_soft_cache_with_hard_scores_equals_static(tiny_model, ten_steps, tiny_b
     outputs = []
     for cache in (StaticCache(schedule), SoftCache(schedule.compute.float(), 0.1)):
         denoise = Denoiser(tiny_model, ten_steps, labels, 1.5)
-        x_t = denoise.start(noise)
+        x_t = denoise.start(noise).x
         for step in reversed(range(10)):
             x_t = ten_steps.ddim_step(denoise(x_t, step, cache), x_t, step)
         outputs.append(x_t)
@@ -135,7 +135,7 @@ def test_forecast_of_order_zero_is_plain_reuse():
 def trajectory(model, diffusion, batch, cache) -> torch.Tensor:
     noise, labels = batch
     denoise = Denoiser(model, diffusion, labels, 1.5)
-    x_t = denoise.start(noise)
+    x_t = denoise.start(noise).x
     for step in reversed(range(diffusion.num_timesteps)):
         x_t = diffusion.ddim_step(denoise(x_t, step, cache), x_t, step)
     return x_t

@@ -33,7 +33,7 @@ def test_what_is_taken_out_of_the_loop_changes_nothing(
 ):
     noise, labels = tiny_batch
     rows = len(noise) * (1 if cfg_scale == 1 else 2)
-    monkeypatch.setattr("denoiser.MODULATION_BYTES", chunk_size * 4 * rows * tiny_model.modulation_size)
+    monkeypatch.setattr("denoiser.PREPARED_BYTES", chunk_size * 4 * rows * tiny_model.prepared_size)
     assert Denoiser(tiny_model, ten_steps, labels, cfg_scale).chunk_size == chunk_size
     expected = plain_loop(tiny_model, ten_steps, labels, noise, cfg_scale)
     assert relative_error(generate(tiny_model, ten_steps, labels, noise, cfg_scale), expected) < 1e-5
@@ -44,15 +44,15 @@ def test_a_reused_branch_needs_its_gate_alone(tiny_model, ten_steps, tiny_batch)
     schedule = random_schedule(10, 4, 0.5)
     cache = StaticCache(schedule)
     denoise = Denoiser(tiny_model, ten_steps, labels, 1.5, cache.computed)
-    x_t = y_t = denoise.start(noise)
+    x_t = y_t = denoise.start(noise).x
     plain_cache = StaticCache(schedule)
     for step in reversed(range(10)):
-        modulations = denoise._modulations_at(step).branches
+        modulations = denoise._prepared_at(step).branches
         assert [one.shift is not None for one in modulations] == schedule.compute[step].tolist()
         x_t = ten_steps.ddim_step(denoise(x_t, step, cache), x_t, step)
         plain_cache.step = step
         t = ten_steps.timesteps(step, len(y_t), y_t.device)
-        out = tiny_model.forward_with_cfg(y_t, t, denoise.y, 1.5, plain_cache)
+        out = tiny_model.forward_with_cfg(y_t, t, denoise.condition, 1.5, plain_cache)
         y_t = ten_steps.ddim_step(out, y_t, step)
     assert relative_error(x_t, y_t) < 1e-5
 
@@ -82,7 +82,7 @@ def test_an_output_is_kept_until_its_last_reader(tiny_model, ten_steps, tiny_bat
         most = max(most, cache.stored_bytes())
         return output
 
-    x_t = denoise.start(noise)
+    x_t = denoise.start(noise).x
     for step in reversed(range(10)):
         counting.step = step
         x_t = ten_steps.ddim_step(denoise(x_t, step, counting), x_t, step)

@@ -82,7 +82,7 @@ def naive_proxy(model, diffusion, router, noise, labels, cfg_scale, threshold, d
         scores = router.scores().detach().clone()
         scores[[step for step in range(len(scores)) if step not in routed]] = 1.0
         cache, denoise = SoftCache(scores, threshold), Denoiser(model, diffusion, labels, cfg_scale)
-        x_t = denoise.start(noise)
+        x_t = denoise.start(noise).x
         for step in reversed(range(diffusion.num_timesteps)):
             x_t = diffusion.ddim_step(denoise(x_t, step, cache), x_t, step)
         return x_t
@@ -326,7 +326,7 @@ def test_one_step_training_starts_every_step_from_the_uncached_trajectory(tiny_m
     router = Router(10, 4)
     updates = one_trajectory(tiny_model, ten_steps, tiny_batch, router, Variant(one_step=True))
     denoise, scores = Denoiser(tiny_model, ten_steps, labels, 1.5), router.scores().detach()
-    x_t = denoise.start(noise)
+    x_t = denoise.start(noise).x
     for update in updates:
         cache = SoftCache(scores, 0.1)
         x_t = ten_steps.ddim_step(denoise(x_t, update.step + 1, cache), x_t, update.step + 1)
