@@ -33,7 +33,7 @@ from methods import Method
 from metrics.paired import mse
 from models import DiT
 from pictures import branch_types
-from sampling import load_model, pixels_of
+from sampling import Sample, load_model, pixels_of
 from tables import print_columns
 from timing import copy_ceiling, in_turn, latency, matmul_ceiling, peak_memory, reset_peak_memory
 
@@ -110,19 +110,18 @@ def floor_seconds(facts: dict, macs: float, weights_read: float) -> float:
 
 
 def sampling_rows(
-    args: argparse.Namespace, model: DiT, generate: Callable[..., Tensor], device: torch.device, facts: dict,
+    args: argparse.Namespace, model: DiT, sample: Sample, device: torch.device, facts: dict,
     num_steps: str, batch: int,
 ) -> list[dict]:  # fmt: skip
     """One row per method at one batch size and number of steps."""
     chosen = load_methods(args, model, num_steps)
     generator = torch.Generator().manual_seed(0)
-    shape = (batch, model.in_channels, model.input_size, model.input_size)
-    noise = torch.randn(shape, generator=generator).to(device)
+    noise = torch.randn(batch, *model.sample_shape, generator=generator).to(device)
     labels = (torch.arange(batch) % model.num_classes).to(device)
 
     def runner(method: Method) -> Callable[[], Tensor]:
-        setting = {"cfg_scale": args.cfg_scale, "schedule": method.schedule}
-        return lambda: generate(model, method.diffusion, labels, noise, **setting)
+        trajectory = method.trajectory(model, args.cfg_scale)
+        return lambda: sample(trajectory, labels, noise)
 
     runs = {name: runner(method) for name, method in chosen.items()}
     if not args.compile and not args.cuda_graph:
@@ -215,10 +214,10 @@ def main(args: argparse.Namespace) -> None:
         rows = training_cost.training_rows(args, device, dtype)
         print_columns(rows, TRAINING_COLUMNS)
     else:
-        generate, rows = execution.prepare(args, model, device), []
+        sample, rows = execution.prepare(args, model, device), []
         for num_steps, batch in itertools.product(args.num_sampling_steps, args.batch_size):
             setting = device, result["cards"][batch], num_steps, batch
-            found = sampling_rows(args, model, generate, *setting)
+            found = sampling_rows(args, model, sample, *setting)
             print_columns(found, COLUMNS)
             rows += found
     result |= {name: getattr(args, name) for name in execution.FLAGS}  # as they took effect

@@ -9,11 +9,10 @@ execution: each fit sees the errors that reuse has made before it.
 import torch
 
 from cache import FittingCache
-from diffusion import GaussianDiffusion
-from models import DiT
 from router import Schedule
 from sampling import (
     CALIBRATION_STREAM,
+    Trajectory,
     denoise_loop,
     draw_labels,
     draw_noise,
@@ -22,26 +21,18 @@ from sampling import (
 )
 
 
-def calibrated(
-    model: DiT,
-    diffusion: GaussianDiffusion,
-    schedule: Schedule,
-    num_terms: int = 3,
-    num_samples: int = 64,
-    cfg_scale: float = 1.0,
-    sampler: str = "ddim",
-    seed: int = 0,
-) -> Schedule:
-    """The schedule with weights (T, B, num_terms) for this model, chain, guidance and sampler.
+def calibrated(trajectory: Trajectory, num_terms: int = 3, num_samples: int = 64, seed: int = 0) -> Schedule:
+    """The trajectory's schedule with weights (T, B, num_terms) for its model, sampler and guidance.
 
     Draws `num_samples` random labels and noise from the seed, apart from those of sampling and training; they
     go through the model as one batch. The work of one uncached run of them.
     """
-    device = next(model.parameters()).device
+    model, schedule = trajectory.backbone, trajectory.schedule
     generators = [sample_generator(seed, CALIBRATION_STREAM, k) for k in range(num_samples)]
-    noise, labels = draw_noise(model, generators).to(device), draw_labels(model, generators).to(device)
+    noise = draw_noise(model, generators).to(model.device)
+    labels = draw_labels(model, generators).to(model.device)
     cache = FittingCache(schedule.compute, num_terms)
-    step_noise = draw_step_noise(diffusion, noise, cfg_scale, sampler, 0.0, generators)
-    for _ in denoise_loop(model, diffusion, labels, noise, cfg_scale, sampler, cache, step_noise=step_noise):
+    step_noise = draw_step_noise(trajectory, noise, generators)
+    for _ in denoise_loop(trajectory, labels, noise, cache, step_noise):
         pass
     return Schedule(schedule.compute, f"{schedule.source}, calibrated", cache.weights.to(torch.float32))

@@ -28,7 +28,7 @@ from files import replacing, write_json
 from models import DiT
 from pictures import comparison, schedule_heat_map
 from router import Router, Schedule, load_router
-from sampling import DIGITS_MODEL, decode, generate_seeded, load_model
+from sampling import DIGITS_MODEL, Trajectory, decode, generate_seeded, load_model
 from tables import print_columns
 from timing import in_turn
 
@@ -118,10 +118,8 @@ def main(args: argparse.Namespace) -> None:
     labels, samples, draws = torch.arange(args.samples) % model.num_classes, {}, {}
     for method, chosen in methods.items():
         print(f"sampling {args.samples} digits: {method}", flush=True)
-        options = {"cfg_scale": CFG_SCALE, "schedule": chosen}
-        draws[method] = partial(
-            generate_seeded, model, create_diffusion(str(chosen.num_steps)), seed=SEED, **options
-        )
+        trajectory = Trajectory(model, create_diffusion(str(chosen.num_steps)), CFG_SCALE, chosen)
+        draws[method] = partial(generate_seeded, trajectory, seed=SEED)
         samples[method] = draws[method](labels, batch_size=250, progress=True)
     batches = [partial(draw, labels[:BATCH_SIZE]) for draw in draws.values()]
     seconds = dict(zip(draws, in_turn(batches, REPEATS, torch.device("cpu"), warm_up=0), strict=True))

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cache import StaticCache, combined
+from cache import Combine, combined
 from models import DiT
-from sampling import check_arguments, denoise_loop, draw_step_noise, generate
+from sampling import Generators, Sample, Trajectory, denoise_loop, draw_step_noise, sample
 from timing import captured
 
 CACHE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -40,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--cache-dtype", choices=CACHE_DTYPES, help="of stored outputs (default: the model's)")
 
 
-def prepare(args: argparse.Namespace, model: DiT, device: torch.device) -> Callable[..., Tensor]:
-    """Quantise and compile `model` in place; returns what stands for `sampling.generate`.
+def prepare(args: argparse.Namespace, model: DiT, device: torch.device) -> Sample:
+    """Quantise and compile `model` in place; returns what stands for `sampling.sample`.
 
     args.cuda_graph becomes what is done. Raises ValueError where the device or the installation cannot do it.
     """
@@ -55,9 +55,11 @@ def prepare(args: argparse.Namespace, model: DiT, device: torch.device) -> Calla
         args.cuda_graph = args.compile and device.type == "cuda"
     if args.cuda_graph and device.type != "cuda":
         raise ValueError(f"--cuda-graph needs a GPU, not --device {device}; leave it out")
-    run = CapturedGenerate() if args.cuda_graph else generate
+    cache_dtype = CACHE_DTYPES.get(args.cache_dtype)
     combine = torch.compile(combined, dynamic=False) if args.compile else None
-    return partial(run, cache_dtype=CACHE_DTYPES.get(args.cache_dtype), combine=combine)
+    if args.cuda_graph:
+        return Captured(cache_dtype, combine)
+    return partial(sample, cache_dtype=cache_dtype, combine=combine)
 
 
 def compile_branches(model: DiT, device: torch.device) -> None:
@@ -190,36 +192,33 @@ def weight_bytes(model: DiT, quantization: str | None = None) -> int:
     return sum(parameter.nbytes for parameter in model.parameters()) - saved
 
 
-class CapturedGenerate:
-    """`sampling.generate` as one CUDA graph per setting: captured at its first call, then replayed.
+class Captured:
+    """`sampling.sample` as a CUDA graph per trajectory and batch: captured at the first call, then replayed.
 
     Each graph keeps its own activations; inputs are copied into it and x_0 out of it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, cache_dtype: torch.dtype | None = None, combine: Combine | None = None) -> None:
+        self._store = {"dtype": cache_dtype, "combine": combine}
         self._captured: dict[tuple, _Graph] = {}
 
     def __call__(
-        self, model, diffusion, labels, noise, cfg_scale=1.0, sampler="ddim", schedule=None, eta=0.0,
-        generator=None, cache_dtype=None, combine=None,
-    ) -> Tensor:  # fmt: skip
-        check_arguments(model, diffusion, labels, noise, sampler, schedule, eta)
+        self, trajectory: Trajectory, labels: Tensor, noise: Tensor, generator: Generators = None
+    ) -> Tensor:
+        trajectory.check(labels, noise)
         inputs = [labels, noise]
-        if (step_noise := draw_step_noise(diffusion, noise, cfg_scale, sampler, eta, generator)) is not None:
+        if (step_noise := draw_step_noise(trajectory, noise, generator)) is not None:
             inputs.append(step_noise)
-        kept = (model, diffusion, schedule)  # held by the graph, so that no other object takes their ids
-        key = (*map(id, kept), noise.shape, noise.dtype, cfg_scale, sampler, eta, cache_dtype, combine)
+        key = (id(trajectory), noise.shape, noise.dtype)  # the graph holds it, so that none takes its id
         if key not in self._captured:
-            cache = None  # made outside: weights come from the host. Its store is empty after a trajectory.
-            if schedule is not None:
-                cache = StaticCache(schedule, cache_dtype, combine, noise.device)
+            # Made outside: weights come from the host. Its store is empty after a trajectory.
+            cache = trajectory.cache(**self._store)
 
-            def trajectory(labels: Tensor, noise: Tensor, step_noise: Tensor | None = None) -> Tensor:
-                setting = cfg_scale, sampler, cache, eta, step_noise
-                *_, (_, x_0) = denoise_loop(model, diffusion, labels, noise, *setting)
+            def run(labels: Tensor, noise: Tensor, step_noise: Tensor | None = None) -> Tensor:
+                *_, (_, x_0) = denoise_loop(trajectory, labels, noise, cache, step_noise)
                 return x_0
 
-            self._captured[key] = _Graph(trajectory, inputs, kept)
+            self._captured[key] = _Graph(run, inputs)
         return self._captured[key](*inputs)
 
 
@@ -229,8 +228,8 @@ class _Graph:
     What the function holds on the device is read by every replay, so the function is kept.
     """
 
-    def __init__(self, function: Callable[..., Tensor], inputs: list[Tensor], kept: tuple):
-        self._inputs, self._kept = [tensor.clone() for tensor in inputs], (function, kept)
+    def __init__(self, function: Callable[..., Tensor], inputs: list[Tensor]):
+        self._inputs, self._function = [tensor.clone() for tensor in inputs], function
         self._graph, self._output = captured(lambda: function(*self._inputs))
 
     def __call__(self, *inputs: Tensor) -> Tensor:

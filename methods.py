@@ -24,7 +24,7 @@ from calibrate import calibrated
 from diffusion import GaussianDiffusion, create_diffusion
 from models import DiT
 from router import Schedule, load_router
-from sampling import pixels_of
+from sampling import Trajectory, pixels_of
 
 _FLAGS = {
     "none": (),
@@ -51,6 +51,10 @@ class Method:
     name: str
     diffusion: GaussianDiffusion
     schedule: Schedule | None
+
+    def trajectory(self, model: DiT, cfg_scale: float = 1.0, sampler: str = "ddim") -> Trajectory:
+        """On `model`, with its guidance and sampler."""
+        return Trajectory.of(model, self.diffusion, cfg_scale, sampler, self.schedule)
 
     def speedup_macs(self, model: DiT, num_steps: int) -> float:
         """MACs of the uncached chain of `num_steps` over this method's."""
@@ -168,7 +172,8 @@ def load_method(args: argparse.Namespace, model: DiT) -> Method:
     elif reuse == "calibrated":
         sampler = "ddpm" if args.p_sample else "ddim"
         samples = args.calibrate or CALIBRATION_SAMPLES
-        schedule = calibrated(model, diffusion, schedule, args.terms or 3, samples, args.cfg_scale, sampler)
+        trajectory = Trajectory.of(model, diffusion, args.cfg_scale, sampler, schedule)
+        schedule = calibrated(trajectory, args.terms or 3, samples)
     return Method(args.accelerate_method, diffusion, schedule)
 
 

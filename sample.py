@@ -31,7 +31,7 @@ from metrics.paired import mse, psnr
 from models import DiT
 from pictures import branch_types, comparison, sheet
 from router import Schedule
-from sampling import choose_vae, decode, generate_seeded, is_latent, load_model, load_vae
+from sampling import Trajectory, choose_vae, decode, generate_seeded, is_latent, load_model, load_vae
 from timing import in_turn
 
 PUBLISHED_LABELS = [207, 360, 387, 974, 88, 979, 417, 279]
@@ -102,10 +102,14 @@ def choose_labels(args: argparse.Namespace, model: DiT) -> Tensor:
 
 
 def report_latency(
-    draw: Callable[..., Tensor], labels: Tensor, chosen: dict[str, Method], repeats: int, device: torch.device
+    draw: Callable[..., Tensor],
+    labels: Tensor,
+    chosen: dict[str, Trajectory],
+    repeats: int,
+    device: torch.device,
 ) -> None:
     """Time one batch of every method in turn (A B A B); drawing the images has been the warm-up."""
-    batches = [partial(draw, method, labels) for method in chosen.values()]
+    batches = [partial(draw, trajectory, labels) for trajectory in chosen.values()]
     seconds = dict(zip(chosen, in_turn(batches, repeats, device, warm_up=0), strict=True))
     for name, times in seconds.items():
         middle, low, high = (1000 * f(times) for f in (statistics.median, min, max))
@@ -152,18 +156,16 @@ def main(args: argparse.Namespace) -> None:
         print(describe_schedule(method.schedule, model, passes=1 if args.cfg_scale == 1 else 2))
 
     batch_size = args.batch_size or len(labels)
-    generate = execution.prepare(args, model, device)
+    run = execution.prepare(args, model, device)
 
-    def draw(method: Method, labels: Tensor, progress: bool = False) -> Tensor:
-        return generate_seeded(
-            model, method.diffusion, labels, args.seed, batch_size, progress,
-            generate=generate, cfg_scale=args.cfg_scale, sampler=sampler, schedule=method.schedule,
-        )  # fmt: skip
+    def draw(trajectory: Trajectory, labels: Tensor, progress: bool = False) -> Tensor:
+        return generate_seeded(trajectory, labels, args.seed, batch_size, progress, sample=run)
 
     own_name = "uncached" if method.name == "none" else "cached" if method.schedule else method.name
-    chosen = {own_name: method}
+    chosen = {own_name: method.trajectory(model, args.cfg_scale, sampler)}
     if args.compare:
-        chosen = {"uncached": methods.uncached(args, model)} | chosen
+        uncached = methods.uncached(args, model).trajectory(model, args.cfg_scale, sampler)
+        chosen = {"uncached": uncached} | chosen
     x_0 = {name: draw(one, labels, progress=True) for name, one in chosen.items()}
     images = {name: decode(latents, vae) for name, latents in x_0.items()}
     if args.repeats:

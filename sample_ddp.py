@@ -19,7 +19,6 @@ import re
 import shutil
 import zipfile
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
@@ -40,6 +39,8 @@ from methods import Method
 from models import DiT
 from sampling import (
     SAMPLING_STREAM,
+    Sample,
+    Trajectory,
     choose_vae,
     decode,
     draw_labels,
@@ -212,16 +213,11 @@ def choose_labels(args: argparse.Namespace, model: DiT, samples: range) -> Tenso
     return draw_labels(model, [sample_generator(args.seed, SAMPLING_STREAM, k, _LABEL_KEY) for k in samples])
 
 
-def draw(
-    args: argparse.Namespace, model: DiT, vae, method: Method, generate: Callable[..., Tensor], samples: range
-) -> Tensor:
+def draw(args: argparse.Namespace, trajectory: Trajectory, vae, run: Sample, samples: range) -> Tensor:
     """uint8 images (n, H, W, C); the last block is filled up with samples that are then dropped."""
     filled = range(samples.start, -(-samples.stop // BLOCK) * BLOCK)
-    x_0 = generate_seeded(
-        model, method.diffusion, choose_labels(args, model, filled), args.seed, first=samples.start,
-        generate=generate, cfg_scale=args.cfg_scale, sampler="ddpm" if args.p_sample else "ddim",
-        schedule=method.schedule,
-    )  # fmt: skip
+    labels = choose_labels(args, trajectory.backbone, filled)
+    x_0 = generate_seeded(trajectory, labels, args.seed, first=samples.start, sample=run)
     return decode(x_0, vae)[: len(samples)]
 
 
@@ -267,7 +263,8 @@ def run(args: argparse.Namespace, processes: Processes) -> None:
     if together(lambda: processes.is_main and parts.open()):
         say(processes, f"{args.output} holds these samples already")
         return
-    generate = execution.prepare(args, model, processes.device)
+    sample = execution.prepare(args, model, processes.device)
+    trajectory = method.trajectory(model, args.cfg_scale, "ddpm" if args.p_sample else "ddim")
     if args.random_weights:
         say(processes, cli.RANDOM_WEIGHTS)
     batch_size = -(-args.batch_size // BLOCK) * BLOCK
@@ -283,7 +280,7 @@ def run(args: argparse.Namespace, processes: Processes) -> None:
 
     def draw_mine() -> None:
         for samples in mine:
-            parts.write(samples.start, draw(args, model, vae, method, generate, samples))
+            parts.write(samples.start, draw(args, trajectory, vae, sample, samples))
             bar.update(len(samples))
         bar.close()
 

@@ -3,6 +3,7 @@
 import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 import download
+from backbone import Backbone
 from cache import Combine, StaticCache
 from checkpoints import load_checkpoint
 from denoiser import Denoiser, executed, walk
-from diffusion import GaussianDiffusion, State, create_sampler
+from diffusion import GaussianDiffusion, Sampler, State, as_sampler, create_sampler
 from models import DiT, DiT_models
 from router import Schedule
 
@@ -143,25 +145,75 @@ def draw_labels(model: DiT, generators: Sequence[torch.Generator]) -> Tensor:
 
 # ---- the denoising loop ----------------------------------------------------------------------------
 
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    """All that fixes a trajectory but its noise and labels: backbone x sampler x schedule.
+
+    sampler: or a chain, for deterministic DDIM on it. cfg_scale: guidance, 1 = off. schedule: which branches
+    are computed; None: all. Raises ValueError where the schedule fits neither the backbone nor the sampler.
+    """
+
+    backbone: Backbone
+    sampler: Sampler
+    cfg_scale: float = 1.0
+    schedule: Schedule | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sampler", as_sampler(self.sampler))
+        schedule, num_steps, branches = self.schedule, self.sampler.num_steps, self.backbone.num_branches
+        if schedule is None:
+            return
+        if schedule.num_steps != num_steps:
+            raise ValueError(
+                f"the schedule is for {schedule.num_steps} steps, the sampler takes {num_steps}; "
+                f"use --num-sampling-steps {schedule.num_steps} or another router"
+            )
+        if schedule.num_branches != branches:
+            raise ValueError(
+                f"the schedule is for {schedule.num_branches} branches, the model has {branches}; "
+                "use a router trained for this model"
+            )
+
+    @classmethod
+    def of(
+        cls,
+        backbone: Backbone,
+        chain: GaussianDiffusion,
+        cfg_scale: float = 1.0,
+        sampler: str = "ddim",
+        schedule: Schedule | None = None,
+        eta: float = 0.0,
+    ) -> "Trajectory":
+        """The sampler by name, on a chain. Raises ValueError for an unknown one, or an eta outside [0, 1]."""
+        return cls(backbone, create_sampler(sampler, chain, eta), cfg_scale, schedule)
+
+    def cache(self, dtype: torch.dtype | None = None, combine: Combine | None = None) -> StaticCache | None:
+        """An empty store for one run; None where every branch is computed."""
+        if self.schedule is None:
+            return None
+        return StaticCache(self.schedule, dtype, combine, self.backbone.device)
+
+    def check(self, labels: Tensor, noise: Tensor) -> None:
+        if len(labels) != len(noise):
+            raise ValueError(
+                f"{len(labels)} labels for {len(noise)} noise samples; give one label per sample"
+            )
+
 
 @torch.no_grad()
 def denoise_loop(
-    model: DiT,
-    diffusion: GaussianDiffusion,
-    labels: Tensor,
-    noise: Tensor,
-    cfg_scale: float = 1.0,
-    sampler: str = "ddim",
-    cache=None,
-    eta: float = 0.0,
-    step_noise: Tensor | None = None,
+    trajectory: Trajectory, labels: Tensor, noise: Tensor, cache=None, step_noise: Tensor | None = None
 ) -> Iterator[tuple[int, Tensor]]:
     """Denoise step by step under a cache policy; yields (step, x after it), at last x_0.
 
-    step_noise: of `draw_step_noise`. Nothing in here makes the device wait for the host.
+    cache: any policy, in place of the trajectory's schedule; None: every branch is computed. step_noise: what
+    `draw_step_noise` gives. Nothing in here makes the device wait for the host.
     """
-    chosen, computed = create_sampler(sampler, diffusion, eta), None if cache is None else cache.computed
-    denoise = Denoiser(model, chosen, labels, cfg_scale, computed)
+    computed = None if cache is None else cache.computed
+    denoise = Denoiser(trajectory.backbone, trajectory.sampler, labels, trajectory.cfg_scale, computed)
 
     def advance(state: State, step: int) -> State:
         return denoise.advance(state, step, cache, None if step_noise is None else step_noise[step])
@@ -170,117 +222,91 @@ def denoise_loop(
         yield step, state.x[: len(noise)]
 
 
-def sample_loop(
-    model: DiT,
-    diffusion: GaussianDiffusion,
+def sample(
+    trajectory: Trajectory,
     labels: Tensor,
     noise: Tensor,
-    cfg_scale: float = 1.0,
-    sampler: str = "ddim",
-    schedule: Schedule | None = None,
-    eta: float = 0.0,
-    generator: torch.Generator | Sequence[torch.Generator] | None = None,
-    cache_dtype: torch.dtype | None = None,
-    combine: Combine | None = None,
-) -> Iterator[tuple[int, Tensor]]:
-    """The same under a schedule, its arguments checked; as in `generate`."""
-    check_arguments(model, diffusion, labels, noise, sampler, schedule, eta)
-    cache = None if schedule is None else StaticCache(schedule, cache_dtype, combine, noise.device)
-    step_noise = draw_step_noise(diffusion, noise, cfg_scale, sampler, eta, generator)
-    return denoise_loop(model, diffusion, labels, noise, cfg_scale, sampler, cache, eta, step_noise)
-
-
-def generate(
-    model: DiT,
-    diffusion: GaussianDiffusion,
-    labels: Tensor,
-    noise: Tensor,
-    cfg_scale: float = 1.0,
-    sampler: str = "ddim",
-    schedule: Schedule | None = None,
-    eta: float = 0.0,
-    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    generator: Generators = None,
     cache_dtype: torch.dtype | None = None,
     combine: Combine | None = None,
 ) -> Tensor:
     """Denoise `noise` (n, C, H, W) under `labels` (n,) to x_0 (n, C, H, W).
 
-    cfg_scale: guidance, 1 = off. sampler: "ddim" (with `eta`) or "ddpm". schedule: which branches to compute;
-    None computes all. generator: of the noise that DDPM and eta > 0 add: one for the batch (None: torch's
-    global one), or one per sample, so that a sample does not depend on its batch. cache_dtype: of stored
-    branch outputs, None: the model's. combine: what combines stored outputs, as `cache.StaticCache` takes it.
-    Raises ValueError where the schedule, labels or sampler do not fit the model or the chain.
+    generator: draws the noise that DDPM, or DDIM with eta > 0, adds: one generator for the batch (None:
+    torch's global one), or one per sample, so that a sample does not depend on its batch. cache_dtype: dtype
+    of the stored branch outputs, None: the model's. combine: what combines them, as `cache.StaticCache` takes
+    it. Raises ValueError where labels and noise do not fit.
     """
-    steps = sample_loop(
-        model, diffusion, labels, noise, cfg_scale, sampler, schedule, eta, generator, cache_dtype, combine
-    )
-    *_, (_, x_0) = steps
+    trajectory.check(labels, noise)
+    step_noise = draw_step_noise(trajectory, noise, generator)
+    cache = trajectory.cache(cache_dtype, combine)
+    *_, (_, x_0) = denoise_loop(trajectory, labels, noise, cache, step_noise)
+    return x_0
+
+
+Sample = Callable[[Trajectory, Tensor, Tensor, Generators], Tensor]  # `sample`, or what stands for it
+
+
+def generate(
+    model: Backbone,
+    diffusion: GaussianDiffusion,
+    labels: Tensor,
+    noise: Tensor,
+    cfg_scale: float = 1.0,
+    sampler: str = "ddim",
+    schedule: Schedule | None = None,
+    eta: float = 0.0,
+    generator: Generators = None,
+    progress: bool = False,
+) -> Tensor:
+    """x_0 (n, C, H, W) of noise (n, C, H, W) under labels (n,), as `Trajectory.of` and `sample` have it.
+
+    sampler: "ddim" (with `eta`) or "ddpm". schedule: which branches to compute; None computes all. progress:
+    show a bar over the steps. Raises ValueError where schedule, labels or sampler do not fit the model or the
+    chain.
+    """
+    trajectory = Trajectory.of(model, diffusion, cfg_scale, sampler, schedule, eta)
+    trajectory.check(labels, noise)
+    step_noise = draw_step_noise(trajectory, noise, generator)
+    steps = denoise_loop(trajectory, labels, noise, trajectory.cache(), step_noise)
+    *_, (_, x_0) = tqdm(steps, total=diffusion.num_timesteps, unit="step", disable=None if progress else True)
     return x_0
 
 
 def generate_seeded(
-    model: DiT,
-    diffusion: GaussianDiffusion,
+    trajectory: Trajectory,
     labels: Tensor,
     seed: int,
     batch_size: int | None = None,
     progress: bool = False,
     first: int = 0,
-    generate: Callable[..., Tensor] = generate,
-    **options,
+    sample: Sample = sample,
 ) -> Tensor:
     """x_0 (n, C, H, W) for labels (n,), those of samples first .. first + n; k depends on (seed, k) alone.
 
-    So methods are compared on the same noise, whatever their batch size. generate: the function above, or
-    one of `execution.py` that stands for it. options: its (cfg_scale, sampler, schedule, eta, cache_dtype).
-    Works on the model's device.
+    So methods are compared on the same noise, whatever their batch size. sample: the function above, or one
+    of `execution.py` that stands for it. Works on the model's device.
     """
-    device = next(model.parameters()).device
-    batch_size = batch_size or len(labels)
+    device, batch_size = trajectory.backbone.device, batch_size or len(labels)
     parts = []
     for start in tqdm(range(0, len(labels), batch_size), desc="batches", disable=None if progress else True):
         y = labels[start : start + batch_size].to(device)
         generators = [sample_generator(seed, SAMPLING_STREAM, first + start + k) for k in range(len(y))]
-        noise = draw_noise(model, generators).to(device)
-        parts.append(generate(model, diffusion, y, noise, generator=generators, **options))
+        noise = draw_noise(trajectory.backbone, generators).to(device)
+        parts.append(sample(trajectory, y, noise, generators))
     return torch.cat(parts)
 
 
-def check_arguments(model, diffusion, labels, noise, sampler, schedule, eta) -> None:
-    create_sampler(sampler, diffusion, eta)
-    if len(labels) != len(noise):
-        raise ValueError(f"{len(labels)} labels for {len(noise)} noise samples; give one label per sample")
-    if schedule is None:
-        return
-    if schedule.num_steps != diffusion.num_timesteps:
-        raise ValueError(
-            f"the schedule is for {schedule.num_steps} steps, the sampler takes {diffusion.num_timesteps}; "
-            f"use --num-sampling-steps {schedule.num_steps} or another router"
-        )
-    if schedule.num_branches != model.num_branches:
-        raise ValueError(
-            f"the schedule is for {schedule.num_branches} branches, the model has {model.num_branches}; "
-            "use a router trained for this model"
-        )
+def draw_step_noise(trajectory: Trajectory, noise: Tensor, generator: Generators) -> Tensor | None:
+    """Fresh noise (T, N, C, H, W) for every step, N = n or 2n; None where the sampler adds none.
 
-
-def draw_step_noise(
-    diffusion: GaussianDiffusion,
-    noise: Tensor,
-    cfg_scale: float,
-    sampler: str,
-    eta: float,
-    generator: torch.Generator | Sequence[torch.Generator] | None,
-) -> Tensor | None:
-    """Fresh noise (T, N, C, H, W) for every step, N = n or 2n, in the order of execution; None for DDIM.
-
-    All is drawn before the first step, or the device would wait for the host at each. From one generator both
-    halves of a guided batch draw, as in the official sampler. Only the first half of x_t is ever read, so
-    with one generator per sample the halves share their noise.
+    All of it is drawn before the first step, in the order of execution, or the device would wait for the host
+    at each step. From one generator both halves of a guided batch draw, as in the official sampler. Only the
+    first half of x_t is ever read, so with one generator per sample the halves share their noise.
     """
-    if not create_sampler(sampler, diffusion, eta).adds_noise:
+    if not trajectory.sampler.adds_noise:
         return None
-    halves = 1 if cfg_scale == 1 else 2
+    halves = 1 if trajectory.cfg_scale == 1 else 2
     shape = (halves * len(noise), *noise.shape[1:])
 
     def draw() -> Tensor:
@@ -289,9 +315,9 @@ def draw_step_noise(
         if isinstance(generator, torch.Generator):
             return torch.randn(shape, generator=generator, device=generator.device)
         own = [torch.randn(shape[1:], generator=one, device=one.device) for one in generator]
-        return torch.stack(own).repeat(halves, 1, 1, 1)
+        return torch.cat([torch.stack(own)] * halves)
 
-    drawn = [draw() for _ in range(diffusion.num_timesteps)]
+    drawn = [draw() for _ in range(trajectory.sampler.num_steps)]
     return torch.stack(drawn[::-1]).to(noise.device)
 
 

@@ -16,7 +16,7 @@ import cli
 from diffusion import create_diffusion
 from digits.classifier import Judge
 from digits.data import digit_images
-from sampling import DIGITS_MODEL, generate_seeded, load_model
+from sampling import DIGITS_MODEL, Trajectory, generate_seeded, load_model
 
 
 def parse_args() -> argparse.Namespace:
@@ -45,15 +45,8 @@ def main(args: argparse.Namespace) -> None:
     print("steps  guidance  digits-FID  accuracy %  nearest")
     for cfg_scale in args.cfg_scales:
         for steps in args.steps:
-            x_0 = generate_seeded(
-                model,
-                create_diffusion(str(steps)),
-                labels,
-                args.seed,
-                250,
-                progress=True,
-                cfg_scale=cfg_scale,
-            )
+            trajectory = Trajectory(model, create_diffusion(str(steps)), cfg_scale)
+            x_0 = generate_seeded(trajectory, labels, args.seed, 250, progress=True)
             nearest = nearest_distances(x_0.clamp(-1, 1), images).median().item()
             accuracy = 100 * judge.accuracy(x_0, labels)
             print(

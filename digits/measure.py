@@ -30,11 +30,13 @@ from objectives import step_errors
 from sampling import (
     DIGITS_MODEL,
     SAMPLING_STREAM,
+    Sample,
+    Trajectory,
     decode,
     draw_noise,
-    generate,
     generate_seeded,
     load_model,
+    sample,
     sample_generator,
     weights_fingerprint,
 )
@@ -74,15 +76,14 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def draw(
-    args: argparse.Namespace, model: DiT, method: Method, generate: Callable[..., Tensor] = generate
-) -> Tensor:
+def draw(args: argparse.Namespace, trajectory: Trajectory, run: Sample = sample) -> Tensor:
     """x_0 (n, 1, 8, 8) of samples 0 .. n-1 of the seed, with labels 0 .. 9 in turn."""
-    return generate_seeded(
-        model, method.diffusion, torch.arange(args.samples) % model.num_classes, args.seed, args.batch_size,
-        progress=True, generate=generate, cfg_scale=args.cfg_scale, sampler=sampler_of(args),
-        schedule=method.schedule,
-    )  # fmt: skip
+    labels = torch.arange(args.samples) % trajectory.backbone.num_classes
+    return generate_seeded(trajectory, labels, args.seed, args.batch_size, progress=True, sample=run)
+
+
+def trajectory_of(args: argparse.Namespace, model: DiT, method: Method) -> Trajectory:
+    return method.trajectory(model, args.cfg_scale, sampler_of(args))
 
 
 def sampler_of(args: argparse.Namespace) -> str:
@@ -160,12 +161,14 @@ def main(args: argparse.Namespace) -> None:
     model, judge = load_model(DIGITS_MODEL), Judge()
     method, plain = methods.load_method(args, model), methods.uncached(args, model)
     own_model = load_model(DIGITS_MODEL)
-    setting = own_model, method, execution.prepare(args, own_model, torch.device("cpu"))
-    uncached, own = draw(args, model, plain), draw(args, *setting)
+    run = execution.prepare(args, own_model, torch.device("cpu"))
+    setting = trajectory_of(args, own_model, method), run
+    plain_trajectory = trajectory_of(args, model, plain)
+    uncached, own = draw(args, plain_trajectory), draw(args, *setting)
     row = compare(args, model, judge, method, own, uncached)
     row |= {"quantize": args.quantize, "compile": args.compile, "cache_dtype": args.cache_dtype}
     if args.repeats:
-        batches = [timed_batch(args, model, plain), timed_batch(args, *setting)]
+        batches = [timed_batch(args, plain_trajectory), timed_batch(args, *setting)]
         plain_ms, own_ms = latencies(batches, args.repeats)
         row |= {"latency_ms": own_ms, "speedup_latency": plain_ms / own_ms, "latency_batch": LATENCY_BATCH}
     print(json.dumps(row))

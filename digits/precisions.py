@@ -11,11 +11,9 @@ turn. int8 needs torchao, fp8 a GPU. The last line is JSON, `--output` writes it
 import argparse
 import copy
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 import cli
 import execution
@@ -26,7 +24,7 @@ from files import check_writable, write_json
 from metrics.paired import psnr
 from models import DiT
 from router import load_router
-from sampling import DIGITS_MODEL, decode, load_model
+from sampling import DIGITS_MODEL, Sample, decode, load_model
 from tables import print_columns
 from timing import in_turn, latency
 
@@ -69,9 +67,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def variant(
-    plain: DiT, weights: str, compiled: bool, device: torch.device
-) -> tuple[DiT, Callable[..., Tensor], float]:
+def variant(plain: DiT, weights: str, compiled: bool, device: torch.device) -> tuple[DiT, Sample, float]:
     """A copy of the model with these weights, what samples it, and what its weights take in MB."""
     model = copy.deepcopy(plain).to(device, torch.bfloat16 if weights in ("bf16", "fp8") else torch.float32)
     kind = weights if weights in execution.QUANTIZATIONS else None
@@ -92,12 +88,11 @@ def main(args: argparse.Namespace) -> None:
     chosen = {name: methods.load_spec(spec, plain, p_sample=False, **setting) for name, spec in specs.items()}
     variants = {weights: variant(plain, weights, args.compile, device) for weights in args.weights}
     runs = {
-        (weights, name): (model, method, generate)
-        for weights, (model, generate, _) in variants.items()
+        (weights, name): (method.trajectory(model, args.cfg_scale), run)
+        for weights, (model, run, _) in variants.items()
         for name, method in chosen.items()
     }
 
-    args.p_sample = False  # which `draw` reads
     one_batch = argparse.Namespace(**vars(args) | {"samples": args.batch_size})
     x_0 = {key: draw(args, *run).float().cpu() for key, run in runs.items()}
     batches = [lambda run=run: draw(one_batch, *run) for run in runs.values()]

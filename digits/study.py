@@ -104,7 +104,7 @@ def measure_row(folder: Path, task: Task) -> str:
     model, method = digits_model(), methods.load_method(args, digits_model())
     own = plain = uncached_samples(folder, args)
     if method.name != "none":
-        own = measure.draw(args, model, method)
+        own = measure.draw(args, measure.trajectory_of(args, model, method))
     row = task.facts | measure.compare(args, model, judge(), method, own, plain)
     row |= {"command": f"python -m digits.measure {' '.join(task.arguments)}", "arguments": task.arguments}
     row |= {"id": task.id, "router_hash": router_hash(folder, task), "images": measure.pictures(own)}
@@ -120,7 +120,8 @@ def uncached_samples(folder: Path, args: argparse.Namespace) -> torch.Tensor:
     path = folder / "scratch" / f"uncached-{weights_fingerprint(digits_model())}-{setting}.npy"
     if path.exists() and len(x_0 := np.load(path, mmap_mode="r")) >= args.samples:
         return torch.from_numpy(x_0[: args.samples].copy())
-    x_0 = measure.draw(args, digits_model(), methods.uncached(args, digits_model()))
+    uncached = methods.uncached(args, digits_model())
+    x_0 = measure.draw(args, measure.trajectory_of(args, digits_model(), uncached))
     with replacing(path) as temporary:
         np.save(temporary, x_0.numpy())
     return x_0
@@ -191,7 +192,8 @@ def measure_latencies(folder: Path, tasks: list[Task], repeats: int) -> None:
         for row in plain + missing:
             args = measure.parse_args(row["arguments"])
             with contextlib.redirect_stdout(None):
-                batches.append(measure.timed_batch(args, model, methods.load_method(args, model)))
+                trajectory = measure.trajectory_of(args, model, methods.load_method(args, model))
+            batches.append(measure.timed_batch(args, trajectory))
         plain_ms, *medians = measure.latencies(batches, repeats)
         measured = {plain[0]["id"]: (plain_ms, None)} if plain[0]["speedup_latency"] is None else {}
         measured |= {

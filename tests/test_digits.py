@@ -9,7 +9,7 @@ from diffusion import create_diffusion
 from digits import train_dit
 from digits.classifier import Judge
 from digits.data import digit_images, train_test_indices
-from sampling import generate_seeded, load_model
+from sampling import Trajectory, generate_seeded, load_model
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_digits_fid_tells_data_from_noise(judge):
 def test_committed_model_draws_the_digit_asked_for(judge):
     model, labels = load_model("DiT-digits/2"), torch.arange(200) % 10
     assert sum(p.numel() for p in model.parameters()) == 3_649_544
-    x_0 = generate_seeded(model, create_diffusion("10"), labels, seed=0, cfg_scale=1.5)
+    x_0 = generate_seeded(Trajectory(model, create_diffusion("10"), 1.5), labels, seed=0)
     assert judge.accuracy(x_0, labels) >= 0.98
     assert judge.digits_fid(x_0) < judge.digits_fid(torch.randn_like(x_0)) / 10
 

@@ -15,7 +15,7 @@ from calibrate import calibrated
 from diffusion import create_diffusion
 from end_to_end import EndToEndTraining
 from router import find_router, load_router, save_router
-from sampling import generate_seeded, load_model
+from sampling import Trajectory, generate_seeded, load_model
 
 TRAIN = ["train_router.py", "--method", "end-to-end", "--model", "DiT-digits/2", "--num-sampling-steps", 4]
 TRAIN += ["--cfg-scale", 1, "--global-batch-size", 2, "--target-speedup", 1.7, "--device", "cpu"]
@@ -124,7 +124,9 @@ def test_two_processes_train_the_same_router(uninterrupted, from_pool, tmp_path,
     # Stored outputs are nearly collinear: rounding moves weights, but hardly what they make.
     model, chain, labels = load_model("DiT-digits/2"), create_diffusion("4"), torch.arange(20) % 10
     schedules = (None, one.schedule(0.1), two.schedule(0.1))
-    plain, of_one, of_two = (generate_seeded(model, chain, labels, 7, schedule=s) for s in schedules)
+    plain, of_one, of_two = (
+        generate_seeded(Trajectory(model, chain, schedule=one), labels, 7) for one in schedules
+    )
     assert (of_one - of_two).square().mean() < 1e-2 * (of_one - plain).square().mean()
 
 
@@ -222,13 +224,14 @@ def test_calibration_gives_a_static_schedule_its_weights(sampler, cfg_scale, sha
     model, diffusion, schedule = load_model("DiT-digits/2"), create_diffusion("10"), fora_schedule(10, 24, 2)
     options = {"cfg_scale": cfg_scale, "sampler": sampler}
     labels = torch.arange(20) % 10
-    plain = generate_seeded(model, diffusion, labels, 7, **options)
+    plain = generate_seeded(Trajectory.of(model, diffusion, **options), labels, 7)
 
     def error(schedule) -> float:
-        x_0 = generate_seeded(model, diffusion, labels, 7, schedule=schedule, **options)
+        trajectory = Trajectory.of(model, diffusion, schedule=schedule, **options)
+        x_0 = generate_seeded(trajectory, labels, 7)
         return (x_0 - plain).square().mean().item()
 
-    solved = calibrated(model, diffusion, schedule, 3, 32, **options)
+    solved = calibrated(Trajectory.of(model, diffusion, schedule=schedule, **options), 3, 32)
     assert torch.equal(solved.compute, schedule.compute)
     assert error(solved) < share * error(schedule)
 

@@ -19,7 +19,7 @@ from diffusion import create_diffusion
 from execution import branch_weight_bytes, prepare, quantize, recompute_branches, weight_bytes
 from objectives import train_trajectory
 from router import Router, Schedule, find_router, load_router
-from sampling import denoise_loop, draw_step_noise, generate, load_model
+from sampling import Trajectory, denoise_loop, draw_step_noise, generate, load_model, sample
 from training_cost import plain_loop
 
 torchao_is_there = importlib.util.find_spec("torchao") is not None
@@ -93,7 +93,7 @@ def test_an_output_is_kept_until_its_last_reader(tiny_model, ten_steps, tiny_bat
     kept = torch.full_like(schedule.kept(), 10)
     hoarding = StaticCache(schedule)
     hoarding._kept = kept.tolist()
-    *_, (_, expected) = denoise_loop(tiny_model, ten_steps, labels, noise, 1.5, cache=hoarding)
+    *_, (_, expected) = denoise_loop(Trajectory(tiny_model, ten_steps, 1.5), labels, noise, hoarding)
     assert relative_error(x_t[: len(noise)], expected) < 1e-5
 
 
@@ -107,7 +107,7 @@ def test_fora_frees_its_outputs_before_the_next_full_step():
 def test_cache_of_another_dtype(tiny_model, ten_steps, tiny_batch):
     noise, labels = tiny_batch
     schedule = fora_schedule(10, 4, 2)
-    draw = partial(generate, tiny_model, ten_steps, labels, noise, 1.5, schedule=schedule)
+    draw = partial(sample, Trajectory(tiny_model, ten_steps, 1.5, schedule), labels, noise)
     in_half, plain = draw(cache_dtype=torch.bfloat16), draw()
     assert 0 < relative_error(in_half, plain) < 0.02
     assert in_half.dtype == torch.float32
@@ -118,11 +118,11 @@ def test_cache_of_another_dtype(tiny_model, ten_steps, tiny_batch):
     assert cache.stored_bytes() == 4 * 8 * 2
 
 
-def test_step_noise_is_drawn_beforehand_in_order(ten_steps):
+def test_step_noise_is_drawn_beforehand_in_order(tiny_model, ten_steps):
     noise = torch.zeros(2, 4, 4, 4)
-    assert draw_step_noise(ten_steps, noise, 1.5, "ddim", 0.0, None) is None
+    assert draw_step_noise(Trajectory(tiny_model, ten_steps, 1.5), noise, None) is None
     generators = [torch.Generator().manual_seed(k) for k in range(2)]
-    drawn = draw_step_noise(ten_steps, noise, 1.5, "ddpm", 0.0, generators)
+    drawn = draw_step_noise(Trajectory.of(tiny_model, ten_steps, 1.5, "ddpm"), noise, generators)
     again = [torch.Generator().manual_seed(k) for k in range(2)]
     for step in reversed(range(10)):
         own = torch.stack([torch.randn(4, 4, 4, generator=one) for one in again])
@@ -140,7 +140,7 @@ def test_few_graphs_serve_all_schedules_and_give_the_same_samples(tiny_batch):
     compiled = prepare(args, model, torch.device("cpu"))
     torch._dynamo.utils.counters.clear()
     for one, plain in zip(digit_schedules(), expected, strict=True):
-        assert relative_error(compiled(model, diffusion, labels, noise, 1.5, schedule=one), plain) < 1e-5
+        assert relative_error(compiled(Trajectory(model, diffusion, 1.5, one), labels, noise), plain) < 1e-5
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3 + 3  # of one, two and three outputs
 
 

@@ -10,9 +10,9 @@ from conftest import relative_error
 
 from baselines import fora_schedule, forecast
 from diffusion import create_diffusion
-from execution import CapturedGenerate, prepare
+from execution import Captured, prepare
 from router import Schedule, find_router, load_router
-from sampling import generate_seeded, load_model
+from sampling import Trajectory, generate_seeded, load_model
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,21 +24,21 @@ pytestmark = [
 def test_cached_sampling_equals_the_cpus(forecast_order):
     model, labels = load_model("DiT-digits/2"), torch.arange(10)
     schedule = Schedule(torch.rand(10, 24, generator=torch.Generator().manual_seed(0)) > 0.4)
-    options = {"seed": 1, "cfg_scale": 1.5, "schedule": forecast(schedule, forecast_order)}
-    on_cpu = generate_seeded(model, create_diffusion("10"), labels, **options)
-    on_gpu = generate_seeded(copy.deepcopy(model).cuda(), create_diffusion("10"), labels, **options)
+    setting = create_diffusion("10"), 1.5, forecast(schedule, forecast_order)
+    on_cpu = generate_seeded(Trajectory(model, *setting), labels, 1)
+    on_gpu = generate_seeded(Trajectory(copy.deepcopy(model).cuda(), *setting), labels, 1)
     assert relative_error(on_gpu.cpu(), on_cpu) < 1e-3
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 def test_captured_trajectory_equals_the_plain_one(sampler):
     """For new noise and labels too, and for a second schedule beside the first."""
-    model, diffusion, captured = load_model("DiT-digits/2").cuda(), create_diffusion("10"), CapturedGenerate()
+    model, diffusion, captured = load_model("DiT-digits/2").cuda(), create_diffusion("10"), Captured()
     for seed, schedule in ((1, None), (2, fora_schedule(10, 24, 2)), (3, None), (4, None)):
-        options = {"seed": seed, "cfg_scale": 1.5, "schedule": schedule, "sampler": sampler}
+        trajectory = Trajectory.of(model, diffusion, 1.5, sampler, schedule)
         labels = (torch.arange(10) + seed) % 10
-        plain = generate_seeded(model, diffusion, labels, **options)
-        replayed = generate_seeded(model, diffusion, labels, generate=captured, **options)
+        plain = generate_seeded(trajectory, labels, seed)
+        replayed = generate_seeded(trajectory, labels, seed, sample=captured)
         assert relative_error(replayed, plain) < 1e-5
 
 
@@ -52,9 +52,8 @@ def test_compiled_trajectory_is_near_the_plain_one(dtype):
     assert args.cuda_graph
     schedule = forecast(fora_schedule(10, 24, 2), 2)
     for seed, chosen in ((1, None), (2, schedule), (3, schedule)):
-        options = {"seed": seed, "cfg_scale": 1.5, "schedule": chosen}
-        plain = generate_seeded(model, diffusion, labels, **options)
-        fast = generate_seeded(own, diffusion, labels, generate=compiled, **options)
+        plain = generate_seeded(Trajectory(model, diffusion, 1.5, chosen), labels, seed)
+        fast = generate_seeded(Trajectory(own, diffusion, 1.5, chosen), labels, seed, sample=compiled)
         assert relative_error(fast, plain) < (1e-3 if dtype == torch.float32 else 0.1)
         # What was freed is taken and overwritten: a graph must not have needed it.
         taken = [torch.full((n,), torch.nan, device="cuda") for n in range(16, 4096, 16)]
@@ -69,9 +68,8 @@ def test_float8_stays_near_bfloat16(compiled):
     args = argparse.Namespace(quantize="fp8", compile=compiled, cuda_graph=None, cache_dtype=None)
     quantised = prepare(args, own, torch.device("cuda"))
     for chosen in (None, fora_schedule(10, 24, 2)):
-        options = {"seed": 1, "cfg_scale": 1.5, "schedule": chosen}
-        plain = generate_seeded(model, diffusion, labels, **options)
-        fast = generate_seeded(own, diffusion, labels, generate=quantised, **options)
+        plain = generate_seeded(Trajectory(model, diffusion, 1.5, chosen), labels, 1)
+        fast = generate_seeded(Trajectory(own, diffusion, 1.5, chosen), labels, 1, sample=quantised)
         assert 1e-3 < relative_error(fast, plain) < 0.1
 
 

@@ -38,7 +38,7 @@ def test_cached_run_says_what_it_does(tmp_path, router):
 
 def test_saved_latents_are_what_the_picture_shows(tmp_path, router):
     from diffusion import create_diffusion
-    from sampling import generate_seeded, load_model
+    from sampling import Trajectory, generate_seeded, load_model
 
     for method, arguments in (("none", SAMPLE), ("cached", [*CACHED, "--path", router])):
         file = tmp_path / f"{method}.npz"
@@ -48,7 +48,7 @@ def test_saved_latents_are_what_the_picture_shows(tmp_path, router):
         assert latents.shape == (2, 1, 8, 8)
         if method == "none":
             model = load_model("DiT-digits/2", random_weights=True)
-            again = generate_seeded(model, create_diffusion("5"), torch.tensor([3, 1]), 5, 1, cfg_scale=2.0)
+            again = generate_seeded(Trajectory(model, create_diffusion("5"), 2.0), torch.tensor([3, 1]), 5, 1)
             np.testing.assert_allclose(latents, again.numpy(), atol=1e-5)
 
 

@@ -6,15 +6,16 @@ from conftest import relative_error
 from diffusion import create_diffusion
 from router import Router, Schedule
 from sampling import (
+    Trajectory,
     build_model,
     decode,
+    denoise_loop,
     draw_labels,
     draw_noise,
     generate,
     generate_seeded,
     load_vae,
     sample_generator,
-    sample_loop,
 )
 
 
@@ -24,7 +25,9 @@ def reference_run(reference_model, ten_steps, expected, case):
 
 
 def test_ddim_trajectory_matches_the_released_one(reference_run, expected):
-    trajectory = torch.stack([x for _, x in sample_loop(*reference_run)])
+    model, diffusion, labels, noise, cfg_scale = reference_run
+    steps = denoise_loop(Trajectory(model, diffusion, cfg_scale), labels, noise)
+    trajectory = torch.stack([x for _, x in steps])
     assert relative_error(trajectory, expected["ddim.trajectory"]) < 1e-5
     assert relative_error(generate(*reference_run), expected["ddim.sample"]) < 1e-5
 
@@ -59,11 +62,12 @@ def test_cached_sampling_matches_the_released_one(reference_run, expected, thres
 )
 def test_a_sample_depends_on_its_seed_and_index_alone(tiny_model, options):
     diffusion, labels = create_diffusion("5"), torch.tensor([0, 1, 2, 3, 4, 0])
-    together = generate_seeded(tiny_model, diffusion, labels, seed=7, **options)
-    in_batches = generate_seeded(tiny_model, diffusion, labels, seed=7, batch_size=4, **options)
+    trajectory = Trajectory.of(tiny_model, diffusion, **options)
+    together = generate_seeded(trajectory, labels, seed=7)
+    in_batches = generate_seeded(trajectory, labels, seed=7, batch_size=4)
     assert relative_error(in_batches, together) < 1e-5
     assert not torch.allclose(together[0], together[5], atol=1e-2)  # same label, other index
-    other = generate_seeded(tiny_model, diffusion, labels, seed=8, **options)
+    other = generate_seeded(trajectory, labels, seed=8)
     assert not torch.allclose(together[0], other[0], atol=1e-2)
 
 
