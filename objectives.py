@@ -314,7 +314,7 @@ class Paired:
         self, cache: GatedCache, recompute: bool = False, window: int | None = None
     ) -> list[Tensor]:
         """(n, C * H * W) each: x less the uncached x, times the root of each sample's importance."""
-        every = window or self.diffusion.num_timesteps
+        every = window or len(self.states)
         away = [
             (x - self.states[step]).flatten(1)
             for step, x in self.rollout(cache, recompute, window)
