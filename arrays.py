@@ -14,7 +14,12 @@ import numpy as np
 
 # What zipfile and numpy raise for damaged files: RuntimeError for encrypted ones.
 DAMAGE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, ValueError, RuntimeError)
-KINDS = {"f": "real floating-point numbers", "iu": "integers", "fiu": "real numbers"}
+KINDS = {
+    "f": "real floating-point numbers",
+    "iu": "integers",
+    "fiu": "real numbers",
+    "u": "unsigned integers",
+}
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class ArrayFile:
         else:
             with open(self.path, "rb") as file:
                 if file.read(6) != b"\x93NUMPY":
-                    raise ValueError(f"{self.label} is no .npz, or one that ends early")
+                    raise ValueError(f"{self.label} cannot be read: it is no .npz, or ends early")
             self.names = ["arr_0"]
         self._headers: dict[str, Header] = {}
 
@@ -72,10 +77,17 @@ class ArrayFile:
             self._headers[name] = header
         return self._headers[name]
 
-    def read(self, name: str, kinds: str) -> np.ndarray:
-        """An array in C order and native bytes. Raises ValueError unless its dtype is of these KINDS."""
-        if (header := self.header(name)).dtype.kind not in kinds:
-            raise ValueError(f"{self.place(name)} is {header}; {KINDS.get(kinds, kinds)} are needed")
+    def read(self, name: str, kinds: str, axes: str | None = None) -> np.ndarray:
+        """An array in C order and native bytes.
+
+        kinds: those of its dtype, a key of KINDS. axes: names of its axes, such as "(n, C, H, W)", or any.
+        Raises ValueError, before the values are read, for another dtype or number of axes.
+        """
+        header = self.header(name)
+        fits = axes is None or len(header.shape) == len(axes.replace(",)", ")").split(","))
+        if header.dtype.kind not in kinds or not fits:
+            wanted = f"{KINDS[kinds]} {axes or ''}".rstrip()
+            raise ValueError(f"{self.place(name)} is {header}; {wanted} are needed")
         with self._open(name) as (stream, _):
             array = np.lib.format.read_array(stream, allow_pickle=False)
         return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
