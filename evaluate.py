@@ -98,12 +98,11 @@ def read_statistics(file: ArrayFile) -> dict[str, tuple[np.ndarray, np.ndarray]]
         if len(there) == 1:
             raise ValueError(f"{file.label} holds {there[0]} without the other of {' and '.join(names)}")
         if there:
-            pair = [file.read(name, "fiu").astype(np.float64) for name in names]
+            pair = [file.read(name, "fiu") for name in names]
             try:
-                check_statistics(*pair, names)
+                found[kind] = check_statistics(*pair, names)
             except ValueError as error:
                 raise ValueError(f"{file.label}: {error}; make it again") from None
-            found[kind] = tuple(pair)
     return found
 
 

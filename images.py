@@ -131,6 +131,8 @@ class _ImageArray:
     names = None
 
     def __init__(self, path: Path):
+        if path.is_file() and path.name.lower().endswith(SUFFIXES):
+            raise ValueError(f"{path} is one picture; give the folder that holds them")
         self._file = ArrayFile(path)
         self._name = image_array(self._file)
         if self._name is None:

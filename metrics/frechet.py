@@ -52,10 +52,45 @@ def feature_statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def check_statistics(
     mean: np.ndarray, covariance: np.ndarray, names: tuple[str, str] = ("mean", "covariance")
-) -> None:
-    """Raise ValueError unless these are a mean (D,) and a covariance (D, D): real, finite, symmetric and
-    positive semi-definite up to rounding."""
-    _covariance_spectrum(mean, covariance, names)
+) -> tuple[np.ndarray, np.ndarray]:
+    """A mean (D,) and a covariance (D, D) in float64.
+
+    Raises ValueError, with these names, unless they are real, finite and fit, and the covariance is symmetric
+    and positive semi-definite up to rounding.
+    """
+    pair = np.asarray(mean), np.asarray(covariance)
+    for name, array in zip(names, pair, strict=True):
+        if array.dtype.kind not in "fiu":
+            raise ValueError(f"{name} is {array.dtype}; real numbers are needed")
+    mean, covariance = (array.astype(np.float64) for array in pair)
+    if mean.ndim != 1 or not len(mean) or covariance.shape != (len(mean), len(mean)):
+        raise ValueError(f"{' and '.join(names)} of shapes {mean.shape} and {covariance.shape} do not fit")
+    for name, array in zip(names, (mean, covariance), strict=True):
+        if bad := array.size - np.count_nonzero(np.isfinite(array)):
+            raise ValueError(f"{name} holds {bad} of {array.size} values that are not finite")
+    asymmetry, largest = np.abs(covariance - covariance.T).max(), np.abs(covariance).max()
+    if asymmetry > ROUNDING * largest:
+        raise ValueError(
+            f"{names[1]} is not symmetric: two halves differ by {asymmetry:.3g} of {largest:.3g}"
+        )
+    if not _is_positive(covariance):
+        values = np.linalg.eigvalsh(covariance)
+        raise ValueError(
+            f"{names[1]} is no covariance: its eigenvalues reach from {values[0]:.3g} to {values[-1]:.3g}"
+        )
+    return mean, covariance
+
+
+def _is_positive(covariance: np.ndarray) -> bool:
+    """Whether no eigenvalue is below zero by more than rounding, without computing them, which is slow."""
+    shift = ROUNDING * np.linalg.norm(covariance)
+    if shift == 0:
+        return True
+    try:
+        np.linalg.cholesky(covariance + shift * np.eye(len(covariance)))
+    except np.linalg.LinAlgError:
+        return False
+    return True
 
 
 def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
@@ -65,42 +100,20 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
     matrix root of a non-symmetric product and stays real where a covariance is singular. Raises ValueError
     for what `check_statistics` refuses, and where no finite distance comes out.
     """
-    values1, vectors1 = _covariance_spectrum(mu1, sigma1, ("mu1", "sigma1"))
-    values2, vectors2 = _covariance_spectrum(mu2, sigma2, ("mu2", "sigma2"))
+    mu1, sigma1 = check_statistics(mu1, sigma1, ("mu1", "sigma1"))
+    mu2, sigma2 = check_statistics(mu2, sigma2, ("mu2", "sigma2"))
     if len(mu1) != len(mu2):
         raise ValueError(f"means of {len(mu1)} and {len(mu2)} values have no distance")
-    root1, root2 = ((u * np.sqrt(v)) @ u.T for v, u in ((values1, vectors1), (values2, vectors2)))
+    (root1, variance1), (root2, variance2) = _root_and_trace(sigma1), _root_and_trace(sigma2)
     cross = np.linalg.svd(root1 @ root2, compute_uv=False).sum()
-    difference = np.asarray(mu1, dtype=np.float64) - np.asarray(mu2, dtype=np.float64)
-    variances = values1.sum() + values2.sum()
-    distance = float(np.sum(difference**2) + variances - 2 * cross)
-    if not np.isfinite(distance) or distance < -ROUNDING * variances:
+    distance = float(np.sum((mu1 - mu2) ** 2) + variance1 + variance2 - 2 * cross)
+    if not np.isfinite(distance) or distance < -ROUNDING * (variance1 + variance2):
         raise ValueError(f"the Frechet distance came out as {distance}; the statistics are out of range")
     return max(0.0, distance)  # rounding can leave equal sets just below zero
 
 
-def _covariance_spectrum(
-    mean: np.ndarray, covariance: np.ndarray, names: tuple[str, str]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Eigenvalues (D,), those that rounding left below zero at zero, and eigenvectors of a covariance."""
-    mean, covariance = np.asarray(mean), np.asarray(covariance)
-    for name, array in zip(names, (mean, covariance), strict=True):
-        if array.dtype.kind not in "fiu":
-            raise ValueError(f"{name} is {array.dtype}; real numbers are needed")
-    if mean.ndim != 1 or not len(mean) or covariance.shape != (len(mean), len(mean)):
-        raise ValueError(f"{' and '.join(names)} of shapes {mean.shape} and {covariance.shape} do not fit")
-    covariance = covariance.astype(np.float64)
-    for name, array in zip(names, (mean, covariance), strict=True):
-        if bad := array.size - np.count_nonzero(np.isfinite(array)):
-            raise ValueError(f"{name} holds {bad} of {array.size} values that are not finite")
-    asymmetry, largest = np.abs(covariance - covariance.T).max(), np.abs(covariance).max()
-    if asymmetry > ROUNDING * largest:
-        raise ValueError(
-            f"{names[1]} is not symmetric, {asymmetry:.3g} apart where its largest is {largest:.3g}"
-        )
+def _root_and_trace(covariance: np.ndarray) -> tuple[np.ndarray, float]:
+    """Of the covariance without the eigenvalues that rounding left below zero."""
     values, vectors = np.linalg.eigh(covariance)
-    if values[0] < -ROUNDING * max(values[-1], 0):
-        raise ValueError(
-            f"{names[1]} is no covariance: its eigenvalues reach from {values[0]:.3g} to {values[-1]:.3g}"
-        )
-    return values.clip(min=0), vectors
+    values = values.clip(min=0)
+    return (vectors * np.sqrt(values)) @ vectors.T, float(values.sum())

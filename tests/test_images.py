@@ -232,6 +232,12 @@ def test_arrays_that_are_no_images_say_what_to_do(tmp_path):
         Images(tmp_path / "x.pt")
 
 
+def test_one_picture_is_no_set(tmp_path):
+    Image.fromarray(GREY).save(tmp_path / "a.PNG")
+    with pytest.raises(ValueError, match=r"a\.PNG is one picture; give the folder"):
+        Images(tmp_path / "a.PNG")
+
+
 def test_header_and_content_that_differ_are_damage_before_the_pass(tmp_path):
     """As where a file was written from an assumed shape, or ends early."""
     images = RNG.integers(0, 256, (10, 6, 4, 3)).astype(np.uint8)
