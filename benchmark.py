@@ -16,7 +16,6 @@ forward passes; `--compile` adds the update with compiled branches.
 
 import argparse
 import itertools
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +27,7 @@ import cli
 import execution
 import methods
 import training_cost
-from files import check_writable, write_json
+from files import check_writable, to_json, write_json
 from methods import Method
 from metrics.paired import mse
 from models import DiT
@@ -224,7 +223,7 @@ def main(args: argparse.Namespace) -> None:
     result |= {"peak_mb_of_process": peak_memory("cpu") / 2**20, "rows": rows}
     if args.output:
         write_json(args.output, result)
-    print(json.dumps(result))
+    print(to_json(result))
 
 
 if __name__ == "__main__":

@@ -38,6 +38,12 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
         reason = str(error).partition(". ")[0]
         print(f"{os.path.basename(sys.argv[0])}: error: {reason}; take a smaller batch size", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if not any(words in str(error) for words in LOST_PEER):
+            raise
+        name, rank = os.path.basename(sys.argv[0]), os.environ.get("RANK", "0")
+        print(f"{name}: rank {rank} ends, because another process did", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -52,6 +58,9 @@ def keep_freed_memory() -> None:
 
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
+
+# What gloo and NCCL say in a process when another one, which has told why, is gone.
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
 
 RANDOM_WEIGHTS = "RANDOM WEIGHTS: no checkpoint is loaded, the pictures are noise; only speed means anything"
 

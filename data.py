@@ -4,8 +4,7 @@
 a resumed run, or one on more processes, sees the same ones.
 """
 
-import zipfile
-import zlib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,9 +12,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
+from arrays import ArrayFile
 from digits.data import digit_images
+from images import open_picture
+from metrics.checks import require_finite
 from models import DiT
 from sampling import DATA_STREAM, VAE_SCALE, is_latent, pixels_of, sample_generator
 
@@ -24,13 +26,14 @@ def open_data(spec: str, model: DiT) -> Dataset:
     """Samples (x, label) for `digits`, an image folder with one folder a class, or an .npz of latents.
 
     x is uint8 (3, H, W) from a folder, which `to_model_space` brings to the model, else what the model
-    denoises, (C, H, W). An .npz holds `latents` (n, C, H, W), scaled as the model has them, and `labels`
-    (n,). Raises FileNotFoundError or ValueError where the data are absent or not of the model's shape.
+    denoises, (C, H, W). `images.py` says how pictures are read. An .npz holds `latents` (n, C, H, W), scaled
+    as the model has them, and `labels` (n,). Raises FileNotFoundError or ValueError where the data are absent
+    or not of the model's shape.
     """
     path = Path(spec)
     if spec == "digits":
         data = TensorDataset(*digit_images())
-    elif path.suffix == ".npz" and path.is_file():
+    elif path.is_file():
         data = _read_latents(path, model.num_classes)
     elif path.is_dir():
         if not is_latent(model):
@@ -54,30 +57,42 @@ def open_data(spec: str, model: DiT) -> Dataset:
     return data
 
 
+def are_pictures(data: Dataset) -> bool:
+    """Whether the samples of `open_data` are pictures, told without reading one."""
+    return not isinstance(data, TensorDataset)
+
+
 def _read_latents(path: Path, num_classes: int) -> TensorDataset:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (zipfile.BadZipFile, zlib.error, EOFError, TypeError, ValueError) as error:
-        raise ValueError(f"--data {path} cannot be read ({error}); write it again with np.savez") from None
-    if not {"latents", "labels"} <= set(arrays):
-        raise ValueError(f"--data {path} holds {', '.join(arrays)}; `latents` and `labels` are needed")
-    latents, labels = arrays["latents"], arrays["labels"]
+    """`latents`, any real floating point, and `labels`, any integers; other arrays are not looked at."""
+    file = ArrayFile(path, f"--data {path}")
+    if not file.is_npz:
+        raise ValueError(f"--data {path} cannot be read as an .npz; write it with np.savez")
+    if not {"latents", "labels"} <= set(file.names):
+        raise ValueError(f"--data {path} holds {file.contents}; `latents` and `labels` are needed")
+    latents, labels = file.read("latents", "f", "(n, C, H, W)"), file.read("labels", "iu", "(n,)")
     if not len(latents) or len(latents) != len(labels) or not 0 <= labels.min() <= labels.max() < num_classes:
         raise ValueError(
             f"--data {path} has {len(latents)} latents and {len(labels)} labels; as many are needed, the "
             f"labels within 0 .. {num_classes - 1}"
         )
-    return TensorDataset(torch.from_numpy(latents).float(), torch.from_numpy(labels).long())
+    x = torch.from_numpy(latents.astype(np.float32, copy=False))
+    require_finite(x, f"--data {path}: latents")
+    if (spread := x[:1000].std().item()) > 3:  # those of the DiT's VAE have 5.5 before they are scaled
+        warnings.warn(
+            f"--data {path}: latents have a standard deviation of {spread:.1f}, models have about 1; "
+            f"multiply them by the VAE's scaling factor, {VAE_SCALE} for --vae ema and mse",
+            stacklevel=2,
+        )
+    return TensorDataset(x, torch.from_numpy(labels.astype(np.int64)))
 
 
 def _image_folder(path: Path, size: int) -> Dataset:
     from torchvision.datasets import ImageFolder  # slow to import, and only this needs it
 
-    def load(image: Image.Image) -> Tensor:
+    def to_tensor(image: Image.Image) -> Tensor:
         return torch.from_numpy(np.array(center_crop(image.convert("RGB"), size))).permute(2, 0, 1)
 
-    return ImageFolder(str(path), transform=load, allow_empty=True)
+    return ImageFolder(str(path), transform=to_tensor, loader=open_picture, allow_empty=True)
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -105,7 +120,16 @@ class _Numbered(Dataset):
         if self._order[0] != epoch:
             generator = sample_generator(self.seed, DATA_STREAM, epoch)
             self._order = epoch, torch.randperm(len(self.data), generator=generator)
-        return self.data[int(self._order[1][position])]
+        try:
+            return self.data[int(self._order[1][position])]
+        except OSError as error:  # raised in a worker, it would arrive as that one's traceback
+            return error
+
+
+def _collate(samples: list) -> tuple[Tensor, Tensor] | OSError:
+    """A batch; or the first error among its samples."""
+    errors = [sample for sample in samples if isinstance(sample, OSError)]
+    return errors[0] if errors else default_collate(samples)
 
 
 class _Batches:
@@ -127,9 +151,31 @@ class _Batches:
 def numbered_batches(
     data: Dataset, seed: int, first: int, global_batch_size: int, rank: int, world_size: int, num_workers: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches (x, labels) of this process from number `first` on; what is in them depends on the seed."""
+    """Batches (x, labels) of this process from number `first` on; what is in them depends on the seed.
+
+    Raises OSError for a picture that cannot be read, when its batch comes, whoever reads it.
+    """
     batches = _Batches(first, global_batch_size, rank, world_size)
-    return iter(DataLoader(_Numbered(data, seed), batch_sampler=batches, num_workers=num_workers))
+    data = _Numbered(data, seed)
+    loader = iter(DataLoader(data, batch_sampler=batches, num_workers=num_workers, collate_fn=_collate))
+    try:
+        while True:
+            batch = _next_batch(loader)
+            if isinstance(batch, OSError):
+                raise batch
+            yield batch
+    finally:
+        del loader  # ends the workers, which the error's traceback would keep
+
+
+def _next_batch(loader: Iterator) -> tuple[Tensor, Tensor] | OSError:
+    try:
+        return next(loader)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        return OSError(f"{reason}; is memory short? --num-works 0 reads without workers")
 
 
 @torch.no_grad()

@@ -5,7 +5,8 @@
     python download.py dit-512 vae-mse
 
 Files land in the repository's pretrained_models/ under a temporary name first; run the same command again to
-go on after an interruption.
+go on after an interruption. What a server or a proxy sends instead of a file, such as a page to sign in, is
+refused; where such a page is there already in a file's place, this command fetches the file again.
 """
 
 import argparse
@@ -19,8 +20,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 import cli
+from files import content_fault
 
 FOLDER = Path(__file__).parent / "pretrained_models"
+# Content types of a page that stands in for a file; before one overwrites what has been fetched so far.
+PAGES = ("text/html", "application/xhtml+xml", "application/xml", "text/xml")
 _DIT = "https://dl.fbaipublicfiles.com/DiT/models/"
 _VAE = "https://huggingface.co/stabilityai/sd-vae-ft-{}/resolve/main/"
 
@@ -53,30 +57,58 @@ DOWNLOADS: dict[str, list[RemoteFile]] = {
 }
 
 
-def fetch(name: str, folder: Path = FOLDER) -> Path:
+def fetch(name: str, folder: Path = FOLDER, replace: bool = False) -> Path:
     """Make a download present under `folder`; returns its file, or the folder of a VAE.
 
+    replace: fetch what is there but cannot be the file again; else that is refused, for it may be the user's.
     Raises OSError (no network, disk) or ValueError (damaged file), each saying what to do by hand.
     """
     files = DOWNLOADS[name]
     for file in files:
-        if not (folder / file.path).exists():
+        target = folder / file.path
+        if not target.exists():
+            fetch_file(file, folder)
+        elif fault := fault_of(file, target):
+            if not replace:
+                raise ValueError(f"{target} {fault}; `python download.py {name}` fetches it again")
+            print(f"{target} {fault}; fetching it again")
             fetch_file(file, folder)
     path = folder / files[0].path
     return path if len(files) == 1 else path.parent
+
+
+def fault_of(file: RemoteFile, path: Path) -> str | None:
+    """Why what is at `path` cannot be the file, without reading all of it; None where it may be."""
+    if not path.is_file():
+        return "is no file"
+    fault = content_fault(path, Path(file.path).suffix)
+    if not fault and file.size is not None and path.stat().st_size != file.size:
+        return f"has {path.stat().st_size} of {file.size} bytes"
+    return fault
 
 
 def fetch_file(file: RemoteFile, folder: Path) -> None:
     """Download to NAME.part, continuing what is there, check it, rename it."""
     target = folder / file.path
     partial = target.with_name(target.name + ".part")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise NotADirectoryError(
+            f"{target.parent} is no folder; remove it or take another --folder"
+        ) from None
+    if target.is_dir():
+        raise IsADirectoryError(f"{target} is a folder; remove it, a file belongs there")
     try:
         expected_size = _transfer(file.url, partial)
     except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
         reason = getattr(error, "reason", error)
         raise OSError(
             f"cannot fetch {file.url} ({reason}); run again to go on, or put the file by hand at {target}"
+        ) from None
+    except OSError as error:
+        raise OSError(
+            f"{partial} cannot be written ({error.strerror or error}); make space, run again to go on"
         ) from None
     size = partial.stat().st_size
     for wanted in (expected_size, file.size):
@@ -87,6 +119,12 @@ def fetch_file(file: RemoteFile, folder: Path) -> None:
             )
         if wanted is not None and size < wanted:
             raise OSError(f"{partial} has {size} of {wanted} bytes; run the same command again to go on")
+    if fault := content_fault(partial, target.suffix):
+        partial.unlink()
+        raise OSError(
+            f"what {file.url} sent {fault}; it was removed: is there a proxy, or a page to sign in to? Run "
+            f"again, or put the file by hand at {target}"
+        )
     if file.sha256 and _sha256(partial) != file.sha256:
         partial.unlink()
         raise ValueError(
@@ -98,6 +136,8 @@ def fetch_file(file: RemoteFile, folder: Path) -> None:
 def _transfer(url: str, partial: Path) -> int | None:
     """Append what `partial` still lacks of `url`; returns the whole file's size where the server tells it."""
     have = partial.stat().st_size if partial.exists() else 0
+    if have and content_fault(partial, partial.with_suffix("").suffix, whole=False):
+        have = 0  # nothing to go on from: a page, say
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
         response = urllib.request.urlopen(request, timeout=60)
@@ -107,8 +147,18 @@ def _transfer(url: str, partial: Path) -> int | None:
             return int(total) if total.isdigit() else None
         raise
     with response:
+        kind = response.headers.get_content_type()  # text/plain where the server names none
+        if kind in PAGES or response.status not in (200, 206):
+            raise ConnectionError(
+                f"the server sent status {response.status}, {kind}, not the file: is there a proxy, or a "
+                "page to sign in to?"
+            )
         if response.status != 206:
             have = 0  # the server sends the whole file
+        elif not (sent := response.headers.get("Content-Range", f"bytes {have}-")).startswith(
+            f"bytes {have}-"
+        ):
+            raise ConnectionError(f"the server sent {sent}, not what comes after byte {have}")
         length = response.headers.get("Content-Length")
         total = have + int(length) if length else None
         with (
@@ -149,11 +199,13 @@ def main(args: argparse.Namespace) -> None:
     if args.list:
         for name, files in DOWNLOADS.items():
             for file in files:
-                here = "present" if (args.folder / file.path).exists() else "absent"
-                print(f"{name:8} {here:8} {args.folder / file.path}  <-  {file.url}")
+                path = args.folder / file.path
+                fault = fault_of(file, path) if path.exists() else None
+                here = "damaged" if fault else "present" if path.exists() else "absent"
+                print(f"{name:8} {here:8} {path}{f' {fault}' if fault else ''}  <-  {file.url}")
         return
     for name in args.names or ["dit-256", "vae-ema"]:
-        print(f"{name}: {fetch(name, args.folder)}")
+        print(f"{name}: {fetch(name, args.folder, replace=True)}")
 
 
 if __name__ == "__main__":

@@ -4,17 +4,16 @@
     python evaluate.py CACHED.npz --paired UNCACHED.npz                  # MSE, PSNR, SSIM of the same noise
     python evaluate.py DIGITS.npz --reference OTHER.npz --features digits
 
-Samples are `arr_0` (n, H, W, C) uint8, as sample_ddp.py and ADM write them. A reference is such a file, or
+Samples are `arr_0` (n, H, W, C) uint8, as sample_ddp.py and ADM write them, an .npy, or a folder of pictures
+with all its folders, in the natural order of their names (2.png before 10.png). A reference is the same, or
 statistics (`mu`, `sigma`, and `mu_s`, `sigma_s` for sFID), or both as in ADM's reference batches: the
-statistics are taken where they are there, precision and recall need the images. The last line is JSON.
+statistics are taken where they are there, precision and recall need the images. IS is ADM's, the mean over
+parts of 5,000 consecutive samples. The last line is JSON.
 """
 
 import argparse
 import json
 import math
-import zipfile
-import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,23 +23,27 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cli
-from files import check_writable, replacing, write_json
-from metrics.features import Extractor, load_extractor
-from metrics.frechet import RunningStatistics, frechet_distance
-from metrics.inception_score import SPLITS, inception_score
+from arrays import ArrayFile
+from files import check_writable, replacing, to_json, write_json
+from images import Images, image_array
+from metrics.checks import require_finite
+from metrics.features import Extractor, Features, load_extractor
+from metrics.frechet import RunningStatistics, check_statistics, frechet_distance
+from metrics.inception_score import SPLIT_SIZE, inception_score
 from metrics.lpips import SMALLEST, load_lpips
 from metrics.paired import ssim
-from metrics.precision_recall import precision_recall
+from metrics.precision_recall import K, precision_recall
 
-_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError)
 STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Evaluate samples.")
-    parser.add_argument("samples", type=Path, help=".npz with arr_0, uint8 (n, H, W, C)")
-    parser.add_argument("--reference", type=Path, help=".npz of images, statistics, or both")
-    parser.add_argument("--paired", type=Path, help=".npz of uncached samples of the same noise")
+    parser.add_argument(
+        "samples", type=Path, help=".npz with arr_0, uint8 (n, H, W, C); or a folder of pictures"
+    )
+    parser.add_argument("--reference", type=Path, help="images likewise; .npz of statistics, or of both")
+    parser.add_argument("--paired", type=Path, help="uncached samples of the same noise, in the same order")
     parser.add_argument("--features", default="inception", help="inception (default) or digits")
     parser.add_argument(
         "--inception-weights", help="local file; torch-fidelity's port of TensorFlow's Inception"
@@ -64,90 +67,42 @@ def parse_args() -> argparse.Namespace:
 # ---- files -----------------------------------------------------------------------------------------
 
 
-class Images:
-    """`arr_0` of an .npz, read in batches: never as a whole."""
+@dataclass
+class Reference:
+    """What samples are compared with: statistics by kind, or images to take them from, or both."""
 
-    def __init__(self, path: Path):
-        self.path = path
-        with self._open() as (_, shape):
-            self.shape = shape
+    path: Path
+    statistics: dict[str, tuple[np.ndarray, np.ndarray]]
+    images: Images | None
 
-    def _open(self):
-        return _ArrayReader(self.path, "arr_0")
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def batches(self, size: int) -> Iterator[Tensor]:
-        """uint8 (n, H, W, C)"""
-        with self._open() as (stream, shape):
-            image = math.prod(shape[1:])
-            for first in range(0, len(self), size):
-                n = min(size, len(self) - first)
-                try:
-                    data = stream.read(n * image)
-                except _DAMAGE:
-                    data = b""
-                if len(data) != n * image:
-                    raise ValueError(f"{self.path} is damaged or ends early; sample again")
-                yield torch.frombuffer(bytearray(data), dtype=torch.uint8).view(n, *shape[1:])
+    @classmethod
+    def open(cls, path: Path) -> "Reference":
+        """Raises OSError or ValueError where a file or folder is no reference, before its images are read."""
+        if path.is_dir():
+            return cls(path, {}, Images(path))
+        file = ArrayFile(path)
+        statistics, images = read_statistics(file), image_array(file)
+        if not statistics and images is None:
+            raise ValueError(f"{path} holds {file.contents}; neither images (arr_0) nor mu and sigma")
+        return cls(path, statistics, None if images is None else Images(path))
 
 
-class _ArrayReader:
-    """A member of an .npz as a stream at its first value, and its shape."""
+def read_statistics(file: ArrayFile) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """What a file holds of ("pool": (mu, sigma), "spatial": (mu_s, sigma_s)), in float64.
 
-    def __init__(self, path: Path, name: str):
-        self.path, self.name = path, name
-
-    def __enter__(self):
-        keys = keys_of(self.path)
-        if self.name not in keys:
-            raise ValueError(
-                f"{self.path} holds {', '.join(sorted(keys)) or 'nothing'}, no images ({self.name})"
-            )
-        self._zip = zipfile.ZipFile(self.path)
-        try:
-            stream = self._zip.open(f"{self.name}.npy")
-            first, header = np.lib.format.read_magic(stream), np.lib.format
-            read = header.read_array_header_1_0 if first == (1, 0) else header.read_array_header_2_0
-            shape, fortran, dtype = read(stream)
-        except (*_DAMAGE, ValueError):
-            raise ValueError(f"{self.path}: {self.name} is damaged; sample again") from None
-        if dtype != np.uint8 or len(shape) != 4 or fortran or shape[3] not in (1, 3) or not shape[0]:
-            raise ValueError(
-                f"{self.path}: {self.name} is {dtype} {shape}; uint8 (n, H, W, 3 or 1) is needed"
-            )
-        return stream, shape
-
-    def __exit__(self, *_):
-        self._zip.close()
-
-
-def keys_of(path: Path) -> set[str]:
-    """The arrays in an .npz. Raises FileNotFoundError or ValueError."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; give an .npz")
-    try:
-        with zipfile.ZipFile(path) as file:
-            return {name.removesuffix(".npy") for name in file.namelist()}
-    except zipfile.BadZipFile:
-        raise ValueError(f"{path} is no .npz; sample_ddp.py writes them") from None
-
-
-def read_statistics(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """What an .npz holds of ("pool": (mu, sigma), "spatial": (mu_s, sigma_s)), in float64."""
-    keys, found = keys_of(path), {}
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            for kind, names in STATISTICS.items():
-                if set(names) <= keys:
-                    found[kind] = tuple(file[name].astype(np.float64) for name in names)
-    except (*_DAMAGE, ValueError) as error:
-        raise ValueError(f"{path}: its statistics are damaged ({error}); make it again") from None
-    for kind, (mean, covariance) in found.items():
-        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
-            names = " and ".join(STATISTICS[kind])
-            raise ValueError(f"{path}: {names} of shapes {mean.shape} and {covariance.shape} do not fit")
+    Raises ValueError for one without the other and for what `check_statistics` refuses.
+    """
+    found = {}
+    for kind, names in STATISTICS.items():
+        there = [name for name in names if name in file.names]
+        if len(there) == 1:
+            raise ValueError(f"{file.label} holds {there[0]} without the other of {' and '.join(names)}")
+        if there:
+            pair = [file.read(name, "fiu") for name in names]
+            try:
+                found[kind] = check_statistics(*pair, names)
+            except ValueError as error:
+                raise ValueError(f"{file.label}: {error}; make it again") from None
     return found
 
 
@@ -163,6 +118,15 @@ class Summary:
     probabilities: Tensor | None = None
 
 
+def features_of(images: Images, batch: Tensor, first: int, extractor: Extractor) -> Features:
+    """A batch's features. Raises ValueError where they are not finite, naming the first such image."""
+    features = extractor(batch)
+    for name, values in features._asdict().items():
+        if values is not None:
+            require_finite(values, f"{images.path}: {name} features", first)
+    return features
+
+
 def summarize(images: Images, extractor: Extractor, batch_size: int) -> Summary:
     """One pass over the images. 50,000 under Inception keep 0.6 GB."""
     running = {kind: RunningStatistics() for kind in STATISTICS}
@@ -170,7 +134,7 @@ def summarize(images: Images, extractor: Extractor, batch_size: int) -> Summary:
     first = 0
     bar = tqdm(total=len(images), desc=f"features of {images.path.name}", unit="image", disable=None)
     for batch in images.batches(batch_size):
-        features = extractor(batch)
+        features = features_of(images, batch, first, extractor)
         for kind, values in (("pool", features.pool), ("spatial", features.spatial)):
             if values is not None:
                 running[kind].update(values.numpy())
@@ -186,28 +150,22 @@ def summarize(images: Images, extractor: Extractor, batch_size: int) -> Summary:
     return Summary(statistics, pool, probabilities)
 
 
-def against_reference(samples: Summary, args: argparse.Namespace, extractor: Extractor) -> dict[str, float]:
+def against_reference(samples: Summary, reference: Reference, extractor: Extractor, batch_size: int) -> dict:
     """FID, sFID, IS; precision and recall where the reference holds images."""
-    statistics, images = read_statistics(args.reference), None
-    if "arr_0" in keys_of(args.reference):
-        images = summarize(Images(args.reference), extractor, args.batch_size)
+    statistics, images = reference.statistics, None
+    if reference.images:
+        images = summarize(reference.images, extractor, batch_size)
         images.probabilities = None  # not needed
-    reference = (images.statistics if images else {}) | statistics
+        statistics = images.statistics | statistics
     result = {}
     for kind, name in (("pool", "fid"), ("spatial", "sfid")):
-        if kind in reference and kind in samples.statistics:
-            if reference[kind][0].shape != samples.statistics[kind][0].shape:
-                raise ValueError(
-                    f"{args.reference}: {STATISTICS[kind][0]} has {len(reference[kind][0])} values, the "
-                    f"features of --features {args.features} {len(samples.statistics[kind][0])}; "
-                    "use what made it"
-                )
-            result[name] = frechet_distance(*samples.statistics[kind], *reference[kind])
-    result["inception_score"], result["inception_score_std"] = inception_score(samples.probabilities.numpy())
+        if kind in statistics and kind in samples.statistics:
+            result[name] = frechet_distance(*samples.statistics[kind], *statistics[kind])
+    score, deviation = inception_score(samples.probabilities.numpy())
+    alone = len(samples.probabilities) <= SPLIT_SIZE  # one part has no deviation
+    result |= {"inception_score": score, "inception_score_std": None if alone else deviation}
     if images:
         result["precision"], result["recall"] = precision_recall(samples.pool, images.pool)
-    else:
-        print(f"note: {args.reference} holds no images, precision and recall are left out")
     return result
 
 
@@ -224,55 +182,113 @@ def against_uncached(samples: Images, plain: Images, lpips, batch_size: int) -> 
     return result | ({"lpips": distance / len(samples)} if lpips else {})
 
 
+# ---- what can be wrong is found before the long pass over the images --------------------------------
+
+
+def check_features(
+    samples: Images, reference: Reference | None, extractor: Extractor, features_name: str
+) -> list[str]:
+    """Refuse what the features of --features cannot be compared on; returns notes on what is left out."""
+    if len(samples) < 2:
+        raise ValueError(f"{samples.path} holds one image, which has no covariance; give more")
+    widths = {}
+    for images in (samples, reference.images if reference else None):
+        if images:
+            features = features_of(images, next(iter(images.batches(2))), 0, extractor)
+            widths = {
+                kind: values.shape[1]
+                for kind, values in (("pool", features.pool), ("spatial", features.spatial))
+                if values is not None
+            }
+    if reference is None:
+        return []
+    for kind, (mean, _) in reference.statistics.items():
+        if kind in widths and len(mean) != widths[kind]:
+            raise ValueError(
+                f"{reference.path}: {STATISTICS[kind][0]} has {len(mean)} values, the features of --features "
+                f"{features_name} {widths[kind]}; use what made it"
+            )
+    notes, n = [], len(samples)
+    if reference.images is None:
+        notes.append(f"{reference.path} holds no images, precision and recall are left out")
+        if not widths.keys() & reference.statistics.keys():
+            raise ValueError(
+                f"{reference.path} holds no mu and sigma, which --features {features_name} needs"
+            )
+        left_out = widths.keys() - reference.statistics.keys()
+        notes += [
+            f"{reference.path} holds no {' and '.join(STATISTICS[kind])}: no {name}"
+            for kind, name in (("pool", "FID"), ("spatial", "sFID"))
+            if kind in left_out
+        ]
+    elif min(n, len(reference.images)) <= K:
+        few = min((samples, reference.images), key=len)
+        raise ValueError(
+            f"{few.path} holds {len(few)} images; precision and recall need more than {K}, give more, or "
+            "statistics as the reference"
+        )
+    if n > SPLIT_SIZE and n % SPLIT_SIZE:
+        notes.append(f"IS: the last part holds {n % SPLIT_SIZE} images and counts like those of {SPLIT_SIZE}")
+    return notes
+
+
 def check_pairs(samples: Images, plain: Images) -> None:
-    """Refuse pairs of other shapes, or drawn from other noise where sample_ddp.py said from which."""
+    """Refuse pairs of other shapes or names, or of other noise where sample_ddp.py said of which."""
     if samples.shape != plain.shape:
         raise ValueError(f"{samples.path} is {samples.shape}, {plain.path} {plain.shape}; pairs are needed")
-    files = [Path(f"{images.path}.settings.json") for images in (samples, plain)]
-    if not all(file.is_file() for file in files):
-        return
-    one, other = (json.loads(file.read_text()) for file in files)
+    for one, other in zip(samples.names or [], plain.names or [], strict=False):
+        if one != other:
+            raise ValueError(
+                f"{samples.path} holds {one} where {plain.path} holds {other}; pairs need the same names"
+            )
+    one, other = (_drawn_from(images.path) for images in (samples, plain))
     for name in ("seed", "labels"):
-        if one.get(name) != other.get(name):
+        if one and other and one.get(name) != other.get(name):
             raise ValueError(
                 f"{samples.path} was drawn with {name} {one.get(name)}, {plain.path} with {other.get(name)}; "
                 "pairs need the same noise"
             )
 
 
-def check_reference(path: Path) -> None:
-    statistics = read_statistics(path)
-    if "arr_0" in keys_of(path):
-        Images(path)
-    elif not statistics:
-        raise ValueError(f"{path} holds neither arr_0 nor mu and sigma; it is no reference")
+def _drawn_from(samples: Path) -> dict:
+    """What sample_ddp.py wrote beside its samples; empty where there is none."""
+    path = Path(f"{samples}.settings.json")
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        raise ValueError(f"{path} is damaged; remove it if the samples are of the same noise") from None
 
 
 def main(args: argparse.Namespace) -> None:
     cli.show_notes(args)
     device = cli.choose_device(args.device)
-    samples, result = Images(args.samples), {"samples": str(args.samples)}
-    result["n"] = len(samples)
-    # What can be wrong is found before the long pass over the images.
     for path, suffix in ((args.output, ".json"), (args.save_statistics, ".npz")):
         if path:
             check_writable(path, [suffix])
-    if args.reference:
-        check_reference(args.reference)
-        if len(samples) < SPLITS:
-            raise ValueError(
-                f"{args.samples} holds {len(samples)} images; IS takes {SPLITS} splits, give more"
-            )
-    if args.paired:
-        plain = Images(args.paired)
+    samples = Images(args.samples)
+    reference = Reference.open(args.reference) if args.reference else None
+    plain = Images(args.paired) if args.paired else None
+    lpips = extractor = None
+    notes = samples.notes + [
+        note for images in (reference and reference.images, plain) if images for note in images.notes
+    ]
+    if plain:
         check_pairs(samples, plain)
         lpips = load_lpips(args.lpips_weights, device) if args.lpips_weights else None
         if lpips and min(samples.shape[1:3]) < SMALLEST:
             raise ValueError(
                 f"{args.samples} is {samples.shape}; LPIPS needs {SMALLEST} pixels a side, leave it out"
             )
-    if args.reference or args.save_statistics:
+    if reference or args.save_statistics:
         extractor = load_extractor(args.features, args.inception_weights, device)
+        notes += check_features(samples, reference, extractor, args.features)
+    for note in notes:
+        print(f"note: {note}")
+
+    result = {"samples": str(args.samples), "n": len(samples)}
+    if extractor:
         summary = summarize(samples, extractor, args.batch_size)
         result["features"] = args.features
         if args.save_statistics:
@@ -281,16 +297,17 @@ def main(args: argparse.Namespace) -> None:
                 arrays |= dict(zip(STATISTICS[kind], pair, strict=True))
             with replacing(args.save_statistics) as temporary:
                 np.savez(temporary, **arrays)
-        if args.reference:
+        if reference:
             result["reference"] = str(args.reference)
-            result |= against_reference(summary, args, extractor)
-    if args.paired:
+            result |= against_reference(summary, reference, extractor, args.batch_size)
+    if plain:
         result |= {"paired": str(args.paired)} | against_uncached(samples, plain, lpips, args.batch_size)
     for name, value in result.items():
         print(f"{name:20} {value:.6g}" if isinstance(value, float) else f"{name:20} {value}")
+    line = to_json(result)
     if args.output:
         write_json(args.output, result)
-    print(json.dumps(result))
+    print(line)
 
 
 if __name__ == "__main__":

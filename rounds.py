@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import distributed
-from data import numbered_batches, open_data, to_model_space
+from data import are_pictures, numbered_batches, open_data, to_model_space
 from diffusion import GaussianDiffusion
 from distributed import Processes
 from models import DiT
@@ -135,7 +135,7 @@ class Pairs(Rounds):
     def __init__(self, args, processes, model, diffusion, target):
         super().__init__(args, processes, model, diffusion, target)
         self.data = open_data(args.data, model)
-        is_folder = self.data[0][0].dtype == torch.uint8
+        is_folder = are_pictures(self.data)
         if is_folder and args.vae == "none":
             raise ValueError(
                 f"--vae none: the images of --data {args.data} need a VAE; give ema, mse or a folder"

@@ -19,6 +19,7 @@ from tqdm import tqdm
 import cli
 from digits.data import NUM_CLASSES, digit_images, train_test_indices
 from files import replacing
+from metrics.checks import require_finite
 from metrics.frechet import feature_statistics, frechet_distance
 
 WEIGHTS = Path(__file__).parent / "classifier.safetensors"
@@ -58,8 +59,17 @@ def load_classifier(weights: Path = WEIGHTS) -> DigitClassifier:
     return classifier
 
 
+def _as_pictures(images: Tensor) -> Tensor:
+    """Values outside [-1, 1] are cut, as in a picture; what is not finite is refused, no picture shows it."""
+    require_finite(images, "samples")
+    return images.cpu().clamp(-1, 1)
+
+
 class Judge:
-    """Scores samples (n, 1, 8, 8) in [-1, 1] with the committed classifier."""
+    """Scores samples (n, 1, 8, 8) in [-1, 1] with the committed classifier.
+
+    Raises ValueError for samples that are not finite.
+    """
 
     def __init__(self, weights: Path = WEIGHTS):
         self.classifier = load_classifier(weights)
@@ -67,8 +77,8 @@ class Judge:
 
     @torch.no_grad()
     def statistics(self, images: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and covariance of the images' features. Values outside [-1, 1] are cut, as a picture would."""
-        return feature_statistics(self.classifier.features(images.cpu().clamp(-1, 1)).numpy())
+        """Mean and covariance of the images' features."""
+        return feature_statistics(self.classifier.features(_as_pictures(images)).numpy())
 
     def digits_fid(self, images: Tensor) -> float:
         """Frechet distance to the whole data set."""
@@ -77,7 +87,7 @@ class Judge:
     @torch.no_grad()
     def accuracy(self, images: Tensor, labels: Tensor) -> float:
         """Share of images that the classifier recognises as the label asked for."""
-        predicted = self.classifier(images.cpu().clamp(-1, 1)).argmax(1)
+        predicted = self.classifier(_as_pictures(images)).argmax(1)
         return (predicted == labels.cpu()).double().mean().item()
 
 

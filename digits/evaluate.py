@@ -16,6 +16,7 @@ import cli
 from diffusion import create_diffusion
 from digits.classifier import Judge
 from digits.data import digit_images
+from metrics.checks import require_finite
 from sampling import DIGITS_MODEL, Trajectory, generate_seeded, load_model
 
 
@@ -31,6 +32,7 @@ def parse_args() -> argparse.Namespace:
 
 def nearest_distances(samples: Tensor, data: Tensor, exclude_self: bool = False) -> Tensor:
     """Euclidean distance (n,) from each sample (n, 1, 8, 8) to its nearest image of `data`."""
+    require_finite(samples, "samples")
     distances = torch.cdist(samples.flatten(1), data.flatten(1))
     if exclude_self:
         distances.fill_diagonal_(torch.inf)

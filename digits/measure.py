@@ -10,7 +10,6 @@ with it.
 
 import argparse
 import base64
-import json
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -22,6 +21,7 @@ import cli
 import execution
 import methods
 from digits.classifier import Judge
+from files import to_json
 from methods import Method
 from metrics.frechet import frechet_distance
 from metrics.paired import mse, psnr, ssim
@@ -171,7 +171,7 @@ def main(args: argparse.Namespace) -> None:
         batches = [timed_batch(args, plain_trajectory), timed_batch(args, *setting)]
         plain_ms, own_ms = latencies(batches, args.repeats)
         row |= {"latency_ms": own_ms, "speedup_latency": plain_ms / own_ms, "latency_batch": LATENCY_BATCH}
-    print(json.dumps(row))
+    print(to_json(row))
 
 
 if __name__ == "__main__":

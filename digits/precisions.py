@@ -10,7 +10,6 @@ turn. int8 needs torchao, fp8 a GPU. The last line is JSON, `--output` writes it
 
 import argparse
 import copy
-import json
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ import execution
 import methods
 from digits.classifier import Judge
 from digits.measure import draw, fidelity
-from files import check_writable, write_json
+from files import check_writable, to_json, write_json
 from metrics.paired import psnr
 from models import DiT
 from router import load_router
@@ -112,7 +111,7 @@ def main(args: argparse.Namespace) -> None:
     result |= {"hardware": cli.hardware(device), "torch": torch.__version__, "rows": rows}
     if args.output:
         write_json(args.output, result)
-    print(json.dumps(result))
+    print(to_json(result))
 
 
 if __name__ == "__main__":

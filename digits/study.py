@@ -31,6 +31,7 @@ import cli
 import methods
 import report
 import train_router
+from arrays import ArrayFile
 from digits import measure
 from digits.classifier import Judge
 from digits.plan import FULL, QUICK, ROOT, Task, digits_model, plan
@@ -118,8 +119,10 @@ def uncached_samples(folder: Path, args: argparse.Namespace) -> torch.Tensor:
     """x_0 that a row is compared with, from scratch/ where a row before drew as many."""
     setting = f"T{args.num_sampling_steps}-cfg{args.cfg_scale:g}-{measure.sampler_of(args)}-seed{args.seed}"
     path = folder / "scratch" / f"uncached-{weights_fingerprint(digits_model())}-{setting}.npy"
-    if path.exists() and len(x_0 := np.load(path, mmap_mode="r")) >= args.samples:
-        return torch.from_numpy(x_0[: args.samples].copy())
+    with contextlib.suppress(OSError, ValueError):  # absent or damaged: drawn again
+        x_0 = ArrayFile(path).read("arr_0", "f", "(n, C, H, W)")
+        if len(x_0) >= args.samples:
+            return torch.from_numpy(x_0[: args.samples])
     uncached = methods.uncached(args, digits_model())
     x_0 = measure.draw(args, measure.trajectory_of(args, digits_model(), uncached))
     with replacing(path) as temporary:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from digits.classifier import DigitClassifier, load_classifier
 from files import load_pickle_safely
+from metrics.checks import require_finite_weights
 
 SPATIAL_CHANNELS = 7
 WEIGHTS_SOURCE = "weights-inception-2015-12-05-6726825d.pth of torch-fidelity's v0.2.0 release"
@@ -58,7 +59,8 @@ class InceptionFeatures:
             raise ValueError(
                 "--features inception needs torch-fidelity: pip install torch-fidelity"
             ) from None
-        load_pickle_safely(Path(weights))  # refuses what torch-fidelity would execute
+        state = load_pickle_safely(Path(weights))  # refuses what torch-fidelity would execute
+        require_finite_weights(state, weights)
         try:
             self._network = FeatureExtractorInceptionV3(
                 "inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(weights)
@@ -73,9 +75,8 @@ class InceptionFeatures:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Features:
-        if images.shape[-1] != 3:
-            raise ValueError(f"Inception reads RGB, the images have {images.shape[-1]} channels")
-        pool, logits = self._network(images.permute(0, 3, 1, 2).to(self._device))
+        colour = images.expand(*images.shape[:3], 3)  # grey images in three equal channels
+        pool, logits = self._network(colour.permute(0, 3, 1, 2).to(self._device))
         # Rows, columns, channels: the order of the reference statistics.
         spatial = self._spatial.permute(0, 2, 3, 1).flatten(1)
         return Features(pool.cpu(), spatial.float().cpu(), logits.softmax(dim=1).cpu())

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from files import load_pickle_safely
+from metrics.checks import require_finite, require_finite_weights
 
 SMALLEST = 32  # pixels a side that AlexNet's pooling leaves something of
 
@@ -29,6 +30,7 @@ def load_lpips(weights: str | Path, device: torch.device | str = "cpu"):
         warnings.simplefilter("ignore")
         model = LPIPS(net="alex", pnet_rand=True, verbose=False)
     state = load_pickle_safely(Path(weights))
+    require_finite_weights(state, weights)
     wanted = {name: f"features.{name.partition('.')[2]}" for name in model.net.state_dict()}
     if not isinstance(state, dict) or not set(wanted.values()) <= set(state):
         raise ValueError(
@@ -41,6 +43,8 @@ def load_lpips(weights: str | Path, device: torch.device | str = "cpu"):
         def scaled(images: Tensor) -> Tensor:
             return images.permute(0, 3, 1, 2).to(device).float() / 127.5 - 1
 
-        return model(scaled(samples), scaled(reference)).flatten().cpu()
+        distances = model(scaled(samples), scaled(reference)).flatten().cpu()
+        require_finite(distances, f"LPIPS distances by {weights}")
+        return distances
 
     return distance

@@ -6,15 +6,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metrics.checks import require_finite
+
 
 def mse(samples: Tensor, reference: Tensor) -> float:
-    """Mean squared error per element, summed in float64."""
-    return (samples.double() - reference.double()).square().mean().item()
+    """Mean squared error per element, summed in float64. Raises ValueError unless it is finite."""
+    if samples.shape != reference.shape or not samples.numel():
+        raise ValueError(f"samples {tuple(samples.shape)} and {tuple(reference.shape)} are no pairs")
+    error = (samples.double() - reference.double()).square().mean().item()
+    if not math.isfinite(error):
+        require_finite(samples, "samples")
+        require_finite(reference, "samples to compare with")
+        raise ValueError(f"the mean squared error came out as {error}; the samples are out of range")
+    return error
+
+
+def _require_images(samples: Tensor, reference: Tensor) -> None:
+    if not samples.dtype == reference.dtype == torch.uint8:
+        raise ValueError(f"images are {samples.dtype} and {reference.dtype}; uint8 is needed")
+    if samples.shape != reference.shape or not samples.numel():
+        raise ValueError(f"images {tuple(samples.shape)} and {tuple(reference.shape)} are no pairs")
 
 
 def psnr(samples: Tensor, reference: Tensor) -> float:
     """Peak signal-to-noise ratio in dB of two sets of uint8 images, from their overall MSE; inf if equal."""
-    assert samples.dtype == reference.dtype == torch.uint8
+    _require_images(samples, reference)
     error = mse(samples, reference)
     return math.inf if error == 0 else 10 * math.log10(255**2 / error)
 
@@ -25,7 +41,7 @@ def ssim(samples: Tensor, reference: Tensor) -> Tensor:
     A Gaussian window of 11 x 11 pixels and standard deviation 1.5 (smaller where the image is), in float64,
     over the positions where it lies inside the image; the mean over them and over channels.
     """
-    assert samples.dtype == reference.dtype == torch.uint8
+    _require_images(samples, reference)
     x, y = (images.permute(0, 3, 1, 2).double() for images in (samples, reference))
     n, channels, height, width = x.shape
     side = min(11, height - (height + 1) % 2, width - (width + 1) % 2)  # odd, and inside the image

@@ -9,6 +9,7 @@ from diffusion import create_diffusion
 from digits import train_dit
 from digits.classifier import Judge
 from digits.data import digit_images, train_test_indices
+from digits.evaluate import nearest_distances
 from sampling import Trajectory, generate_seeded, load_model
 
 
@@ -38,6 +39,20 @@ def test_digits_fid_tells_data_from_noise(judge):
     assert judge.digits_fid(images) == pytest.approx(0, abs=1e-6)
     assert judge.digits_fid(images[::2]) < 2
     assert judge.digits_fid(torch.rand_like(images) * 2 - 1) > 50
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_judge_refuses_samples_that_are_not_finite(judge, bad):
+    """NaN would count as a 0 that is recognised, infinity as a white pixel."""
+    images = torch.zeros(12, 1, 8, 8)
+    images[5, 0, 3, 3] = bad
+    for figure in (
+        judge.digits_fid,
+        lambda x: judge.accuracy(x, torch.zeros(12)),
+        lambda x: nearest_distances(x, images[:3]),
+    ):
+        with pytest.raises(ValueError, match="samples hold NaN or infinity, the first in number 5"):
+            figure(images)
 
 
 def test_committed_model_draws_the_digit_asked_for(judge):

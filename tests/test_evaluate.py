@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from commands import error_line, run
+from PIL import Image
 
 from digits.classifier import load_classifier
 from digits.data import digit_images
@@ -121,6 +122,22 @@ def test_inception_in_the_adm_protocol(colour_files, inception_weights, tmp_path
         shapes = {name: file[name].shape for name in file.files}
     assert shapes == {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}
     result = evaluated(colour_files / "a.npz", "--reference", tmp_path / "s.npz", *weights)
+    grey = np.random.default_rng(1).integers(0, 256, (4, 32, 32, 1)).astype(np.uint8)
+    np.savez(tmp_path / "grey.npz", arr_0=grey)
+    np.savez(tmp_path / "rgb.npz", arr_0=grey.repeat(3, axis=3))
+    one, other = (
+        evaluated(tmp_path / f"{name}.npz", "--reference", tmp_path / "s.npz", *weights)["fid"]
+        for name in ("grey", "rgb")
+    )
+    assert one == other
+    state = torch.load(inception_weights)
+    state["Mixed_5b.branch1x1.conv.weight"][0] = torch.nan
+    torch.save(state, tmp_path / "nan.pth")
+    line = error_line(
+        *EVALUATE, tmp_path / "rgb.npz", "--reference", tmp_path / "s.npz", "--inception-weights",
+        tmp_path / "nan.pth",
+    )  # fmt: skip
+    assert "nan.pth: Mixed_5b.branch1x1.conv.weight holds NaN or infinity" in line
     assert {"fid", "sfid", "inception_score"} <= result.keys()
     assert result["fid"] > 0
     assert result["sfid"] > 0
@@ -189,6 +206,196 @@ def test_images_are_read_in_batches(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 100e6
+
+
+def save_statistics(path, mean, covariance, names=("mu", "sigma")):
+    np.savez(path, **dict(zip(names, (mean, covariance), strict=True)))
+
+
+@pytest.fixture(scope="module")
+def statistics(files):
+    """(mean, covariance) of a digits file's features."""
+    path = files / "statistics.npz"
+    run(*EVALUATE, files / "b.npz", "--save-statistics", path, "--features", "digits")
+    with np.load(path) as file:
+        return file["mu"], file["sigma"]
+
+
+def spoilt(array: np.ndarray, *values: tuple) -> np.ndarray:
+    array = array.copy()
+    for index, value in values:
+        array[index] = value
+    return array
+
+
+def test_statistics_are_checked_before_the_pass(files, statistics, tmp_path, monkeypatch):
+    """A NaN in them would give FID 0: `max(0.0, nan)`."""
+    monkeypatch.setattr("evaluate.summarize", lambda *_: pytest.fail("the pass began"))
+    mean, covariance = statistics
+    for name, (mu, sigma, words) in {
+        "nan mean": (spoilt(mean, (5, np.nan)), covariance, "mu holds 1 of 64 values that are not finite"),
+        "infinite": (mean, spoilt(covariance, ((3, 3), np.inf)), "sigma holds 1 of 4096 values"),
+        "of one image": (mean, np.full((64, 64), np.nan), "sigma holds 4096 of 4096 values"),
+        "halves": (mean, np.triu(covariance), "sigma is not symmetric"),
+        "negative": (mean, -covariance, "sigma is no covariance: its eigenvalues reach from"),
+        "indefinite": (mean, spoilt(covariance, ((0, 0), -5)), "sigma is no covariance"),
+        "square": (mean[None], covariance, "mu and sigma of shapes (1, 64) and (64, 64) do not fit"),
+        "variances": (mean, np.diag(covariance), "mu and sigma of shapes (64,) and (64,) do not fit"),
+        "swapped": (covariance, mean, "do not fit"),
+        "complex": (mean, covariance + 0j, "sigma is complex128 (64, 64); real numbers are needed"),
+        "text": (mean.astype(str), covariance, "real numbers are needed"),
+        "objects": (mean, covariance.astype(object), "real numbers are needed"),
+    }.items():
+        path = tmp_path / f"{name}.npz"
+        save_statistics(path, mu, sigma)
+        line = error_line(*EVALUATE, files / "a.npz", "--reference", path, "--features", "digits")
+        assert words in line, name
+        assert path.name in line
+    for present, absent in (("mu", "sigma"), ("sigma_s", "mu_s")):
+        np.savez(tmp_path / "half.npz", **{present: mean})
+        line = error_line(*EVALUATE, files / "a.npz", "--reference", tmp_path / "half.npz")
+        assert f"half.npz holds {present} without" in line
+        assert absent in line
+    save_statistics(tmp_path / "spatial.npz", mean, covariance, ("mu_s", "sigma_s"))
+    digits = ["--features", "digits"]
+    line = error_line(*EVALUATE, files / "a.npz", "--reference", tmp_path / "spatial.npz", *digits)
+    assert "spatial.npz holds no mu and sigma, which --features digits needs" in line
+
+
+def test_statistics_of_other_types_give_the_same_distance(files, statistics, tmp_path):
+    digits = ["--features", "digits"]
+    expected = evaluated(files / "a.npz", "--reference", files / "statistics.npz", *digits)["fid"]
+    for change in (lambda x: x.astype(">f8"), lambda x: x.astype(np.float32), np.asfortranarray):
+        save_statistics(tmp_path / "s.npz", *map(change, statistics))
+        found = evaluated(files / "a.npz", "--reference", tmp_path / "s.npz", *digits)["fid"]
+        assert found == pytest.approx(expected, rel=1e-4)
+
+
+class Broken:
+    """Digits features that turn NaN at image 300, or from the first on."""
+
+    def __init__(self, first: int):
+        self.plain, self.first, self.seen = load_extractor("digits"), first, 0
+
+    def __call__(self, images):
+        features = self.plain(images)
+        if len(images) > 2:  # not the look at the first two
+            self.seen += len(images)
+        if self.seen > self.first:
+            features.pool[self.first - (self.seen - len(images)), 7] = torch.nan
+        return features
+
+
+@pytest.mark.parametrize("first", [0, 300])
+def test_features_that_are_not_finite_are_named_and_nothing_is_written(files, tmp_path, monkeypatch, first):
+    monkeypatch.setattr("evaluate.load_extractor", lambda *_: Broken(first))
+    outputs = ["--output", tmp_path / "x.json", "--save-statistics", tmp_path / "s.npz"]
+    line = error_line(*EVALUATE, files / "a.npz", "--reference", files / "b.npz", *outputs)
+    assert f"a.npz: pool features hold NaN or infinity, the first in number {first}" in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_too_few_images_are_refused_before_the_pass(files, tmp_path, monkeypatch):
+    monkeypatch.setattr("evaluate.summarize", lambda *_: pytest.fail("the pass began"))
+    images = as_images(digit_images()[0])
+    for n in (1, 3):
+        np.savez(tmp_path / f"{n}.npz", arr_0=images[:n])
+    digits = ["--features", "digits"]
+    one, three, a = tmp_path / "1.npz", tmp_path / "3.npz", files / "a.npz"
+    line = error_line(*EVALUATE, one, "--save-statistics", tmp_path / "s.npz", *digits)
+    assert "1.npz holds one image, which has no covariance" in line
+    assert "holds one image" in error_line(*EVALUATE, one, "--reference", a, *digits)
+    for few in (one, three):
+        line = error_line(*EVALUATE, a, "--reference", few, *digits)
+        assert f"{few.name} holds" in line
+        assert "precision and recall need more than 3" in line
+    assert "3.npz holds 3 images" in error_line(*EVALUATE, three, "--reference", a, *digits)
+
+
+@pytest.mark.usefixtures("statistics")
+def test_few_images_have_an_inception_score(files, tmp_path):
+    """Nine, in one part; a set of 5,001 ends in a part of one image, as ADM's does, and is told of it."""
+    images = as_images(digit_images()[0])
+    reference = ["--reference", files / "statistics.npz", "--features", "digits"]
+    np.savez(tmp_path / "x.npz", arr_0=images[:9])
+    result = evaluated(tmp_path / "x.npz", *reference)
+    assert 1 < result["inception_score"] < 9
+    assert result["inception_score_std"] is None
+    np.savez(tmp_path / "x.npz", arr_0=np.resize(images, (5001, *images.shape[1:])))
+    text = run(*EVALUATE, tmp_path / "x.npz", *reference, "--batch-size", 1000)
+    assert "note: IS: the last part holds 1 images and counts like those of 5000" in text
+    result = last_json(text)
+    one, std = result["inception_score"], result["inception_score_std"]
+    assert (one + std, one - std) == (pytest.approx(2 * one - 1), pytest.approx(1))
+
+
+def write_pictures(folder, images, suffix=".png"):
+    folder.mkdir()
+    for number, image in enumerate(images):
+        Image.fromarray(image[..., 0]).save(folder / f"{number}{suffix}")
+    return folder
+
+
+def test_folders_of_pictures_take_the_place_of_files(tmp_path):
+    images = as_images(digit_images()[0])
+    samples = write_pictures(tmp_path / "samples", images[:40])
+    reference = write_pictures(tmp_path / "reference", images[700:760], ".bmp")
+    np.savez(tmp_path / "samples.npz", arr_0=images[:40])
+    np.savez(tmp_path / "reference.npz", arr_0=images[700:760])
+    digits = ["--features", "digits"]
+    expected = evaluated(tmp_path / "samples.npz", "--reference", tmp_path / "reference.npz", *digits)
+    found = evaluated(samples, "--reference", reference, *digits, "--batch-size", 7)
+    figures = ("n", "fid", "inception_score", "precision", "recall")
+    assert [found[name] for name in figures] == pytest.approx([expected[name] for name in figures], rel=1e-6)
+    same = evaluated(samples, "--paired", tmp_path / "samples.npz")  # in the order of the numbers
+    assert (same["mse"], same["psnr"]) == (0, None)
+
+
+def test_pictures_of_other_names_are_no_pairs(tmp_path):
+    images = as_images(digit_images()[0])[:3]
+    one, other = (write_pictures(tmp_path / name, images) for name in ("one", "other"))
+    assert evaluated(one, "--paired", other)["mse"] == 0
+    (other / "1.png").rename(other / "7.png")
+    line = error_line(*EVALUATE, one, "--paired", other)
+    assert "one holds 1 where" in line
+    assert "pairs need the same names" in line
+
+
+def test_folders_that_are_no_samples_are_refused_before_the_pass(files, tmp_path, monkeypatch):
+    monkeypatch.setattr("evaluate.summarize", lambda *_: pytest.fail("the pass began"))
+    images = as_images(digit_images()[0])[:5]
+    digits = ["--reference", files / "b.npz", "--features", "digits"]
+    (tmp_path / "empty").mkdir()
+    assert "empty holds no pictures" in error_line(*EVALUATE, tmp_path / "empty", *digits)
+    assert "empty holds no pictures" in error_line(*EVALUATE, files / "a.npz", "--paired", tmp_path / "empty")
+    folder = write_pictures(tmp_path / "pictures", images)
+    (folder / "3.png").write_bytes(b"")
+    assert "3.png is no picture of a known format" in error_line(*EVALUATE, folder, *digits)
+    Image.fromarray(images[3].repeat(2, axis=0)[..., 0]).save(folder / "3.png")
+    assert "3.png is 8 x 16" in error_line(*EVALUATE, folder, *digits)
+    Image.new("RGB", (8, 8)).save(folder / "3.png")
+    line = error_line(*EVALUATE, folder, *digits)
+    assert "--features digits reads 8 x 8 grey images, not (8, 8, 3)" in line
+
+
+def test_picture_that_is_cut_ends_the_pass_with_its_name(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(6):
+        Image.effect_noise((8, 8), 50 + number).resize((64, 64)).save(folder / f"{number}.png")
+    cut = folder / "4.png"
+    cut.write_bytes(cut.read_bytes()[:300])
+    line = error_line(*EVALUATE, folder, "--paired", folder, "--output", tmp_path / "x.json")
+    assert "4.png cannot be read as a picture" in line
+    assert not (tmp_path / "x.json").exists()
+
+
+def test_damaged_settings_are_named(files, tmp_path):
+    for name in ("one", "other"):
+        (tmp_path / f"{name}.npz").write_bytes((files / "a.npz").read_bytes())
+        (tmp_path / f"{name}.npz.settings.json").write_text("")
+    line = error_line(*EVALUATE, tmp_path / "one.npz", "--paired", tmp_path / "other.npz")
+    assert "one.npz.settings.json is damaged" in line
 
 
 def test_wrong_use_is_one_line(files, tmp_path):

@@ -63,8 +63,118 @@ def test_inception_score_is_its_closed_form():
     assert inception_score(certain)[0] == pytest.approx(8)
     same = np.tile([0.2, 0.3, 0.5], (100, 1))
     assert inception_score(same) == (pytest.approx(1), pytest.approx(0))
-    with pytest.raises(ValueError, match="9 samples cannot be split into 10 parts"):
-        inception_score(certain[:9])
+    assert inception_score(certain[:1])[0] == pytest.approx(1)
+
+
+def test_inception_score_takes_parts_of_5000_as_adm_does():
+    """Below 50,000 samples that is another number than ten parts: each part's marginal is its own."""
+    p = np.random.default_rng(0).dirichlet(np.full(1000, 0.001), size=12_000)
+
+    def score(part: np.ndarray) -> float:
+        marginal = part.mean(0)
+        logs = np.log(np.where(part > 0, part, 1)) - np.log(np.where(marginal > 0, marginal, 1))
+        return np.exp((part * logs).sum(1).mean())
+
+    parts = [score(p[:5000]), score(p[5000:10_000]), score(p[10_000:])]
+    mean, std = inception_score(p)
+    assert mean == pytest.approx(np.mean(parts), rel=1e-9)
+    assert std == pytest.approx(np.std(parts), rel=1e-6)
+    assert inception_score(p[:10_000])[0] > 1.2 * np.mean([score(part) for part in np.split(p[:10_000], 10)])
+
+
+BAD = [float("nan"), float("inf"), float("-inf")]
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("position", range(4))
+def test_no_frechet_distance_from_statistics_that_are_not_finite(bad, position):
+    statistics = [np.zeros(3), np.eye(3), np.ones(3), np.eye(3)]
+    statistics[position] = statistics[position].copy()
+    statistics[position].flat[1] = bad
+    name = ("mu1", "sigma1", "mu2", "sigma2")[position]
+    with pytest.raises(ValueError, match=f"{name} holds 1 of . values that are not finite"):
+        frechet_distance(*statistics)
+
+
+def test_no_frechet_distance_from_what_is_no_covariance():
+    mean, good = np.zeros(3), np.eye(3)
+    for bad, words in (
+        (np.diag([1.0, 1.0, -0.1]), "eigenvalues reach from -0.1 to 1"),
+        (-good, "eigenvalues reach from -1 to -1"),
+        (np.array([[1.0, 0.5, 0], [0, 1, 0], [0, 0, 1]]), "not symmetric"),
+        (np.ones((3, 2)), "do not fit"),
+        (np.ones(3), "do not fit"),
+        (good * 1j, "real numbers are needed"),
+        (good.astype(str), "real numbers are needed"),
+        (good > 0, "real numbers are needed"),
+    ):
+        for statistics in ((mean, bad, mean, good), (mean, good, mean, bad)):
+            with pytest.raises(ValueError, match=words):
+                frechet_distance(*statistics)
+    with pytest.raises(ValueError, match="means of 3 and 2 values"):
+        frechet_distance(mean, good, np.zeros(2), np.eye(2))
+    with pytest.raises(ValueError, match="came out as inf"), np.errstate(over="ignore"):
+        frechet_distance(mean + 1e200, good, mean, good)
+
+
+def test_covariances_that_single_precision_rounded_are_taken():
+    """Of fewer samples than dimensions, kept in float32: eigenvalues a little below zero are rounding."""
+    features = np.random.default_rng(6).normal(size=(40, 100)) * np.linspace(1, 30, 100) + 5
+    mean, covariance = feature_statistics(features)
+    rounded = mean.astype(np.float32), covariance.astype(np.float32)
+    assert np.linalg.eigvalsh(rounded[1].astype(float))[0] < 0
+    assert frechet_distance(*rounded, mean, covariance) < 1e-4 * np.trace(covariance)
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_no_metric_returns_a_number_from_what_is_not_finite(bad):
+    features = np.random.default_rng(7).normal(size=(20, 4)).astype(np.float32)
+    broken = features.copy()
+    broken[13, 2] = bad
+    running = RunningStatistics()
+    running.update(features[:7])
+    with pytest.raises(ValueError, match="features hold NaN or infinity, the first in number 13"):
+        running.update(broken[7:])
+    probabilities = np.full((20, 4), 0.25)
+    probabilities[13, 2] = bad
+    with pytest.raises(ValueError, match="probabilities hold NaN or infinity, the first in number 13"):
+        inception_score(probabilities)
+    for pair in ((broken, features), (features, broken)):
+        one, other = map(torch.from_numpy, pair)
+        with pytest.raises(ValueError, match="the first in number 13"):
+            precision_recall(one, other)
+        with pytest.raises(ValueError, match="the first in number 13"):
+            mse(one, other)
+    with pytest.raises(ValueError, match="number 13"):
+        mse(torch.from_numpy(broken), torch.from_numpy(broken))
+    for metric in (psnr, ssim):
+        with pytest.raises(ValueError, match="images are torch.float32"):
+            metric(torch.full((1, 8, 8, 1), bad), torch.zeros(1, 8, 8, 1))
+
+
+def test_no_metric_returns_a_number_from_finite_values_that_cannot_be():
+    with pytest.raises(ValueError, match="distances between features"):  # infinite, and so within every reach
+        precision_recall(torch.randn(8, 2) * 1e30, torch.randn(8, 2) * 1e30)
+    with pytest.raises(ValueError, match="mean squared error came out as inf"):
+        mse(torch.full((3,), 1e200, dtype=torch.float64), torch.zeros(3, dtype=torch.float64))
+    with pytest.raises(ValueError, match="no pairs"):  # would broadcast
+        mse(torch.zeros(3, 1), torch.zeros(3, 4))
+    with pytest.raises(ValueError, match="no pairs"):
+        mse(torch.zeros(0, 4), torch.zeros(0, 4))
+    images = torch.zeros(2, 8, 8, 3, dtype=torch.uint8)
+    for metric in (psnr, ssim):
+        with pytest.raises(ValueError, match="no pairs"):
+            metric(images, images[..., :1])
+    for wrong in (
+        np.full((5, 4), 0.5),
+        np.array([[1.5, -0.5]]),
+        np.random.default_rng(8).normal(size=(5, 4)),
+    ):
+        with pytest.raises(ValueError, match="add up to 1"):
+            inception_score(wrong)
+    for wrong in (np.ones(4), np.ones((0, 4)), np.ones((2, 1), dtype=int)):
+        with pytest.raises(ValueError, match="are needed"):
+            inception_score(wrong)
 
 
 def test_precision_and_recall_of_sets_that_are_the_same_apart_or_inside():
@@ -95,8 +205,8 @@ def test_the_same_features_score_as_in_torch_fidelity():
     ours = frechet_distance(*feature_statistics(one.numpy()), *feature_statistics(other.numpy()))
     assert ours == pytest.approx(fid, rel=1e-6)
 
-    scores = isc_features_to_metric(one, splits=10, shuffle=False)
-    mean, std = inception_score(one.softmax(dim=1).numpy())
+    scores = isc_features_to_metric(one[:500], splits=10, shuffle=False)
+    mean, std = inception_score(one[:500].softmax(dim=1).numpy(), split_size=50)
     assert mean == pytest.approx(scores["inception_score_mean"], rel=1e-6)
     assert std == pytest.approx(scores["inception_score_std"], rel=1e-4)
 
