@@ -93,9 +93,10 @@ class Training:
 
 
 class RowTraining(Training):
-    """A router whose rows are trained one at a time, its optimizer, lambda and beta.
+    """A router whose rows are trained apart, its optimizer, lambda and beta.
 
     target: where given, beta starts at `reg_weight` and is moved until the schedule at `threshold` meets it.
+    rows_per_step: the rows that a train step updates, on average.
     """
 
     def __init__(
@@ -107,13 +108,14 @@ class RowTraining(Training):
         threshold: float,
         reg_weight: float,
         target: Target | None = None,
+        rows_per_step: float = 1.0,
     ):
         super().__init__(steps_per_round, target)
         self.router, self.threshold = router.to(device), threshold
+        self.rows_per_step = rows_per_step
         self._fixed_reg_weight = reg_weight
         self._control = target and RegWeightControl(target, threshold, math.log(reg_weight))
         self.optimizer = torch.optim.AdamW(self.router.parameters(), lr=lr, weight_decay=0.0, fused=True)
-        distributed.average_gradients(self.optimizer)
         self.proxy_weights = torch.ones(router.num_steps, device=device)
         self.mark_boundary()
 
@@ -140,7 +142,7 @@ class RowTraining(Training):
         """Move beta towards the target."""
         if self._control:
             per_row = [
-                steps / self.router.num_steps
+                steps * self.rows_per_step / self.router.num_steps
                 for steps in (self.steps_per_round, total_steps - self.train_steps)
             ]
             self._control.update(self.router, self.optimizer, *per_row)

@@ -3,11 +3,13 @@
 from diffusion.gaussian_diffusion import GaussianDiffusion
 from diffusion.respace import space_timesteps
 
-__all__ = ["GaussianDiffusion", "create_diffusion", "space_timesteps"]
+__all__ = ["NUM_TIMESTEPS", "GaussianDiffusion", "create_diffusion", "space_timesteps"]
+
+NUM_TIMESTEPS = 1000  # of the chain that the models were trained on
 
 
 def create_diffusion(
-    timestep_respacing: str | int = "", diffusion_steps: int = 1000, learn_sigma: bool = True
+    timestep_respacing: str | int = "", diffusion_steps: int = NUM_TIMESTEPS, learn_sigma: bool = True
 ) -> GaussianDiffusion:
     """A linear-beta chain of `diffusion_steps`, of which `timestep_respacing` keeps some.
 
