@@ -84,27 +84,31 @@ UNREAD_MODEL = Unread(("ckpt",), lambda args: args.random_weights, "with --rando
 def parse(parser: argparse.ArgumentParser, arguments: list[str] | None = None) -> argparse.Namespace:
     """What `parser.parse_args` returns, and in `given` the names of the flags that were written out.
 
-    A flag that was given its default value counts too. `notes` is empty: `note_unread` fills it.
+    A flag that was given its default value counts too. `notes` and `unread` are empty: `note_unread` fills
+    them.
     """
     args, absent = parser.parse_args(arguments), object()
     given = parser.parse_args(arguments, argparse.Namespace(**dict.fromkeys(vars(args), absent)))
     args.given = {name for name, value in vars(given).items() if value is not absent}
-    args.notes = []
+    args.notes, args.unread = [], set()
     return args
 
 
 def note_unread(parser: argparse.ArgumentParser, args: argparse.Namespace, table: Iterable[Unread]) -> None:
-    """Note the given flags that have no effect under the others, and set them back to their defaults.
+    """Put the flags that have no effect under the others into `args.unread`, and note those that were given.
 
-    The table is read from top to bottom, so a flag that decides about others stands above them.
+    All are set back to their defaults. The table is read from top to bottom: a flag that decides about others
+    stands above them.
     """
+    args.unread = set()
     for names, when, reason in table:
-        for name in sorted(args.given.intersection(names)):
+        for name in sorted(set(names) & vars(args).keys() - args.unread):
             if when(args):
-                flag = name.replace("_", "-")
-                args.notes.append(f"--{flag} has no effect {reason.format_map(vars(args))}")
+                args.unread.add(name)
+                if name in args.given:
+                    flag = name.replace("_", "-")
+                    args.notes.append(f"--{flag} has no effect {reason.format_map(vars(args))}")
                 setattr(args, name, parser.get_default(name))
-                args.given.remove(name)
 
 
 def show_notes(args: argparse.Namespace) -> None:

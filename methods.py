@@ -18,6 +18,8 @@ them.
 import argparse
 from dataclasses import dataclass
 
+import torch
+
 import cli
 from baselines import fora_schedule, forecast, random_schedule
 from calibrate import calibrated
@@ -186,4 +188,8 @@ def _router_schedule(
         if str(router.info.get(fact, value)) != str(value):
             print(f"note: the router was trained at {fact} {router.info[fact]}, this samples at {value}")
     print(f"router {router.info['path']}")
-    return router.schedule(args.thres if args.thres is not None else router.info.get("threshold", 0.1))
+    own = router.info.get("threshold", 0.1)
+    schedule = router.schedule(own if args.thres is None else args.thres)
+    if args.thres not in (None, own) and torch.equal(schedule.compute, router.schedule(own).compute):
+        print(f"note: --thres {args.thres:g} has no effect: no score lies between it and {own:g}")
+    return schedule

@@ -150,11 +150,6 @@ class Pairs(Rounds):
 
     def __init__(self, args, processes, model, diffusion, target):
         super().__init__(args, processes, model, diffusion, target)
-        if args.groups % processes.world_size:
-            raise ValueError(
-                f"--groups {args.groups} cannot be shared by {processes.world_size} ranks, take a multiple "
-                f"of {processes.world_size}"
-            )
         self.data = open_data(args.data, model)
         is_folder = self.data[0][0].dtype == torch.uint8
         if is_folder and args.vae == "none":

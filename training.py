@@ -9,6 +9,7 @@ the same logits bit for bit.
 import json
 import math
 import re
+import warnings
 from pathlib import Path
 
 import safetensors
@@ -189,11 +190,32 @@ def read_checkpoint(path: Path, settings: dict) -> dict[str, Tensor]:
         raise ValueError(f"--resume {path}: no checkpoint of train_router.py ({error})") from None
     if "resume.train_steps" not in state or path.parent.name != "checkpoints":
         raise ValueError(f"--resume {path}: not a checkpoint in its run's folder; give that folder")
-    for name, value in settings.items():
-        if found.get(name) != value:
-            flag = "ckpt, whose weights were" if name == "weights" else name.replace("_", "-")
-            raise ValueError(f"--resume {path}: it was trained with --{flag} {found.get(name)}, not {value}")
+    before = found and "trajectories" not in found and "groups" not in found
+    found = _renamed(found) if before else found
+    others = [name for name, value in settings.items() if found.get(name) != value]
+    if others:
+        name = others[0]
+        flag = "ckpt, whose weights were" if name == "weights" else name.replace("_", "-")
+        reason = f"--resume {path}: it was trained with --{flag} {found.get(name)}, not {settings[name]}"
+        if before and name == "trajectories":
+            reason += "; when it began, --global-batch-size counted trajectories, not rows"
+        raise OtherSettings(reason, bool(before) and set(others) <= {"trajectories", "groups", "l1"})
     return state
+
+
+class OtherSettings(ValueError):
+    """A checkpoint of another training; `renamed`: the same command meant this one when it was written."""
+
+    def __init__(self, reason: str, renamed: bool):
+        super().__init__(reason)
+        self.renamed = renamed
+
+
+def _renamed(settings: dict) -> dict:
+    """Settings of a time when batches were not counted in rows and there were no groups, in today's terms."""
+    if settings.get("method") == "l2c":
+        return settings | {"groups": 1}
+    return settings | {"trajectories": settings.get("global_batch_size")}
 
 
 def new_run_folder(results: Path, name: str) -> Path:
@@ -220,6 +242,9 @@ def find_resumable(results: Path, resume: str, settings: dict) -> Path | None:
             newest = find_router(folder / "checkpoints")
             read_checkpoint(newest, settings)
             return newest
+        except OtherSettings as other:
+            if other.renamed:
+                warnings.warn(f"{other}: a new run begins", stacklevel=2)
         except (ValueError, FileNotFoundError):  # another training's, or nothing saved yet
             continue
     return None
