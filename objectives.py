@@ -157,6 +157,17 @@ def train_pairs(
     rows = [step - 1 for step in (steps or [pair.step for pair in pairs])]
     found = [_of_pair(model, diffusion, router, pair, threshold, reg_weight, variant) for pair in pairs]
     losses, gradients = gather(torch.stack(found)).split([3, router.num_branches], dim=1)  # (groups, .)
+    update_rows(router, optimizer, rows, gradients)
+    return TrainStep(rows[0] if len(rows) == 1 else tuple(rows), *losses.mean(0))
+
+
+def update_rows(
+    router: Router, optimizer: torch.optim.Optimizer, rows: Sequence[int], gradients: Tensor
+) -> None:
+    """Descend on the rows that groups drew, (groups,), along the mean of their gradients (groups, B).
+
+    A row's gradient counts as zero in a group that drew another one; a row of none has no gradient.
+    """
     optimizer.zero_grad(set_to_none=True)
     for row, gradient in zip(rows, gradients / len(rows), strict=True):
         parameter = router.rows[row]
@@ -164,7 +175,6 @@ def train_pairs(
     optimizer.step()
     for row in set(rows):
         router.clamp_(row)
-    return TrainStep(rows[0] if len(rows) == 1 else tuple(rows), *losses.mean(0))
 
 
 def _of_pair(

@@ -160,8 +160,7 @@ class Pairs(Rounds):
         self.vae = load_vae(args.vae, processes.device, fetch=alone) if is_folder else None
         self.steps_per_epoch = max(1, len(self.data) // args.global_batch_size)
         self._batches: Iterator[tuple[Tensor, Tensor]] | None = None  # begins with the first round
-        # The steps that may be computed in full: odd, or with --every-row any that has one after it.
-        self.steps = range(1, diffusion.num_timesteps, 1 if args.every_row else 2)
+        self.steps = full_steps(diffusion.num_timesteps, args.every_row)
         missed = (1 - Fraction(1, len(self.steps))) ** args.groups  # a row, by all groups
         self.rows_per_step = float(len(self.steps) * (1 - missed))
 
@@ -184,7 +183,10 @@ class Pairs(Rounds):
                 self.data, args.global_seed, number, args.global_batch_size,
                 processes.rank, processes.world_size, args.num_works,
             )  # fmt: skip
-        steps, local = self.draw_steps(number), args.groups // processes.world_size
+        steps, local = (
+            draw_steps(args.global_seed, number, self.steps, args.groups),
+            args.groups // processes.world_size,
+        )
         own_steps = steps[processes.rank * local : (processes.rank + 1) * local]
         generators, size = self.generators(number), args.global_batch_size // args.groups
         parts = zip(*(part.split(size) for part in next(self._batches)), own_steps, strict=True)
@@ -204,8 +206,13 @@ class Pairs(Rounds):
             labels = torch.where(torch.tensor(dropped), self.model.num_classes, labels)
         return Pair(x_0, noise, labels.to(device), step)
 
-    def draw_steps(self, number: int) -> list[int]:
-        """The step that each group computes in full in round `number`."""
-        generator = sample_generator(self.args.global_seed, TRAINING_STREAM, number)
-        drawn = torch.randint(len(self.steps), (self.args.groups,), generator=generator)
-        return [self.steps[one] for one in drawn.tolist()]
+
+def draw_steps(seed: int, number: int, steps: range, groups: int) -> list[int]:
+    """Learning-to-Cache: the step that each group computes in full in round `number`."""
+    generator = sample_generator(seed, TRAINING_STREAM, number)
+    return [steps[one] for one in torch.randint(len(steps), (groups,), generator=generator).tolist()]
+
+
+def full_steps(num_steps: int, every_row: bool = False) -> range:
+    """Learning-to-Cache: the steps that may be computed in full: odd, or all that have one after them."""
+    return range(1, num_steps, 1 if every_row else 2)

@@ -1,6 +1,7 @@
 """The flags of `train_router.py`: their defaults by method, and what does not go together."""
 
 import argparse
+import math
 from pathlib import Path
 
 import cli
@@ -13,13 +14,13 @@ from sampling import DIGITS_MODEL
 # Published, but for end-to-end, which is ours.
 DEFAULTS = {
     "harmonica": {"lr": 0.01, "l1": 7e-8, "max_steps": 20000, "log_every": 100, "ckpt_every": 1000},
-    "l2c": {"lr": 0.001, "max_steps": 20000, "log_every": 100, "ckpt_every": 1000, "groups": 8},
+    "l2c": {"lr": 0.001, "max_steps": 20000, "log_every": 100, "ckpt_every": 1000},
     "end-to-end": {
         "lr": 0.1, "max_steps": 100, "log_every": 5, "ckpt_every": 10, "terms": 3, "open_share": 1.0,
         "moments_weight": 0.0,
     },
 }  # fmt: skip
-BATCH_SIZE = 64
+BATCH_SIZE, GROUPS = 64, 8
 THRESHOLD, L2C_THRESHOLD_512 = 0.1, 0.9
 # Learning-to-Cache's beta by (T, pixels) where it was published; all others take the weaker of the two.
 L2C_L1 = {(50, 256): 1e-6, (20, 256): 5e-6, (10, 256): 1e-6, (50, 512): 5e-6}
@@ -158,8 +159,8 @@ def add_single_method_arguments(parser: argparse.ArgumentParser) -> None:
     )
     data.add_argument(
         "--groups", type=cli.positive_int, metavar="N",
-        help="equal parts of the batch, each with a pair of steps of its own: a train step updates as many "
-        "rows as they draw (default 8: the released code has one a rank)",
+        help="equal parts of the batch, each with a pair of steps of its own: a train step updates the rows "
+        "that they draw (default 8, or what of it divides the batch; the released code: one per rank)",
     )  # fmt: skip
     data.add_argument(
         "--every-row", action="store_true", help="train all rows, not the even ones alone (not in the paper)"
@@ -208,7 +209,7 @@ def _more_defaults(args: argparse.Namespace) -> dict:
 
 
 def _count_samples(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Settle `global_batch_size`, rows or images, and but for Learning-to-Cache `trajectories`."""
+    """Settle `global_batch_size`, rows or images, and `trajectories` or Learning-to-Cache's `groups`."""
     rows = 1 if args.cfg_scale == 1 else 2  # of a trajectory in a forward pass
     if args.trajectories is not None:
         args.global_batch_size = rows * args.trajectories
@@ -220,7 +221,12 @@ def _count_samples(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
         )
     if args.method != "l2c":
         args.trajectories = size // rows
-    elif size % args.groups:
+        return
+    if args.groups is None:
+        args.groups = math.gcd(size, GROUPS)
+        if args.groups < GROUPS:
+            args.notes.append(f"{GROUPS} groups do not share --global-batch-size {size}: {args.groups} do")
+    if size % args.groups:
         parser.error(
             f"--global-batch-size {size} is no multiple of --groups {args.groups}; groups are of one size"
         )
