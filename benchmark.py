@@ -58,7 +58,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="the last line, indented")
     execution.add_arguments(parser)
     cli.add_device_arguments(parser)
-    args = parser.parse_args()
+    args = cli.parse(parser)
     if args.cases and not args.train:
         parser.error("--cases are of --train; leave them out")
     if args.cases and not args.compile and (compiled := set(training_cost.COMPILED) & set(args.cases)):
@@ -70,7 +70,17 @@ def parse_args() -> argparse.Namespace:
             parser.error(
                 f"--train takes one batch size and number of steps, and no --{unread[0].replace('_', '-')}"
             )
+    cli.note_unread(parser, args, UNREAD)
     return args
+
+
+UNREAD = (
+    cli.Unread(
+        ("cache_dtype",),
+        lambda args: not any(methods.caches(spec) for spec in args.methods),
+        "without a caching method in --methods",
+    ),
+)
 
 
 def load_methods(args: argparse.Namespace, model: DiT, num_steps: str) -> dict[str, Method]:
@@ -195,6 +205,7 @@ def print_card(facts: dict, title: str) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
+    cli.show_notes(args)
     device = cli.choose_device(args.device)
     precision, dtype = cli.set_precision(args.precision, device)
     if args.output:

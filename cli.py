@@ -3,15 +3,15 @@
 import argparse
 import contextlib
 import ctypes
-import math
 import os
 import platform
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -23,8 +23,11 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
 
     Set HARMONICA_TRACEBACK=1 to see where such an error was raised.
     """
+    if vars(args).get("local_rank") is not None:
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     keep_freed_memory()
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    command = os.path.basename(sys.argv[0])
     try:
         main(args)
     except (ValueError, OSError) as error:
@@ -32,21 +35,31 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
             raise
         local_rank = os.environ.get("LOCAL_RANK", "0")
         if local_rank == "0" or isinstance(error, OSError):  # a wrong value all processes meet alike
-            print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+            print(f"{command}: error: {error}", file=sys.stderr)
         sys.exit(2)
-    except torch.cuda.OutOfMemoryError as error:
-        reason = str(error).partition(". ")[0]
-        print(f"{os.path.basename(sys.argv[0])}: error: {reason}; take a smaller batch size", file=sys.stderr)
-        sys.exit(2)
-    except RuntimeError as error:
-        if not any(words in str(error) for words in LOST_PEER):
+    except (MemoryError, RuntimeError) as error:
+        if (reason := _explained(error)) is None:
             raise
-        name, rank = os.path.basename(sys.argv[0]), os.environ.get("RANK", "0")
-        print(f"{name}: rank {rank} ends, because another process did", file=sys.stderr)
+        print(f"{command}: {reason}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _explained(error: Exception) -> str | None:
+    """What an error means that is raised deep inside of torch; None for one of the program's own faults."""
+    message = str(error)
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return f"error: {message.partition('. ')[0]}; take a smaller batch size or model"
+    if isinstance(error, MemoryError) or _NO_MEMORY in message:
+        return "error: out of memory; take a smaller batch size or model"
+    if any(words in message for words in LOST_PEER):
+        return f"rank {os.environ.get('RANK', '0')} ends, because another process did"
+    return None
+
+
+_NO_MEMORY = "can't allocate memory"  # what torch says of RAM
 
 
 def keep_freed_memory() -> None:
@@ -65,19 +78,65 @@ LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "remote pr
 RANDOM_WEIGHTS = "RANDOM WEIGHTS: no checkpoint is loaded, the pictures are noise; only speed means anything"
 
 
+class Unread(NamedTuple):
+    """Flags that a command accepts but does not read: their names, when, and what leaves them without effect.
+
+    reason: for people, such as "with --method {method}"; its braces are filled with the flags' values.
+    """
+
+    names: Iterable[str]
+    when: Callable[[argparse.Namespace], bool]
+    reason: str
+
+
+UNREAD_MODEL = Unread(("ckpt",), lambda args: args.random_weights, "with --random-weights")
+
+
+def parse(parser: argparse.ArgumentParser, arguments: list[str] | None = None) -> argparse.Namespace:
+    """What `parser.parse_args` returns, and in `given` the names of the flags that were written out.
+
+    A flag that was given its default value counts too. `notes` and `unread` are empty: `note_unread` fills
+    them.
+    """
+    args, absent = parser.parse_args(arguments), object()
+    given = parser.parse_args(arguments, argparse.Namespace(**dict.fromkeys(vars(args), absent)))
+    args.given = {name for name, value in vars(given).items() if value is not absent}
+    args.notes, args.unread = [], set()
+    return args
+
+
+def note_unread(parser: argparse.ArgumentParser, args: argparse.Namespace, table: Iterable[Unread]) -> None:
+    """Put the flags that have no effect under the others into `args.unread`, and note those that were given.
+
+    All are set back to their defaults. The table is read from top to bottom: a flag that decides about others
+    stands above them.
+    """
+    args.unread = set()
+    for names, when, reason in table:
+        for name in sorted(set(names) & vars(args).keys() - args.unread):
+            if when(args):
+                args.unread.add(name)
+                if name in args.given:
+                    flag = name.replace("_", "-")
+                    args.notes.append(f"--{flag} has no effect {reason.format_map(vars(args))}")
+                setattr(args, name, parser.get_default(name))
+
+
 def show_notes(args: argparse.Namespace) -> None:
-    """Warn of flags that have no effect: those that `parse_args` put into `args.notes`, and a checkpoint."""
-    notes = list(args.notes)
-    if vars(args).get("random_weights") and args.ckpt:
-        notes.append(f"--ckpt {args.ckpt} has no effect with --random-weights")
-    for note in notes:
+    """Warn of flags that have no effect."""
+    for note in args.notes:
         warnings.warn(note, stacklevel=2)
 
 
+LARGEST_FLOAT = torch.finfo(torch.float32).max
+LARGEST_COUNT = 2**31 - 1
+LARGEST_SEED = 2**64 - 1  # what torch's generators take
+
+
 def finite(text: str) -> float:
-    """An argparse type: a number that is neither NaN nor infinite."""
+    """An argparse type: a number that is neither NaN nor infinite, in float32 either."""
     value = float(text)
-    if not math.isfinite(value):
+    if not abs(value) <= LARGEST_FLOAT:
         raise argparse.ArgumentTypeError(f"{text} is no finite number")
     return value
 
@@ -90,19 +149,43 @@ def positive(text: str) -> float:
     return value
 
 
-def non_negative_int(text: str) -> int:
-    """An argparse type: an integer of at least 0, such as a seed."""
-    value = int(text)
+def non_negative(text: str) -> float:
+    """An argparse type: a finite number of at least 0, such as a weight."""
+    value = finite(text)
     if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} is negative")
+        raise argparse.ArgumentTypeError(f"{text} is no weight; give 0 or more")
+    return value
+
+
+def non_negative_int(text: str) -> int:
+    """An argparse type: a count, 0 included."""
+    return _int_within(text, 0, LARGEST_COUNT)
+
+
+def seed(text: str) -> int:
+    """An argparse type: a seed, of 64 bits."""
+    return _int_within(text, 0, LARGEST_SEED)
+
+
+def _int_within(text: str, least: int, most: int) -> int:
+    value = int(text)
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{value} is " + (f"not at least {least}" if least else "negative"))
+    if value > most:
+        raise argparse.ArgumentTypeError(f"{text} is too large; give {most} or less")
     return value
 
 
 def threshold(text: str) -> float:
     """An argparse type: a score's threshold in [0, 1)."""
+    return below_one(text, "; the published one is 0.1")
+
+
+def below_one(text: str, hint: str = "") -> float:
+    """An argparse type: a number in [0, 1)."""
     value = float(text)
     if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is outside [0, 1); the published one is 0.1")
+        raise argparse.ArgumentTypeError(f"{value} is outside [0, 1){hint}")
     return value
 
 
@@ -118,11 +201,8 @@ def interval(text: str) -> Fraction:
 
 
 def positive_int(text: str) -> int:
-    """An argparse type: an integer of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
+    """An argparse type: a count of at least 1."""
+    return _int_within(text, 1, LARGEST_COUNT)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, with_vae: bool = False) -> None:
@@ -139,6 +219,8 @@ def add_model_arguments(parser: argparse.ArgumentParser, with_vae: bool = False)
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=PRECISIONS, help="default: tf32 on a GPU, fp32 on a CPU")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
+    # What `python -m torch.distributed.launch` and DeepSpeed's launcher add; torchrun says it in LOCAL_RANK.
+    parser.add_argument("--local-rank", "--local_rank", type=non_negative_int, help=argparse.SUPPRESS)
 
 
 def set_precision(precision: str | None, device: torch.device) -> tuple[str, torch.dtype]:

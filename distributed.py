@@ -86,6 +86,15 @@ def mean(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def gathered(tensor: Tensor) -> Tensor:
+    """(n, ...) of every rank, of one shape on all, joined in the order of the ranks."""
+    if not dist.is_initialized():
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
+
+
 def average_gradients(optimizer: torch.optim.Optimizer) -> None:
     """From now on, average over ranks the gradients that are there before every `optimizer.step()`.
 

@@ -192,7 +192,7 @@ class EndToEnd(Rounds):
         args, rank, world_size = self.args, self.processes.rank, self.processes.world_size
         table = self.budget.skeletons(self.diffusion.num_timesteps, 1.0, warps=(1.0,))[0]
         weights, errors = None, torch.zeros(args.pool, device=self.processes.device)
-        batches = torch.arange(rank, args.pool, world_size).split(args.global_batch_size // world_size)
+        batches = torch.arange(rank, args.pool, world_size).split(self.num_samples // world_size)
         for part in tqdm(batches, desc="pool", leave=False, disable=True if rank else None):
             keys = ((TRAINING_STREAM, first, index) for index in part.tolist())
             paired = self._paired([sample_generator(args.global_seed, *key) for key in keys])
@@ -200,7 +200,7 @@ class EndToEnd(Rounds):
                 weights = self._fit(paired, table).weights.to(paired.noise)
             with torch.no_grad():
                 (errors[part],) = paired.errors(GatedCache(table.to(paired.noise), weights))
-        return inclusion(distributed.mean(errors).cpu(), args.global_batch_size)
+        return inclusion(distributed.mean(errors).cpu(), self.num_samples)
 
     def _grow(self, training: EndToEndTraining, paired: Paired, generators: list) -> TrainStep:
         """One growth of one candidate: the first builds its skeleton, the last meets the budget."""
@@ -245,7 +245,7 @@ class EndToEnd(Rounds):
         deviations = paired.deviations(cache, not args.keep_activations, args.window)
         losses = errors = torch.stack([one.square().mean(1).mean() for one in deviations])
         if args.moments_weight:
-            in_pixels, count = not is_latent(self.model), args.global_batch_size
+            in_pixels, count = not is_latent(self.model), self.num_samples
             moments = paired.moments(deviations[0], in_pixels, count, distributed.mean)
             losses = torch.cat([errors[:1] + args.moments_weight * moments, errors[1:]])
         # The loss is the logarithm of the mean over all ranks: the mean of their own logarithms is another.

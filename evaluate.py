@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 import cli
 from arrays import ArrayFile
+from cli import Unread
 from files import check_writable, replacing, to_json, write_json
 from images import Images, image_array
 from metrics.checks import require_finite
@@ -53,15 +54,31 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--save-statistics", type=Path, metavar="FILE.npz", help="mu, sigma, mu_s, sigma_s")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="the last line, in a file too")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
-    args = parser.parse_args()
-    args.notes, needs_features = [], args.reference or args.save_statistics
-    if not (needs_features or args.paired):
+    args = cli.parse(parser)
+    if not (_needs_features(args) or args.paired):
         parser.error("nothing to do; give --reference, --paired or --save-statistics")
-    if args.lpips_weights and not args.paired:
-        args.notes.append("--lpips-weights has no effect without --paired")
-    if args.inception_weights and (not needs_features or args.features != "inception"):
-        args.notes.append("--inception-weights has no effect without --reference and --features inception")
+    cli.note_unread(parser, args, UNREAD)
     return args
+
+
+def _needs_features(args: argparse.Namespace) -> bool:
+    return bool(args.reference or args.save_statistics)
+
+
+UNREAD = (
+    Unread(("lpips_weights",), lambda args: not args.paired, "without --paired"),
+    Unread(
+        ("inception_weights",),
+        lambda args: not _needs_features(args) or args.features != "inception",
+        "without --reference and --features inception",
+    ),
+    Unread(("features",), lambda args: not _needs_features(args), "without --reference or --save-statistics"),
+    Unread(
+        ("device",),
+        lambda args: not _needs_features(args) and not args.lpips_weights,
+        "without a network: MSE, PSNR and SSIM are computed on the host",
+    ),
+)
 
 
 # ---- files -----------------------------------------------------------------------------------------

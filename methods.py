@@ -18,9 +18,12 @@ them.
 import argparse
 from dataclasses import dataclass
 
+import torch
+
 import cli
 from baselines import ANCHORS, fora_schedule, forecast, random_schedule
 from calibrate import calibrated
+from cli import Unread
 from diffusion import GaussianDiffusion, create_diffusion
 from models import DiT
 from router import Schedule, load_router
@@ -36,6 +39,7 @@ _FLAGS = {
 }
 _CACHING = ("fora", "random", "dynamiclayer", "l2c")
 _REUSE = {"taylor": ("order",), "calibrated": ("calibrate", "terms")}  # how reused branches get their output
+_OF_CACHING = ("cache_dtype",)  # of `execution.py`: there is nothing to store where all is computed
 _OPTIONAL = ("anchor", "first_steps", "schedule_seed", "thres", "order", "calibrate", "terms")
 METHODS = (*_FLAGS, *(f"{reuse}-{name}" for reuse in _REUSE for name in _CACHING))
 CALIBRATION_SAMPLES = 64
@@ -82,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="fora: compute the first F steps in any case (default 1; the released TaylorSeer: 2)",
     )  # fmt: skip
     group.add_argument("--cur", type=cli.finite, help="random: share of branches reused, 0 .. 1")
-    group.add_argument("--schedule-seed", type=cli.non_negative_int, help="random: of the draw (default 0)")
+    group.add_argument("--schedule-seed", type=cli.seed, help="random: of the draw (default 0)")
     group.add_argument("--steps", type=cli.positive_int, help="fewer-steps: denoising steps instead")
     group.add_argument("--order", type=int, choices=(1, 2), help="taylor-*: of the forecast (default 1)")
     group.add_argument(
@@ -98,8 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse an unknown method and a missing flag; put flags that it does not read into `args.notes`."""
-    args.notes = []
+    """Refuse an unknown method and a missing flag; note flags that it does not read (of `cli.parse`)."""
     name = args.accelerate_method
     if name not in METHODS:
         parser.error(f"--accelerate-method {name!r} is unknown; choose one of {', '.join(METHODS)}")
@@ -109,9 +112,10 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         if flag not in _OPTIONAL and getattr(args, flag) is None:
             what = "a router file or a folder that holds one" if flag == "path" else "a number"
             parser.error(f"--accelerate-method {name} needs --{flag}, {what}")
-    for flag in sorted({flag for flags in (*_FLAGS.values(), *_REUSE.values()) for flag in flags}):
-        if flag not in read and getattr(args, flag) is not None:
-            args.notes.append(f"--{flag.replace('_', '-')} has no effect with --accelerate-method {name}")
+    every = {flag for flags in (*_FLAGS.values(), *_REUSE.values(), _OF_CACHING) for flag in flags}
+    read += _OF_CACHING if base in _CACHING else ()
+    unread = Unread(every.difference(read), lambda _: True, "with --accelerate-method {accelerate_method}")
+    cli.note_unread(parser, args, [unread, cli.UNREAD_MODEL])
 
 
 def spec_flags(spec: str) -> dict[str, str]:
@@ -124,6 +128,11 @@ def spec_flags(spec: str) -> dict[str, str]:
         example = f"{name}:{flags[0].upper()}" if flags else name
         raise ValueError(f"method {spec!r} does not read; write {example}")
     return {"accelerate_method": name} | ({flags[0]: value} if flags else {})
+
+
+def caches(spec: str) -> bool:
+    """Whether the method that `spec_flags` reads stores branch outputs."""
+    return split_name(spec_flags(spec)["accelerate_method"])[1] in _CACHING
 
 
 def load_spec(spec: str, model: DiT, /, **setting) -> Method:
@@ -193,4 +202,8 @@ def _router_schedule(
         if str(router.info.get(fact, value)) != str(value):
             print(f"note: the router was trained at {fact} {router.info[fact]}, this samples at {value}")
     print(f"router {router.info['path']}")
-    return router.schedule(args.thres if args.thres is not None else router.info.get("threshold", 0.1))
+    own = router.info.get("threshold", 0.1)
+    schedule = router.schedule(own if args.thres is None else args.thres)
+    if args.thres not in (None, own) and torch.equal(schedule.compute, router.schedule(own).compute):
+        print(f"note: --thres {args.thres:g} has no effect: no score lies between it and {own:g}")
+    return schedule

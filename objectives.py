@@ -50,9 +50,12 @@ class Variant:
 
 
 class TrainStep(NamedTuple):
-    """One update of row `step`; the losses are 0-dim tensors left on the device."""
+    """One update of row `step`; the losses are 0-dim tensors left on the device.
 
-    step: int
+    Where several groups train rows of their own, `step` has each group's and the losses are their means.
+    """
+
+    step: int | tuple[int, ...]
     loss: Tensor
     data_loss: Tensor
     score_sum: Tensor
@@ -102,6 +105,18 @@ def train_trajectory(
         yield done.pop()
 
 
+class Pair(NamedTuple):
+    """What a group of Learning-to-Cache trains on: its samples, and the step that it computes in full.
+
+    x_0: (n, C, H, W) data, which `noise` brings to `step`; labels: (n,), null ones dropped by the caller.
+    """
+
+    x_0: Tensor
+    noise: Tensor
+    labels: Tensor
+    step: int
+
+
 def train_pair(
     model: DiT,
     diffusion: GaussianDiffusion,
@@ -115,13 +130,70 @@ def train_pair(
     reg_weight: float,
     variant: Variant | None = None,
 ) -> TrainStep:
-    """Learning-to-Cache: one update of row `step - 1`, from data and without guidance.
+    """Learning-to-Cache by one group: one update of row `step - 1`. Arguments as in `Pair`."""
+    pairs = [Pair(x_0, noise, labels, step)]
+    return train_pairs(model, diffusion, router, optimizer, pairs, threshold, reg_weight, variant)
 
-    x_0: (n, C, H, W) data, which `noise` brings to `step`; labels: (n,), null ones dropped by the caller. The
-    model computes `step` in full, which fills a fresh store, and goes one DDIM step down; there the row's
-    loss is `mean((plain - routed)^2) + reg_weight * sum_b score[step - 1, b]`.
+
+def train_pairs(
+    model: DiT,
+    diffusion: GaussianDiffusion,
+    router: Router,
+    optimizer: torch.optim.Optimizer,
+    pairs: Sequence[Pair],
+    threshold: float,
+    reg_weight: float,
+    variant: Variant | None = None,
+    steps: Sequence[int] | None = None,
+    gather: Callable[[Tensor], Tensor] = lambda own: own,
+) -> TrainStep:
+    """Learning-to-Cache: one update of the rows that the groups drew, from data and without guidance.
+
+    For each pair the model computes its step in full, which fills a fresh store, and goes one DDIM step down;
+    there the loss of row `step - 1` is `mean((plain - routed)^2) + reg_weight * sum_b score[step - 1, b]`. A
+    row's gradient is the sum over the groups that drew it, divided by the number of all groups: what
+    `DistributedDataParallel` makes of one group a rank. A row that nobody drew has no gradient, and Adam
+    leaves it as it is.
+
+    pairs: the groups of this process. steps: of all groups of all processes in their order, in which
+    gradients are summed; None: those of `pairs`. gather: from one row of numbers a group of this process
+    to those of all groups.
     """
     variant = variant or Variant()
+    rows = [step - 1 for step in (steps or [pair.step for pair in pairs])]
+    found = [_of_pair(model, diffusion, router, pair, threshold, reg_weight, variant) for pair in pairs]
+    losses, gradients = gather(torch.stack(found)).split([3, router.num_branches], dim=1)  # (groups, .)
+    update_rows(router, optimizer, rows, gradients)
+    return TrainStep(rows[0] if len(rows) == 1 else tuple(rows), *losses.mean(0))
+
+
+def update_rows(
+    router: Router, optimizer: torch.optim.Optimizer, rows: Sequence[int], gradients: Tensor
+) -> None:
+    """Descend on the rows that groups drew, (groups,), along the mean of their gradients (groups, B).
+
+    A row's gradient counts as zero in a group that drew another one; a row of none has no gradient.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    for row, gradient in zip(rows, gradients / len(rows), strict=True):
+        parameter = router.rows[row]
+        parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad + gradient
+    optimizer.step()
+    for row in set(rows):
+        router.clamp_(row)
+
+
+def _of_pair(
+    model: DiT,
+    diffusion: GaussianDiffusion,
+    router: Router,
+    pair: Pair,
+    threshold: float,
+    reg_weight: float,
+    variant: Variant,
+) -> Tensor:
+    """(3 + B): loss, data loss and score sum of a pair, and the gradient of the row that it trains."""
+    x_0, noise, labels, step = pair
     denoise = Denoiser(model, diffusion, labels, cfg_scale=1.0)
     cache = SoftCache(router.score_rows(), threshold, variant.straight_through)
     with torch.no_grad():
@@ -129,8 +201,8 @@ def train_pair(
         plain = denoise(x_t, step - 1)
     difference = variant.compared(plain - denoise(x_t, step - 1, cache), model)
     losses = _losses(difference, cache.scores[step - 1], 1.0, reg_weight, variant)
-    _update(router, optimizer, step - 1, losses[0])
-    return TrainStep(step - 1, *(loss.detach() for loss in losses))
+    (gradient,) = torch.autograd.grad(losses[0], router.rows[step - 1])
+    return torch.cat([torch.stack(losses).detach(), gradient])
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 | `--method` | a round | train steps |
 |---|---|---|
 | `harmonica` | a trajectory from fresh noise (SDT), lambda refreshed before it where due | T |
-| `l2c` | a pair of steps on a batch of data | 1 |
+| `l2c` | a pair of steps for each group of a batch of data | 1 |
 | `end-to-end` | a step of the search, or an update of all weights of reuse (`end_to_end.py`) | 1 |
 
 A round's noise, labels and data depend on the seed, the round's number and the sample's index alone: not on
@@ -12,6 +12,7 @@ the number of processes, nor on interruptions.
 
 import argparse
 from collections.abc import Iterator
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from data import are_pictures, numbered_batches, open_data, to_model_space
 from diffusion import GaussianDiffusion
 from distributed import Processes
 from models import DiT
-from objectives import TrainStep, Variant, image_error_proxy, train_pair, train_trajectory
+from objectives import Pair, TrainStep, Variant, image_error_proxy, train_pairs, train_trajectory
 from router import Router
 from sampling import TRAINING_STREAM, draw_labels, draw_noise, load_vae, sample_generator
 from target import EXTRA_STEPS, Target
@@ -35,6 +36,7 @@ class Rounds:
 
     steps_per_round: int
     steps_per_epoch: int  # what --epochs counts
+    rows_per_step = 1.0  # of the router, that a train step updates on average
     extra_steps = EXTRA_STEPS  # share by which a run may go on to meet its target
 
     def __init__(
@@ -75,7 +77,7 @@ class Rounds:
         args = self.args
         return RowTraining(
             self.new_router(), args.lr, self.processes.device, self.steps_per_round, args.ste_threshold,
-            args.l1, self.target,
+            args.l1, self.target, self.rows_per_step,
         )  # fmt: skip
 
     def run(self, training: Training) -> Iterator[TrainStep | None]:
@@ -87,9 +89,14 @@ class Rounds:
         noise, labels = draw_noise(self.model, generators), draw_labels(self.model, generators)
         return noise.to(self.processes.device), labels.to(self.processes.device)
 
+    @property
+    def num_samples(self) -> int:
+        """Of all processes in a round: trajectories, for Learning-to-Cache images."""
+        return self.args.trajectories or self.args.global_batch_size
+
     def generators(self, number: int) -> list[torch.Generator]:
         """One per sample of this process in round `number`."""
-        local = self.args.global_batch_size // self.processes.world_size
+        local = self.num_samples // self.processes.world_size
         indices = range(self.processes.rank * local, (self.processes.rank + 1) * local)
         return [sample_generator(self.args.global_seed, TRAINING_STREAM, number, index) for index in indices]
 
@@ -100,6 +107,11 @@ class Trajectories(Rounds):
     def __init__(self, args, processes, model, diffusion, target):
         super().__init__(args, processes, model, diffusion, target)
         self.steps_per_round = self.steps_per_epoch = diffusion.num_timesteps
+
+    def new_training(self) -> Training:
+        training = super().new_training()
+        distributed.average_gradients(training.optimizer)
+        return training
 
     def run(self, training: RowTraining) -> Iterator[TrainStep | None]:
         args = self.args
@@ -128,7 +140,11 @@ class Trajectories(Rounds):
 
 
 class Pairs(Rounds):
-    """Learning-to-Cache: a full step on noised data, then a routed one. All ranks train the same row."""
+    """Learning-to-Cache: a full step on noised data, then a routed one, for each group of the batch.
+
+    The released trainer draws a step per rank. Here `--groups` are drawn for, each of one process, whatever
+    the number of processes: a group's forward passes have the same shapes and so the same bits.
+    """
 
     steps_per_round = 1
 
@@ -144,6 +160,9 @@ class Pairs(Rounds):
         self.vae = load_vae(args.vae, processes.device, fetch=alone) if is_folder else None
         self.steps_per_epoch = max(1, len(self.data) // args.global_batch_size)
         self._batches: Iterator[tuple[Tensor, Tensor]] | None = None  # begins with the first round
+        self.steps = full_steps(diffusion.num_timesteps, args.every_row)
+        missed = (1 - Fraction(1, len(self.steps))) ** args.groups  # a row, by all groups
+        self.rows_per_step = float(len(self.steps) * (1 - missed))
 
     @property
     def name(self) -> str:
@@ -158,25 +177,42 @@ class Pairs(Rounds):
         return router
 
     def run(self, training: RowTraining) -> Iterator[TrainStep | None]:
-        args, device, number = self.args, self.processes.device, training.round
+        args, number, processes = self.args, training.round, self.processes
         if self._batches is None:
             self._batches = numbered_batches(
                 self.data, args.global_seed, number, args.global_batch_size,
-                self.processes.rank, self.processes.world_size, args.num_works,
+                processes.rank, processes.world_size, args.num_works,
             )  # fmt: skip
-        generators, (x, labels) = self.generators(number), next(self._batches)
+        steps, local = (
+            draw_steps(args.global_seed, number, self.steps, args.groups),
+            args.groups // processes.world_size,
+        )
+        own_steps = steps[processes.rank * local : (processes.rank + 1) * local]
+        generators, size = self.generators(number), args.global_batch_size // args.groups
+        parts = zip(*(part.split(size) for part in next(self._batches)), own_steps, strict=True)
+        pairs = [self._pair(generators[k * size :][:size], *part) for k, part in enumerate(parts)]
+        yield train_pairs(
+            self.model, self.diffusion, training.router, training.optimizer, pairs, args.ste_threshold,
+            training.reg_weight, self.variant, steps, distributed.gathered,
+        )  # fmt: skip
+
+    def _pair(self, generators: list[torch.Generator], x: Tensor, labels: Tensor, step: int) -> Pair:
+        """A group's samples, ready for the model."""
+        device = self.processes.device
         x_0 = to_model_space(x.to(device), self.vae, generators)
         noise = draw_noise(self.model, generators).to(device)
         if self.model.has_null_label:
             dropped = [bool(torch.rand((), generator=one) < LABEL_DROPOUT) for one in generators]
             labels = torch.where(torch.tensor(dropped), self.model.num_classes, labels)
-        yield train_pair(
-            self.model, self.diffusion, training.router, training.optimizer, x_0, noise, labels.to(device),
-            self._draw_step(number), args.ste_threshold, training.reg_weight, self.variant,
-        )  # fmt: skip
+        return Pair(x_0, noise, labels.to(device), step)
 
-    def _draw_step(self, number: int) -> int:
-        """The step computed in full: odd, or with --every-row any that has one after it."""
-        steps = range(1, self.diffusion.num_timesteps, 1 if self.args.every_row else 2)
-        generator = sample_generator(self.args.global_seed, TRAINING_STREAM, number)
-        return steps[int(torch.randint(len(steps), (), generator=generator))]
+
+def draw_steps(seed: int, number: int, steps: range, groups: int) -> list[int]:
+    """Learning-to-Cache: the step that each group computes in full in round `number`."""
+    generator = sample_generator(seed, TRAINING_STREAM, number)
+    return [steps[one] for one in torch.randint(len(steps), (groups,), generator=generator).tolist()]
+
+
+def full_steps(num_steps: int, every_row: bool = False) -> range:
+    """Learning-to-Cache: the steps that may be computed in full: odd, or all that have one after them."""
+    return range(1, num_steps, 1 if every_row else 2)

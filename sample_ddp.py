@@ -69,7 +69,7 @@ def parse_args() -> argparse.Namespace:
     sampling.add_argument("--num-sampling-steps", default="50", help="N, or a respacing (default 50)")
     sampling.add_argument("--ddim-sample", action="store_true", help="DDIM, eta 0 (the default)")
     sampling.add_argument("--p-sample", action="store_true", help="DDPM (ancestral)")
-    sampling.add_argument("--seed", type=cli.non_negative_int, default=0)
+    sampling.add_argument("--seed", type=cli.seed, default=0)
     sampling.add_argument(
         "--labels",
         choices=("random", "uniform"),
@@ -84,7 +84,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("samples.npz"))
     execution.add_arguments(parser)
     cli.add_device_arguments(parser)
-    args = parser.parse_args()
+    args = cli.parse(parser)
     if args.ddim_sample and args.p_sample:
         parser.error("--ddim-sample and --p-sample exclude each other; give one")
     if args.output.suffix != ".npz":

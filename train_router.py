@@ -21,6 +21,7 @@ import argparse
 import math
 import os
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -43,11 +44,12 @@ from target import Target
 from train_arguments import parse_args
 from training import find_resumable, new_run_folder, read_checkpoint
 
-# The arguments that decide the numbers: a resumed run must have the same.
+# The arguments that decide the numbers, where the method reads them: a resumed run must have the same.
 SETTINGS = (
     "method", "model", "image_size", "num_classes", "num_sampling_steps", "cfg_scale",
     "ste_threshold", "l1", "target_cur", "target_speedup", "cost", "lambda_c", "proxy", "data_loss",
-    "router_train", "rollout", "data", "every_row", "lr", "global_batch_size", "global_seed", "precision",
+    "router_train", "rollout", "data", "every_row", "groups", "lr", "global_batch_size", "trajectories",
+    "global_seed", "precision", "vae",
     "terms", "init", "window", "pool", "moments_weight", "open_share",
 )  # fmt: skip
 METHODS = {"harmonica": Trajectories, "l2c": Pairs, "end-to-end": EndToEnd}
@@ -79,8 +81,9 @@ class Window:
         values = distributed.mean(torch.stack(rows)).tolist()
         for (train_steps, update), (loss, *_) in zip(self._pending, values, strict=True):
             if not math.isfinite(loss):
+                where = f"step {update.step}" if isinstance(update.step, int) else f"steps {update.step}"
                 raise ValueError(
-                    f"the loss is {loss} at train step {train_steps} (denoising step {update.step}); the "
+                    f"the loss is {loss} at train step {train_steps} (denoising {where}); the "
                     "last checkpoint is intact; check the model's weights, lower --lr or use --precision fp32"
                 )
         self._pending.clear()
@@ -228,15 +231,26 @@ def choose_target(args: argparse.Namespace, model: DiT, diffusion: GaussianDiffu
     return None
 
 
+def check_shared(args: argparse.Namespace, ranks: int) -> None:
+    """Raise ValueError where the samples of a round, or its groups, cannot be shared by so many ranks."""
+    count = args.trajectories or args.global_batch_size
+    if count % ranks:
+        flag = "trajectories" if "trajectories" in args.given else "global_batch_size"
+        given = getattr(args, flag)
+        said = f"--{flag.replace('_', '-')} {given} cannot be shared by {ranks} ranks"
+        said += "" if given == count else f": it is {count} trajectories"
+        raise ValueError(f"{said}, take a multiple of {ranks * given // count}")
+    if args.groups and args.groups % ranks:
+        raise ValueError(
+            f"--groups {args.groups} cannot be shared by {ranks} ranks, take a multiple of {ranks}"
+        )
+
+
 def main(args: argparse.Namespace) -> None:
     processes = distributed.start(args.device)
     if processes.is_main:
         cli.show_notes(args)
-    if args.global_batch_size % processes.world_size:
-        raise ValueError(
-            f"--global-batch-size {args.global_batch_size} cannot be shared by {processes.world_size} ranks, "
-            f"take a multiple of {processes.world_size}"
-        )
+    check_shared(args, processes.world_size)
     if processes.device.type == "cuda":  # or a resumed run would not repeat its bits
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -246,15 +260,18 @@ def main(args: argparse.Namespace) -> None:
     model = load_model(
         args.model, args.ckpt, args.image_size, args.num_classes, processes.device, dtype, args.random_weights
     )
+    if args.data_loss == "eps" and not model.learn_sigma and processes.is_main:
+        warnings.warn("--data-loss eps has no effect: this model predicts nothing else", stacklevel=2)
     if args.compile:
         execution.compile_branches(model, processes.device)
     if args.recompute_branches:  # around the compiled ones
         execution.recompute_branches(model)
     diffusion = create_diffusion(args.num_sampling_steps, learn_sigma=model.learn_sigma)
-    settings = {name: getattr(args, name) for name in SETTINGS}
+    settings = {name: getattr(args, name) for name in SETTINGS if name not in args.unread}
     settings |= {"image_size": pixels_of(model), "num_classes": model.num_classes}
     settings["weights"] = weights_fingerprint(model)
-    settings["vae"] = args.vae if args.method == "l2c" else None
+    if "trajectories" in settings:
+        del settings["global_batch_size"]  # the same
     if args.method == "end-to-end":
         settings["max_steps"] = args.max_steps  # decides how the learning rate falls
     run = Run(args, processes, model, diffusion, settings)

@@ -9,6 +9,7 @@ the same logits bit for bit.
 import json
 import math
 import re
+import warnings
 from pathlib import Path
 
 import safetensors
@@ -93,9 +94,10 @@ class Training:
 
 
 class RowTraining(Training):
-    """A router whose rows are trained one at a time, its optimizer, lambda and beta.
+    """A router whose rows are trained apart, its optimizer, lambda and beta.
 
     target: where given, beta starts at `reg_weight` and is moved until the schedule at `threshold` meets it.
+    rows_per_step: the rows that a train step updates, on average.
     """
 
     def __init__(
@@ -107,13 +109,14 @@ class RowTraining(Training):
         threshold: float,
         reg_weight: float,
         target: Target | None = None,
+        rows_per_step: float = 1.0,
     ):
         super().__init__(steps_per_round, target)
         self.router, self.threshold = router.to(device), threshold
+        self.rows_per_step = rows_per_step
         self._fixed_reg_weight = reg_weight
         self._control = target and RegWeightControl(target, threshold, math.log(reg_weight))
         self.optimizer = torch.optim.AdamW(self.router.parameters(), lr=lr, weight_decay=0.0, fused=True)
-        distributed.average_gradients(self.optimizer)
         self.proxy_weights = torch.ones(router.num_steps, device=device)
         self.mark_boundary()
 
@@ -140,7 +143,7 @@ class RowTraining(Training):
         """Move beta towards the target."""
         if self._control:
             per_row = [
-                steps / self.router.num_steps
+                steps * self.rows_per_step / self.router.num_steps
                 for steps in (self.steps_per_round, total_steps - self.train_steps)
             ]
             self._control.update(self.router, self.optimizer, *per_row)
@@ -187,11 +190,32 @@ def read_checkpoint(path: Path, settings: dict) -> dict[str, Tensor]:
         raise ValueError(f"--resume {path}: no checkpoint of train_router.py ({error})") from None
     if "resume.train_steps" not in state or path.parent.name != "checkpoints":
         raise ValueError(f"--resume {path}: not a checkpoint in its run's folder; give that folder")
-    for name, value in settings.items():
-        if found.get(name) != value:
-            flag = "ckpt, whose weights were" if name == "weights" else name.replace("_", "-")
-            raise ValueError(f"--resume {path}: it was trained with --{flag} {found.get(name)}, not {value}")
+    before = found and "trajectories" not in found and "groups" not in found
+    found = _renamed(found) if before else found
+    others = [name for name, value in settings.items() if found.get(name) != value]
+    if others:
+        name = others[0]
+        flag = "ckpt, whose weights were" if name == "weights" else name.replace("_", "-")
+        reason = f"--resume {path}: it was trained with --{flag} {found.get(name)}, not {settings[name]}"
+        if before and name == "trajectories":
+            reason += "; when it began, --global-batch-size counted trajectories, not rows"
+        raise OtherSettings(reason, bool(before) and set(others) <= {"trajectories", "groups", "l1"})
     return state
+
+
+class OtherSettings(ValueError):
+    """A checkpoint of another training; `renamed`: the same command meant this one when it was written."""
+
+    def __init__(self, reason: str, renamed: bool):
+        super().__init__(reason)
+        self.renamed = renamed
+
+
+def _renamed(settings: dict) -> dict:
+    """Settings of a time when batches were not counted in rows and there were no groups, in today's terms."""
+    if settings.get("method") == "l2c":
+        return settings | {"groups": 1}
+    return settings | {"trajectories": settings.get("global_batch_size")}
 
 
 def new_run_folder(results: Path, name: str) -> Path:
@@ -218,6 +242,9 @@ def find_resumable(results: Path, resume: str, settings: dict) -> Path | None:
             newest = find_router(folder / "checkpoints")
             read_checkpoint(newest, settings)
             return newest
+        except OtherSettings as other:
+            if other.renamed:
+                warnings.warn(f"{other}: a new run begins", stacklevel=2)
         except (ValueError, FileNotFoundError):  # another training's, or nothing saved yet
             continue
     return None

@@ -7,6 +7,7 @@ from diffusion.samplers import DDIM, DDPM, SAMPLERS, Sampler, State, as_sampler,
 __all__ = [
     "DDIM",
     "DDPM",
+    "NUM_TIMESTEPS",
     "SAMPLERS",
     "GaussianDiffusion",
     "Sampler",
@@ -17,9 +18,11 @@ __all__ = [
     "space_timesteps",
 ]
 
+NUM_TIMESTEPS = 1000  # of the chain that the models were trained on
+
 
 def create_diffusion(
-    timestep_respacing: str | int = "", diffusion_steps: int = 1000, learn_sigma: bool = True
+    timestep_respacing: str | int = "", diffusion_steps: int = NUM_TIMESTEPS, learn_sigma: bool = True
 ) -> GaussianDiffusion:
     """A linear-beta chain of `diffusion_steps`, of which `timestep_respacing` keeps some.
 

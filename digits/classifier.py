@@ -119,8 +119,8 @@ def train(
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the digits classifier.")
-    parser.add_argument("--epochs", type=int, default=60)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=cli.positive_int, default=60)
+    parser.add_argument("--seed", type=cli.seed, default=0)
     parser.add_argument("--output", type=Path, default=WEIGHTS)
     return parser.parse_args()
 

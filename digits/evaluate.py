@@ -26,7 +26,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--samples", type=cli.positive_int, default=5000)
     parser.add_argument("--steps", type=cli.positive_int, nargs="+", default=[20, 10, 5])
     parser.add_argument("--cfg-scales", type=cli.finite, nargs="+", default=[1.0, 1.5])
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=cli.seed, default=0)
     return parser.parse_args()
 
 

@@ -52,7 +52,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cfg-scale", type=cli.finite, default=1.0, help="guidance, 1 = off (the default)")
     parser.add_argument("--p-sample", action="store_true", help="DDPM instead of DDIM")
     parser.add_argument("--samples", type=cli.positive_int, default=2000)
-    parser.add_argument("--seed", type=cli.non_negative_int, default=1234)
+    parser.add_argument("--seed", type=cli.seed, default=1234)
     parser.add_argument("--batch-size", type=cli.positive_int, default=250)
     parser.add_argument(
         "--repeats",
@@ -68,7 +68,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     methods.add_arguments(parser)
     execution.add_arguments(parser)
-    args = parser.parse_args(arguments)
+    args = cli.parse(parser, arguments)
     if args.step_errors and args.p_sample:
         parser.error("--step-errors is of DDIM; leave out --p-sample")
     methods.check_arguments(parser, args)

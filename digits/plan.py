@@ -135,22 +135,15 @@ class Plan:
         id = f"{name}-T{num_steps}-{kind}{value:g}-s{seed}" + (f"-cfg{cfg_scale:g}" if cfg_scale != 1 else "")
         rows = num_steps // 2 if name == "l2c" else num_steps
         arguments = ["--model", DIGITS_MODEL, "--num-sampling-steps", num_steps, f"--target-{kind}", value]
-        arguments += [
-            "--global-seed",
-            seed,
-            "--lr",
-            lr,
-            "--max-steps",
-            updates * rows,
-            "--global-batch-size",
-            8,
-        ]
+        arguments += ["--global-seed", seed, "--lr", lr, "--max-steps", updates * rows]
+        # A batch of 8 is 8 trajectories with guidance and without.
+        arguments += ["--global-batch-size" if cfg_scale == 1 else "--trajectories", 8]
         if name.startswith("l2c"):
             limit = name == "l2c" and value > 1.9  # all that even rows can save: begin with a strong pull
             # More steps, smaller errors of one. A start that is too strong is not made good: logits at their
             # limit hardly come back.
             start = 0.1 if limit else 1e-4 if num_steps < 50 else 5e-6
-            arguments += ["--method", "l2c", "--data", "digits", "--l1", start]
+            arguments += ["--method", "l2c", "--data", "digits", "--l1", start, "--groups", 1]
             arguments += ["--every-row"] if name == "l2c-every-row" else []
         else:  # a refresh of lambda costs T trajectories: one every T / 2, or ten where T is small
             arguments += ["--cfg-scale", cfg_scale, "--l1", 1e-6]

@@ -51,7 +51,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--cfg-scale", type=cli.finite, default=1.0, help="guidance, 1 = off (the default)")
     parser.add_argument("--samples", type=cli.positive_int, default=2048)
-    parser.add_argument("--seed", type=cli.non_negative_int, default=1234)
+    parser.add_argument("--seed", type=cli.seed, default=1234)
     parser.add_argument(
         "--batch-size", type=cli.positive_int, default=64, help="drawn at once; also the batch that is timed"
     )

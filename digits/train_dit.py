@@ -34,8 +34,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--lr", type=cli.positive, default=1e-3, help="peak; linear warm-up of 200, then cosine to 0"
     )
-    parser.add_argument("--ema-decay", type=float, default=0.999)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ema-decay", type=cli.below_one, default=0.999)
+    parser.add_argument("--seed", type=cli.seed, default=0)
     parser.add_argument("--save-every", type=cli.positive_int, default=500)
     parser.add_argument("--output", type=Path, default=WEIGHTS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -99,7 +99,7 @@ def main(args: argparse.Namespace) -> None:
 
     began, losses = time.monotonic() - seconds, []
     for iteration in tqdm(range(start, args.iterations), initial=start, total=args.iterations, disable=None):
-        torch.manual_seed(args.seed + 1_000_003 * (iteration + 1))
+        torch.manual_seed((args.seed + 1_000_003 * (iteration + 1)) % 2**64)
         optimizer.param_groups[0]["lr"] = learning_rate(iteration, args)
         losses.append(train_iteration(model, diffusion, optimizer, images, labels, args.batch_size))
         torch._foreach_lerp_(ema, [p.detach() for p in model.parameters()], 1 - args.ema_decay)

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import io
+import json
 import os
 import re
 import subprocess
@@ -11,7 +12,10 @@ import warnings
 from pathlib import Path
 from unittest import mock
 
+from safetensors.torch import load_file, save_file
+
 import cli
+from router import load_router
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
@@ -54,3 +58,14 @@ def error_line(script: str, *arguments) -> str:
     lines = [line for line in text.splitlines() if re.match(r"[\w.]+: error: ", line)]
     assert len(lines) == 1, text
     return lines[0]
+
+
+def write_old_settings(path: Path) -> None:
+    """Make a checkpoint one from before `trajectories` and `groups`."""
+    info = load_router(path).info
+    settings = {name: value for name, value in info["settings"].items() if name != "groups"}
+    if "trajectories" in settings:
+        settings["global_batch_size"] = settings.pop("trajectories")
+    facts = {name: value for name, value in info.items() if name != "path"} | {"settings": settings}
+    metadata = {name: value if isinstance(value, str) else json.dumps(value) for name, value in facts.items()}
+    save_file(load_file(path), path, metadata=metadata)

@@ -1,22 +1,27 @@
 """The training command on the digits model: processes, resuming, what it writes, how it fails."""
 
 import json
+import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from unittest import mock
 
 import pytest
 import torch
-from commands import ENVIRONMENT, ROOT, error_line, run, torchrun
+from commands import ENVIRONMENT, ROOT, error_line, run, torchrun, write_old_settings
 from PIL import Image
-from safetensors.torch import load_file, save_file
 
+import objectives
 from distributed import Processes
+from models import DiT
 from router import Router, find_router, load_router, save_router
+from train_arguments import parse_args
 
-DIGITS_WEIGHTS = ROOT / "digits" / "dit.safetensors"
 TRAIN = ["train_router.py", "--model", "DiT-digits/2", "--num-sampling-steps", 5, "--global-batch-size", 4]
 TRAIN += ["--lr", 0.05, "--l1", 1e-4, "--lambda-c", 7, "--log-every", 5]
 
@@ -146,19 +151,32 @@ def test_resume_auto_starts_anew_where_no_run_is_like_this(tmp_path):
     assert sorted(path.name[:3] for path in tmp_path.iterdir()) == ["000", "001"]
 
 
-def test_nan_loss_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
-    run(*TRAIN, "--results-dir", tmp_path, "--max-steps", 5)
+def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
+    uninterrupted, tmp_path, monkeypatch
+):
+    """From train step 8 on; what was written before it is whole, and the run goes on from there."""
+    arguments = [*TRAIN, "--results-dir", tmp_path, "--max-steps", 23, "--ckpt-every", 6]
+    losses, calls = objectives._losses, []
+
+    def broken(*given):
+        calls.append(1)
+        loss, *others = losses(*given)
+        return (loss * torch.nan if len(calls) > 6 else loss), *others  # train steps 1 and 6 have none
+
+    with monkeypatch.context() as patch:
+        patch.setattr("objectives._losses", broken)
+        assert "loss is nan at train step 9 (denoising step 1)" in error_line(*arguments)
+    assert len(calls) > 6
     (folder,) = tmp_path.iterdir()
-    kept = {path: path.read_bytes() for path in (folder / "checkpoints").iterdir()}
-    state = load_file(DIGITS_WEIGHTS)
-    state["blocks.3.mlp.fc1.weight"][0, 0] = torch.nan
-    save_file(state, tmp_path / "broken.safetensors")
-    broken = ["--ckpt", tmp_path / "broken.safetensors", "--results-dir", tmp_path]
-    line = error_line(*TRAIN, *broken, "--ckpt-every", 1, "--max-steps", 10)
-    assert "loss is nan at train step 2 (denoising step 3)" in line
-    assert all(path.read_bytes() == content for path, content in kept.items())
-    for path in tmp_path.glob("001-*/checkpoints/*.safetensors"):
-        assert load_router(path).logits.isfinite().all()
+    assert [path.name for path in (folder / "checkpoints").glob("*.safetensors")] == ["0000006.safetensors"]
+    run(*arguments, "--resume", "auto")
+    assert torch.equal(logits(tmp_path), logits(uninterrupted))
+
+
+def test_infinite_loss_names_the_rows_of_all_groups(tmp_path):
+    arguments = ["--method", "l2c", "--data", "digits", "--l1", 3e38, "--results-dir", tmp_path]
+    line = error_line(*TRAIN[:-4], *arguments, "--max-steps", 3)
+    assert re.search(r"loss is (inf|nan) at train step 1 \(denoising steps \((\d, ){3}\d\)\)", line)
 
 
 def test_wandb_that_cannot_be_reached_logs_offline(tmp_path, monkeypatch):
@@ -234,9 +252,100 @@ def test_wrong_use_ends_in_one_line(tmp_path, arguments, words):
     assert not (tmp_path / "r").exists()
 
 
-def test_batch_that_cannot_be_shared_is_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("flags", "words"), [
+    ([], "--global-batch-size 4 cannot be shared by 3 ranks: it is 2 trajectories, take a multiple of 6"),
+    (["--cfg-scale", 1], "--global-batch-size 4 cannot be shared by 3 ranks, take a multiple of 3"),
+    (["--trajectories", 4], "--trajectories 4 cannot be shared by 3 ranks, take a multiple of 3"),
+])  # fmt: skip
+def test_batch_that_cannot_be_shared_is_refused(tmp_path, monkeypatch, flags, words):
     monkeypatch.setattr("distributed.start", lambda _: Processes(0, 3, torch.device("cpu")))
-    assert "--global-batch-size 4 cannot be shared by 3" in error_line(
-        *TRAIN, "--results-dir", tmp_path / "r"
-    )
+    train = [*TRAIN[:5], *TRAIN[7:]] if "--trajectories" in flags else TRAIN
+    assert words in error_line(*train, *flags, "--results-dir", tmp_path / "r")
     assert not (tmp_path / "r").exists()
+
+
+END_TO_END = ["--method", "end-to-end", "--target-speedup", 1.5, "--max-steps", 17]
+L2C = ["--method", "l2c", "--data", "digits", "--max-steps", 1]
+
+
+@pytest.mark.parametrize(("method", "batch", "rows", "settings"), [
+    ([], ["--global-batch-size", 4], 4, {"trajectories": 2}),
+    ([], ["--trajectories", 4], 8, {"trajectories": 4}),
+    (["--cfg-scale", 1], ["--global-batch-size", 4], 4, {"trajectories": 4}),
+    (["--cfg-scale", 1], ["--trajectories", 3], 3, {"trajectories": 3}),
+    (END_TO_END, ["--global-batch-size", 2], 2, {"trajectories": 1}),
+    ([*END_TO_END, "--cfg-scale", 1], ["--global-batch-size", 2], 2, {"trajectories": 2}),
+    (L2C, ["--global-batch-size", 4, "--groups", 1], 4, {"global_batch_size": 4, "groups": 1}),
+    (L2C, ["--global-batch-size", 4, "--groups", 2], 2, {"global_batch_size": 4, "groups": 2}),
+])  # fmt: skip
+def test_a_batch_is_counted_in_rows_of_a_forward_pass(tmp_path, monkeypatch, method, batch, rows, settings):
+    """As the released HarmoniCa counts it: under guidance conditional and unconditional rows together."""
+    predict, met = DiT.predict, Counter()
+
+    def counted(model, x, *others):
+        met[len(x)] += 1
+        return predict(model, x, *others)
+
+    monkeypatch.setattr(DiT, "predict", counted)
+    train = ["train_router.py", "--model", "DiT-digits/2", "--num-sampling-steps", 3, "--max-steps", 3]
+    run(*train, *method, *batch, "--results-dir", tmp_path)
+    assert set(met) == {rows}
+    written = load_router(next(tmp_path.iterdir())).info["settings"]
+    assert settings.items() <= written.items()
+    assert len({"trajectories", "global_batch_size"} & set(written)) == 1  # what decides the numbers
+
+
+def test_published_batch_is_32_trajectories():
+    args = parse_args(["--global-batch-size", "64", "--cfg-scale", "1.5"])
+    assert (args.trajectories, args.global_batch_size) == (32, 64)
+    assert parse_args([]).trajectories == 32
+    assert parse_args(["--trajectories", "64"]).global_batch_size == 128
+    assert parse_args(["--cfg-scale", "1"]).trajectories == 64
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--global-batch-size", 7], "--global-batch-size 7 is odd: under guidance a trajectory is two rows"),
+    (["--global-batch-size", 64, "--trajectories", 32], "not allowed with"),
+    (["--trajectories", 0], "0 is not at least 1"),
+    ([*END_TO_END, "--global-batch-size", 8, "--pool", 3], "--pool 3 is less than a batch (4)"),
+])  # fmt: skip
+def test_what_no_batch_can_be_is_refused(tmp_path, flags, words):
+    train = ["train_router.py", "--model", "DiT-digits/2", "--results-dir", tmp_path]
+    assert words in error_line(*train, *flags)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_counted_trajectories_goes_on_with_as_many(tmp_path):
+    """A checkpoint from before batches were counted in rows: the same command now means half as many."""
+    arguments = [*TRAIN[:5], *TRAIN[7:], "--results-dir", tmp_path, "--resume", "auto"]
+    run(*arguments, "--trajectories", 4, "--max-steps", 7)
+    file = find_router(next(tmp_path.iterdir()))
+    write_old_settings(file)
+    text = run(*arguments, "--global-batch-size", 4, "--max-steps", 1)
+    said = "was trained with --trajectories 4, not 2; when it began, --global-batch-size counted trajectories"
+    assert said in text
+    assert "a new run begins" in text
+    assert said in error_line(*arguments[:-1], file, "--global-batch-size", 4)
+    shutil.rmtree(max(tmp_path.iterdir()))
+    for number, again in enumerate((["--trajectories", 4], ["--global-batch-size", 8]), 8):
+        assert "resuming from" in run(*arguments, *again, "--max-steps", number)
+
+
+def test_flags_that_do_not_matter_do_not_keep_a_run_from_going_on(tmp_path):
+    """Nobody reads --lambda-c without a proxy, so another one is no other training."""
+    arguments = [*TRAIN, "--results-dir", tmp_path, "--resume", "auto", "--proxy", "none"]
+    run(*arguments, "--max-steps", 3)
+    text = run(*arguments, "--max-steps", 6, "--lambda-c", 9)
+    assert "resuming from" in text
+    assert "warning: --lambda-c has no effect with --proxy none" in text
+
+
+@pytest.mark.parametrize("spelling", ["--local-rank=1", "--local_rank=1"])
+def test_launchers_that_pass_the_local_rank_are_understood(tmp_path, monkeypatch, spelling):
+    """torch.distributed.launch and DeepSpeed's; where the environment says it, that counts."""
+    arguments, seen = [*TRAIN, "--results-dir", tmp_path, "--max-steps", 1, spelling], []
+    monkeypatch.setattr("train_router.main", lambda _: seen.append(os.environ["LOCAL_RANK"]))
+    for given in ({}, {"LOCAL_RANK": "0"}):
+        with mock.patch.dict(os.environ, given):
+            run(*arguments)
+    assert seen == ["1", "0"]
