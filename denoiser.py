@@ -11,6 +11,15 @@ from models import DiT, Modulations
 MODULATION_BYTES = 2**28  # made ahead at most, by as many steps as fit
 
 
+def check_guidance(model: DiT, cfg_scale: float) -> None:
+    """Raise ValueError where guidance is asked of a model that has no null label."""
+    if cfg_scale != 1.0 and not model.has_null_label:
+        raise ValueError(
+            f"guidance {cfg_scale:g} needs a null label, this model was built without "
+            "(--class-dropout-prob 0); give --cfg-scale 1 (off)"
+        )
+
+
 class Denoiser:
     """Model, chain, labels and guidance scale as one function of (x_t, step, cache).
 
@@ -31,10 +40,7 @@ class Denoiser:
     ):
         self.model, self.diffusion, self.cfg_scale = model, diffusion, cfg_scale
         self.guided = cfg_scale != 1.0
-        if self.guided and not model.has_null_label:
-            raise ValueError(
-                f"guidance {cfg_scale:g} needs a null label, this model was built without; use 1 (off)"
-            )
+        check_guidance(model, cfg_scale)
         null = torch.full_like(labels, model.num_classes)
         self.y = torch.cat([labels, null]) if self.guided else labels
         self.dtype = next(model.parameters()).dtype

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import distributed
+from identity import difference
 from router import Router, Schedule, find_router, save_router
 from target import RegWeightControl, Target
 
@@ -187,10 +188,10 @@ def read_checkpoint(path: Path, settings: dict) -> dict[str, Tensor]:
         raise ValueError(f"--resume {path}: no checkpoint of train_router.py ({error})") from None
     if "resume.train_steps" not in state or path.parent.name != "checkpoints":
         raise ValueError(f"--resume {path}: not a checkpoint in its run's folder; give that folder")
-    for name, value in settings.items():
-        if found.get(name) != value:
-            flag = "ckpt, whose weights were" if name == "weights" else name.replace("_", "-")
-            raise ValueError(f"--resume {path}: it was trained with --{flag} {found.get(name)}, not {value}")
+    if other := difference(found, settings):
+        name, value = other
+        flag = "ckpt, whose weights were" if name == "weights" else name.replace("_", "-")
+        raise ValueError(f"--resume {path}: it was trained with --{flag} {value}, not {settings[name]}")
     return state
 
 

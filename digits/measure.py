@@ -22,6 +22,7 @@ import cli
 import execution
 import methods
 from digits.classifier import Judge
+from identity import weights_fingerprint
 from methods import Method
 from metrics.frechet import frechet_distance
 from metrics.paired import mse, psnr, ssim
@@ -36,7 +37,6 @@ from sampling import (
     generate_seeded,
     load_model,
     sample_generator,
-    weights_fingerprint,
 )
 from timing import in_turn
 
