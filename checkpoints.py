@@ -18,13 +18,11 @@ import torch
 from torch import Tensor
 
 from models import DiT, DiT_models
-from weights import check_values, find_weights, folder_of, read_weights
+from weights import check_values, find_weights, folder_of, read_weights, unwrapped
 
 # Names that only a DiT has, in the official layout and in diffusers'.
 _OFFICIAL = ("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "final_layer.linear.weight")
 _DIFFUSERS = ("pos_embed.proj.weight", "transformer_blocks.0.norm1.linear.weight", "proj_out_2.weight")
-# What DistributedDataParallel, torch.compile, FSDP and activation checkpointing put into names.
-_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _AVERAGED = re.compile(r"(^|[._])(ema|swa|averaged?)([._]|$)", re.IGNORECASE)
 _DIFFUSERS_CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
 
@@ -47,8 +45,9 @@ def load_checkpoint(model: DiT, path: str | Path) -> str:
     _require_match(model, state, hints, file)
     check_values(state, file)
     model.load_state_dict(state)
+    rows = len(model.y_embedder.embedding_table.weight)
     labels = f"{model.num_classes} classes {'and the' if model.has_null_label else 'without a'} null label"
-    return f"{file}{found.words}; {labels}"
+    return f"{file}{found.words}; {rows} rows of labels: {labels}"
 
 
 def _find_file(path: Path) -> Path:
@@ -78,10 +77,8 @@ class Found(NamedTuple):
 
     @property
     def place(self) -> str:
-        parts = ([f"'{'.'.join(self.path)}'"] if self.path else []) + (
-            [f"the names that begin with '{self.prefix}'"] if self.prefix else []
-        )
-        return ", ".join(parts) or "the file itself"
+        path, names = ".".join(self.path), f"names that begin with '{self.prefix}'"
+        return ", ".join([f"'{path}'"] * bool(path) + [names] * bool(self.prefix)) or "the file's own names"
 
 
 def find_state(content, file: Path | str = "checkpoint") -> Found:
@@ -103,16 +100,18 @@ def find_state(content, file: Path | str = "checkpoint") -> Found:
             f"{file} holds {len(chosen)} DiT state dicts ({places}); save the one that is wanted alone"
         )
     [one] = chosen
-    words = f", of it {one.place}{one.words}" if one.path or one.prefix else one.words
-    if not averages and (empty := [key for key in content if _AVERAGED.search(str(key))]):
-        words += f"; no DiT in '{empty[0]}'"
+    words = f", its {one.place}{one.words}" if one.path or one.prefix else one.words
+    kinds = (dict, list, type(None))
+    empty = [key for key, value in content.items() if isinstance(value, kinds) and _AVERAGED.search(str(key))]
+    if empty and not averages:
+        words += f"; no DiT is in its '{empty[0]}'"
     return one._replace(words=words)
 
 
 def _states(value: dict, path: tuple[str, ...] = ()) -> Iterator[Found]:
     """Every DiT in nested dicts, the optimizers' left out."""
     named = {key: one for key, one in value.items() if isinstance(key, str)}
-    state, removed = _unwrapped(named)
+    state, removed = unwrapped(named)
     found = {
         name.removesuffix(anchor)
         for name in state
@@ -127,7 +126,7 @@ def _states(value: dict, path: tuple[str, ...] = ()) -> Iterator[Found]:
             if name.startswith(prefix) and not (prefix == "" and others and name.startswith(others))
         }
         own.pop("n_averaged", None)  # a counter of torch.optim.swa_utils.AveragedModel
-        words = f"; names without {', '.join(removed)}" if removed else ""
+        words = f", {' and '.join(map(repr, removed))} taken out of the names" if removed else ""
         left = [name for name in state if not name.startswith(prefix)] if prefix else []
         if left:
             parts = sorted({name.partition(".")[0] for name in left})
@@ -136,15 +135,6 @@ def _states(value: dict, path: tuple[str, ...] = ()) -> Iterator[Found]:
     for key, one in named.items():
         if isinstance(one, dict) and len(path) < 4 and not key.lower().startswith("opt"):
             yield from _states(one, (*path, key))
-
-
-def _unwrapped(state: dict) -> tuple[dict, list[str]]:
-    """Names without the parts that wrappers put into them, and those parts; as it is where two would meet."""
-    names = {name: ".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in state}
-    if len(set(names.values())) < len(names):
-        return state, []
-    removed = sorted({part for name in names if names[name] != name for part in name.split(".")} & _WRAPPERS)
-    return {names[name]: value for name, value in state.items()}, removed
 
 
 def _has_nameless(content) -> bool:

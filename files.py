@@ -89,7 +89,8 @@ def load_pickle_safely(file: Path):
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Detected pickle protocol")  # it is read or refused
-            return torch.load(file, map_location="cpu", weights_only=True)
+            with open(file, "rb") as stream:  # by a path torch would go by the suffix
+                return torch.load(stream, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise ValueError(pickles.refusal(file, found and found[1])) from None

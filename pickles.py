@@ -145,7 +145,10 @@ def _way_out(content, load: str, found: dict[str, set[str]]) -> str:
     if not kept:
         return ""
     modules = "pickle, torch" if load.startswith("pickle") else "torch"
-    return f". If you trust it, save it without: import {modules}; c = {load}; torch.save({kept}, 'clean.pt')"
+    return (
+        f". If you trust it, save it without, in Python: import {modules}; c = {load}; "
+        f"torch.save({kept}, 'clean.pt')"
+    )
 
 
 def _comprehension(refused: list, kept: list) -> str:

@@ -33,9 +33,13 @@ LABEL_DROPOUT = 0.1  # Learning-to-Cache trains on null labels too, as the DiT w
 
 
 def vae_spec(args: argparse.Namespace) -> str:
-    """The `--vae` that a training reads: of an image folder for a latent model alone, else `none`."""
-    is_folder = args.method == "l2c" and args.data != "digits" and Path(args.data).is_dir()
-    return args.vae if is_folder and is_latent(args.model) else "none"
+    """The `--vae` whose latents the model has: of the images to encode, or any that is a folder; else `none`.
+
+    Only images are encoded; but a VAE's factor says what `--image-size` means.
+    """
+    has_images = args.method == "l2c" and args.data != "digits" and Path(args.data).is_dir()
+    is_read = has_images or (args.vae is not None and Path(args.vae).is_dir())
+    return args.vae if is_read and is_latent(args.model) else "none"
 
 
 class Rounds:
@@ -148,7 +152,7 @@ class Pairs(Rounds):
             raise ValueError(
                 f"--vae none: the images of --data {args.data} need a VAE; give ema, mse or a folder"
             )
-        config = read_vae_config(vae_spec(args))
+        config = read_vae_config(vae_spec(args)) if is_folder else None
         if config is not None:
             config.check_encoder()
         self.vae = config and config.load(processes.device, fetch=processes.world_size == 1)

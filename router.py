@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import cli
 from files import is_pickle, is_safetensors, load_pickle_safely, replacing
-from weights import DTYPES
+from weights import DTYPES, unwrapped
 
 FORMAT_VERSION = 1
 LOGIT_LIMIT = 5.0
@@ -275,7 +275,7 @@ def _check(file: Path, logits: Tensor, weights: Tensor | None, info: dict) -> No
 
 
 SHIPPED = Path(__file__).parent / "digits" / "routers"
-_SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", "")  # of what counts as a router in a folder
+_SUFFIXES = (".pth", ".ckpt", ".bin", "")  # of what may be a router in a folder, beside our own
 
 
 def find_router(path: str | Path) -> Path:
@@ -289,12 +289,7 @@ def find_router(path: str | Path) -> Path:
     if (named := SHIPPED / f"{path}.safetensors").is_file():
         return named
     for folder in (path, path / "checkpoints"):
-        found = [file for file in folder.glob("*") if file.suffix in _SUFFIXES and file.is_file()]
-        found = [
-            file
-            for file in found
-            if file.suffix in (".safetensors", ".pt") or is_pickle(file) or is_safetensors(file)
-        ]
+        found = [file for file in folder.glob("*") if file.is_file() and _may_be_router(file)]
         files = [file for file in found if not file.stem.endswith(".part")]
         if files:
             return max(files, key=lambda file: (int(re.findall(r"\d+", f"0{file.stem}")[-1]), file.name))
@@ -306,6 +301,12 @@ def find_router(path: str | Path) -> Path:
         f"router {path} does not exist; give a router file, a folder that holds one, or the name of one that "
         "ships, such as digits-T20-1.96x"
     )
+
+
+def _may_be_router(file: Path) -> bool:
+    """Of a folder's files: ours by name, so that a damaged one is not passed over, others' by content."""
+    is_ours = file.suffix in (".safetensors", ".pt")
+    return is_ours or (file.suffix in _SUFFIXES and (is_pickle(file) or is_safetensors(file)))
 
 
 def _read_own(file: Path) -> tuple[Tensor, Tensor | None, dict]:
@@ -326,9 +327,11 @@ def _parse(value: str):
 
 
 def _read_released(file: Path) -> tuple[Tensor, None, dict]:
-    """The layout `{"routers": {"0.prob": (B,), ...}, "opt": ..., "args": Namespace}`."""
+    """The layout `{"routers": {"0.prob": (B,), ...}, "opt": ..., "args": Namespace}`, or its rows alone."""
     content = load_pickle_safely(file)
-    rows = content.get("routers") if isinstance(content, dict) else None
+    rows = content.get("routers", content) if isinstance(content, dict) else None
+    if isinstance(rows, dict) and all(isinstance(name, str) for name in rows):
+        rows, _ = unwrapped(rows)
     if not isinstance(rows, dict) or not rows or set(rows) != {f"{step}.prob" for step in range(len(rows))}:
         raise ValueError(
             f"{file} has no rows 'routers': {{'0.prob': ...}}; it is no HarmoniCa or Learning-to-Cache router"

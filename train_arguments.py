@@ -137,7 +137,9 @@ def add_single_method_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--every-row", action="store_true", help="train all rows, not the even ones alone (not in the paper)"
     )
-    data.add_argument("--vae", help="of an image folder (default ema)")
+    data.add_argument(
+        "--vae", help="encodes an image folder (default ema); of a VAE's folder every method reads the factor"
+    )
     data.add_argument("--num-works", "--num-workers", type=cli.non_negative_int, help="loading processes")
 
 
@@ -146,6 +148,8 @@ def complete_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace
     args.notes = []
     changed = {name for name, value in vars(args).items() if value != parser.get_default(name)}
     for name in UNREAD[args.method]:
+        if name == "vae" and args.vae is not None and Path(args.vae).is_dir():
+            continue  # its factor says what --image-size means
         if name in changed:
             args.notes.append(f"--{name.replace('_', '-')} has no effect with --method {args.method}")
             setattr(args, name, parser.get_default(name))

@@ -5,6 +5,7 @@ of a latent is asked on the meta device, without a weight.
 """
 
 import contextlib
+import inspect
 import json
 import math
 import re
@@ -64,8 +65,8 @@ class VaeConfig:
     def check_encoder(self) -> None:
         if not self.encodes:
             raise ValueError(
-                f"--vae {self.spec} is a {self.class_name}, which encodes RGB images to no distribution of "
-                "latents; train with an AutoencoderKL"
+                f"--vae {self.spec} is of class {self.class_name} and encodes RGB images to no distribution "
+                "of latents; train with an AutoencoderKL"
             )
 
     def load(self, device: torch.device | str = "cpu", fetch: bool = True):
@@ -86,7 +87,7 @@ class VaeConfig:
         old = re.compile(rf"(?<=attentions\.0\.)({'|'.join(_OLD_NAMES)})(?=\.)")
         state = {old.sub(lambda match: _OLD_NAMES[match[0]], name): value for name, value in state.items()}
         with torch.random.fork_rng(devices=[]):
-            vae = _class(self.class_name).from_config(self.values)
+            vae = _build(self.class_name, self.values)
         expected = {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}
         shapes = {name: tuple(getattr(value, "shape", ())) for name, value in state.items()}
         faults = sorted(name for name in {**expected, **shapes} if expected.get(name) != shapes.get(name))
@@ -126,7 +127,7 @@ def _read_config(spec: str, folder: Path) -> VaeConfig:
         raise ValueError(f"--vae {spec}: {path} is no config of diffusers ({error}); fetch it anew") from None
     if class_name not in CLASSES:
         raise ValueError(
-            f"--vae {spec} is a {class_name}; of diffusers' autoencoders these decode to images here: "
+            f"--vae {spec} is of class {class_name}; those of diffusers that decode to images here are "
             f"{', '.join(CLASSES)}"
         )
     for needed in ("block_out_channels", "latent_channels"):
@@ -146,10 +147,13 @@ def _official_folder(spec: str, fetch: bool) -> Path:
     return download.fetch(name)
 
 
-def _class(name: str):
+def _build(class_name: str, values: dict):
+    """diffusers' autoencoder of a config, its weights as they come."""
     import diffusers  # slow to import, and only latent models need it
 
-    return getattr(diffusers, name)
+    cls = getattr(diffusers, class_name)
+    known = inspect.signature(cls.__init__).parameters
+    return cls(**{name: value for name, value in values.items() if name in known})
 
 
 def _probe(class_name: str, values: dict, spec: str) -> dict:
@@ -157,7 +161,7 @@ def _probe(class_name: str, values: dict, spec: str) -> dict:
     channels = values["latent_channels"]
     try:
         with torch.device("meta"), torch.no_grad():
-            vae = _class(class_name).from_config(values).eval()
+            vae = _build(class_name, values).eval()
             shape = tuple(vae.decode(torch.empty(1, channels, _PROBE, _PROBE)).sample.shape)
     except Exception as error:  # a config can be wrong in as many ways as it has entries
         reason = str(error).partition("\n")[0] or type(error).__name__

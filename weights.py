@@ -20,14 +20,19 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 _VARIANTS = ("ema", "fp32", "bf16", "fp16")  # the best first, where the folder has no plain files
 _FORMATS = ("safetensors", "bin")
+# What DistributedDataParallel, torch.compile, FSDP and activation checkpointing put into names.
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _SHARD = re.compile(r"-\d+-of-\d+\.\w+$")
 
 
 def folder_of(path: Path, part: str) -> Path:
     """The folder that `path` means: itself, its snapshot in the Hub's cache, or a pipeline's `part` in it.
 
-    Raises ValueError where a cached model has several snapshots and none is the main one.
+    A cache of one model counts as that model. Raises ValueError where a cached model has several snapshots
+    and none is the main one.
     """
+    cached = [folder for folder in path.glob("models--*") if (folder / "snapshots").is_dir()]
+    path = cached[0] if len(cached) == 1 else path
     snapshots = path if path.name == "snapshots" else path / "snapshots"
     if snapshots.is_dir():
         found = sorted(folder for folder in snapshots.iterdir() if folder.is_dir())
@@ -47,7 +52,7 @@ def find_weights(folder: Path) -> Path:
     names = sorted(path.name for path in folder.iterdir())
     for stem in _STEMS:
         variants: dict[str, list[tuple[int, bool, str]]] = {}  # the best format first, whole before shards
-        for name in names:
+        for name in (name for name in names if (folder / name).is_file()):
             for order, suffix in enumerate(_FORMATS):
                 whole = re.fullmatch(rf"{stem}(?:\.(\w+))?\.{suffix}", name)
                 index = re.fullmatch(rf"{stem}\.{suffix}\.index(?:\.(\w+))?\.json", name)
@@ -58,34 +63,31 @@ def find_weights(folder: Path) -> Path:
             raise ValueError(f"folder {folder} has weights of {', '.join(variants)}; give one of the files")
         if variants:
             return folder / min(variants[known[0] if known else next(iter(variants))])[-1]
-    raise FileNotFoundError(f"folder {folder} holds none of {_expected()}{_instead(folder, names)}")
-
-
-def _expected() -> str:
-    return ", ".join(f"{stem}.{suffix}" for stem in _STEMS for suffix in _FORMATS)
+    expected = ", ".join(f"{stem}.{suffix}" for stem in _STEMS for suffix in _FORMATS)
+    raise FileNotFoundError(f"folder {folder} holds none of {expected}; {_instead(folder, names)}")
 
 
 def _instead(folder: Path, names: list[str]) -> str:
-    """What a folder without weights holds, as far as it helps."""
+    """What to do about a folder without weights, by what it holds."""
     dangling = [name for name in names if (folder / name).is_symlink() and not (folder / name).exists()]
     if dangling:
-        return f": {dangling[0]} is a link to what is not there; fetch the files again"
+        return f"its {dangling[0]} is a link to what is not there: fetch the files again"
     if ".metadata" in names:
         return (
-            ", it is a distributed checkpoint: bring it into one file with `python -m "
+            "it is a distributed checkpoint: bring it into one file with `python -m "
             f"torch.distributed.checkpoint.format_utils dcp_to_torch {folder} checkpoint.pt`"
         )
     if shards := [name for name in names if _SHARD.search(name)]:
-        return f", only shards such as {shards[0]} without their index (*.index.json); fetch it too"
+        return f"it has shards such as {shards[0]} but not their index (*.index.json): fetch it too"
     files = [name for name in names if name.endswith((".pt", ".pth", ".ckpt", ".bin", ".safetensors"))]
     if files:
         more = f" and {len(files) - 3} more" if len(files) > 3 else ""
-        return f", but {', '.join(files[:3])}{more}; give one of these files"
+        return f"it has {', '.join(files[:3])}{more}: give a file"
     if "config.json" in names:
-        return ", a config.json without its weights; fetch them too"
+        return "it has a config.json without the weights: fetch them too"
     if cached := [name for name in names if name.startswith("models--")]:
-        return f", it is a cache of the Hub with {', '.join(cached[:3])}; give such a folder"
-    return "; give the checkpoint file"
+        return f"it is a cache of the Hub with {', '.join(cached[:3])}: give such a folder"
+    return "give the checkpoint file"
 
 
 def read_weights(file: Path):
@@ -132,6 +134,15 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
             raise ValueError(f"{file} does not hold what {index.name} says ({differing}); fetch both again")
         state |= content
     return state
+
+
+def unwrapped(state: dict[str, object]) -> tuple[dict[str, object], list[str]]:
+    """Names without the parts that wrappers put into them, and those parts; as it is where two would meet."""
+    names = {name: ".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in state}
+    if len(set(names.values())) < len(names):
+        return state, []
+    removed = sorted({part for name in names if names[name] != name for part in name.split(".")} & _WRAPPERS)
+    return {names[name]: value for name, value in state.items()}, removed
 
 
 def check_values(state: dict[str, Tensor], file: Path) -> None:
