@@ -281,7 +281,7 @@ def test_learned_variance_that_is_not_asked_for_is_said(tmp_path, source):
 
 
 @pytest.mark.parametrize(
-    "path", ["fp16", "shards", f"shards/{WEIGHTS}.index.json", "bin", "models--a--b", "accelerate"]
+    "path", ["fp16", "shards", f"shards/{WEIGHTS}.index.json", "bin", "hub", "hub/models--a--b", "accelerate"]
 )
 def test_folders_of_diffusers_and_its_like(tmp_path, target, path):
     """Half precision, shards, pickles, the root in the Hub's cache of a pipeline, accelerate's names."""
@@ -292,11 +292,11 @@ def test_folders_of_diffusers_and_its_like(tmp_path, target, path):
     theirs.save_pretrained(tmp_path / "fp16", variant="fp16")
     theirs.save_pretrained(tmp_path / "shards", max_shard_size="40KB")
     theirs.save_pretrained(tmp_path / "bin", safe_serialization=False)
-    snapshots = tmp_path / "models--a--b" / "snapshots"
+    snapshots = tmp_path / "hub" / "models--a--b" / "snapshots"
     theirs.save_pretrained(snapshots / "0123" / "transformer")
     (snapshots / "older").mkdir()
-    (tmp_path / "models--a--b" / "refs").mkdir()
-    (tmp_path / "models--a--b" / "refs" / "main").write_text("0123\n")
+    (snapshots.parent / "refs").mkdir()
+    (snapshots.parent / "refs" / "main").write_text("0123\n")
     (tmp_path / "accelerate").mkdir()
     save_file(theirs.state_dict(), tmp_path / "accelerate" / "model.safetensors")
     load_checkpoint(target, tmp_path / path)
@@ -341,8 +341,9 @@ def test_folders_that_lack_something_say_what(tmp_path, target):
     (tmp_path / "models--a--b" / "snapshots" / "1").mkdir(parents=True)
     (tmp_path / "models--a--b" / "snapshots" / "2").mkdir()
     refused(ValueError, "models--a--b", "holds 2 snapshots, refs/main names none of them")
-    torch.save({}, tmp_path / "0001.pt")
-    refused(FileNotFoundError, ".", "it has 0001.pt: give a file")
+    (tmp_path / "run").mkdir()
+    torch.save({}, tmp_path / "run" / "0001.pt")
+    refused(FileNotFoundError, "run", "it has 0001.pt: give a file")
 
 
 @pytest.mark.parametrize(

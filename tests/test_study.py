@@ -12,8 +12,9 @@ import torch
 from commands import ROOT, error_line, run
 
 from digits import measure
-from digits.plan import FULL, QUICK, SPEEDS, Beyond, plan
+from digits.plan import FULL, QUICK, SPEEDS, Beyond, digits_model, plan
 from digits.study import collect, is_done
+from identity import weights_fingerprint
 from methods import load_method
 from router import SHIPPED, load_router
 from sampling import build_model
