@@ -23,6 +23,7 @@ class Backbone(Protocol):
     branch_size: int  # values of a branch output of one sample
     sample_shape: tuple[int, ...]  # of x without its batch, (C, H, W)
     num_classes: int  # conditions to draw from: labels, or prompts by their number
+    has_null_label: bool  # whether it can be guided
     prepared_size: int  # values that `prepare` makes for one step and sample
 
     @property
@@ -39,10 +40,7 @@ class Backbone(Protocol):
         """Whether no parameter requires a gradient."""
 
     def condition(self, labels: Tensor, guided: bool) -> Any:
-        """What a batch is conditioned on, of labels (n,); under guidance both halves.
-
-        Raises ValueError where guidance is asked of a model that has no null label.
-        """
+        """What a batch is conditioned on, of labels (n,); under guidance both halves."""
 
     def prepare(
         self, timesteps: Tensor, condition: Any, computed: Sequence[Sequence[bool]] | None = None

@@ -32,7 +32,7 @@ from methods import Method
 from metrics.paired import mse
 from models import DiT
 from pictures import branch_types
-from sampling import Sample, load_model, pixels_of
+from sampling import Sample, load_model, pixels_of, require_finite
 from tables import print_columns
 from timing import copy_ceiling, in_turn, latency, matmul_ceiling, peak_memory, reset_peak_memory
 
@@ -140,6 +140,7 @@ def sampling_rows(
     for name, run in runs.items():  # the warm-up, which captures where it does
         reset_peak_memory(device)
         x_0[name] = run()
+        require_finite(x_0[name], what=f"x_0 of {name}")
         peaks[name] = peak_memory(device)
     times = dict(zip(runs, in_turn(list(runs.values()), args.repeats, device, warm_up=0), strict=True))
     passes, rows = 1 if args.cfg_scale == 1 else 2, []

@@ -18,6 +18,10 @@ import torch
 PRECISIONS = ("fp32", "tf32", "bf16")
 
 
+class OneProcessError(ValueError):
+    """What one process alone meets, such as a sample of its own: it says so, whatever its rank."""
+
+
 def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
     """Call a command; what its user got wrong (ValueError, OSError) ends in one line and exit status 2.
 
@@ -34,7 +38,8 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
         if os.environ.get("HARMONICA_TRACEBACK"):
             raise
         local_rank = os.environ.get("LOCAL_RANK", "0")
-        if local_rank == "0" or isinstance(error, OSError):  # a wrong value all processes meet alike
+        # A wrong value all processes meet alike.
+        if local_rank == "0" or isinstance(error, (OSError, OneProcessError)):
             print(f"{command}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
@@ -189,6 +194,14 @@ def below_one(text: str, hint: str = "") -> float:
     return value
 
 
+def probability(text: str) -> float:
+    """An argparse type: a number in [0, 1)."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is outside [0, 1)")
+    return value
+
+
 def interval(text: str) -> Fraction:
     """An argparse type: FORA's interval, such as 2, 1.5 or 4/3."""
     try:
@@ -208,12 +221,31 @@ def positive_int(text: str) -> int:
 def add_model_arguments(parser: argparse.ArgumentParser, with_vae: bool = False) -> None:
     model = parser.add_argument_group("model")
     model.add_argument("--model", default="DiT-XL/2", help="DiT-XL/2 and its family, or DiT-digits/2")
-    model.add_argument("--ckpt", help="checkpoint file or diffusers folder (default: the official one)")
+    model.add_argument(
+        "--ckpt", help="checkpoint file, index of shards or folder (default: the official one)"
+    )
     model.add_argument("--random-weights", action="store_true", help="no checkpoint: real speed, no meaning")
     model.add_argument("--image-size", type=positive_int, help="pixels (default 256)")
     model.add_argument("--num-classes", type=positive_int, help="default 1000")
+    model.add_argument(
+        "--class-dropout-prob", type=probability, default=0.1, metavar="P",
+        help="what the model was trained with; 0: it has no null label (no guidance), else P changes nothing",
+    )  # fmt: skip
+    model.add_argument(
+        "--no-learn-sigma", dest="learn_sigma", action="store_false",
+        help="a model that predicts no variance; DDPM then takes the posterior's (fixed, the smaller one)",
+    )  # fmt: skip
     if with_vae:
-        model.add_argument("--vae", help="ema, mse, none or a folder (default ema; pixel models have none)")
+        model.add_argument(
+            "--vae",
+            help="ema, mse, none or a VAE's or pipeline's folder (default ema; pixel models have none)",
+        )
+
+
+def model_options(args: argparse.Namespace) -> dict:
+    """The flags above as the arguments of `sampling.load_model`, but for the VAE."""
+    names = ("ckpt", "image_size", "num_classes", "random_weights", "class_dropout_prob", "learn_sigma")
+    return {"name": args.model} | {name: getattr(args, name) for name in names}
 
 
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:

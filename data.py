@@ -19,7 +19,8 @@ from digits.data import digit_images
 from images import open_picture
 from metrics.checks import require_finite
 from models import DiT
-from sampling import DATA_STREAM, VAE_SCALE, is_latent, pixels_of, sample_generator
+from sampling import DATA_STREAM, is_latent, pixels_of, sample_generator
+from vae import VAE_SCALE, to_latents
 
 
 def open_data(spec: str, model: DiT) -> Dataset:
@@ -187,4 +188,4 @@ def to_model_space(x: Tensor, vae, generators: list[torch.Generator]) -> Tensor:
     x = torch.where(flipped[:, None, None, None], x.flip(-1), x)
     posterior = vae.encode(x.float() / 127.5 - 1).latent_dist
     noise = [torch.randn(posterior.mean.shape[1:], generator=one) for one in generators]
-    return VAE_SCALE * (posterior.mean + posterior.std * torch.stack(noise).to(x.device))
+    return to_latents(posterior.mean + posterior.std * torch.stack(noise).to(x.device), vae)

@@ -13,6 +13,15 @@ PREPARED_BYTES = 2**28  # of what is made ahead, at most, for as many steps as f
 Place = TypeVar("Place")
 
 
+def check_guidance(model: Backbone, cfg_scale: float) -> None:
+    """Raise ValueError where guidance is asked of a model that has no null label."""
+    if cfg_scale != 1.0 and not model.has_null_label:
+        raise ValueError(
+            f"guidance {cfg_scale:g} needs a null label, this model was built without "
+            "(--class-dropout-prob 0); give --cfg-scale 1 (off)"
+        )
+
+
 class Denoiser:
     """Backbone, sampler, labels and guidance scale as one function of (x_t, step, cache).
 
@@ -31,6 +40,7 @@ class Denoiser:
         cfg_scale: float,
         computed: Sequence[Sequence[bool]] | None = None,
     ):
+        check_guidance(model, cfg_scale)
         self.model, self.sampler, self.cfg_scale = model, as_sampler(diffusion), cfg_scale
         self.guided, self.num_steps = cfg_scale != 1.0, self.sampler.num_steps
         self.condition = model.condition(labels, self.guided)

@@ -7,12 +7,15 @@ import math
 import os
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+
+import pickles
 
 
 @contextmanager
@@ -150,18 +153,41 @@ def _safetensors_fault(path: Path, size: int) -> str | None:
     return None if size == whole else f"has {size} bytes, its header says {whole}"
 
 
+def is_safetensors(file: Path) -> bool:
+    """Whether a file is safetensors by its content, whatever its name: the length of a header, then JSON."""
+    with open(file, "rb") as stream:
+        head = stream.read(9)
+    return len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") < 2**30
+
+
+def is_pickle(file: Path) -> bool:
+    """Whether a file is a torch file or a pickle by its content: a zip archive, or protocol 2 and later."""
+    with open(file, "rb") as stream:
+        head = stream.read(4)
+    return head == b"PK\x03\x04" or head[:1] == b"\x80"
+
+
+def refuse_what_is_no_weights(file: Path) -> None:
+    """Raise ValueError for what may lie in place of weights: nothing, zeros, a web page, an LFS pointer."""
+    if fault := content_fault(file, suffix="."):
+        raise ValueError(f"{file} {fault}; it holds no weights: fetch or copy the file again")
+
+
 def load_pickle_safely(file: Path):
     """`torch.load` that reads tensors, plain containers and an argparse.Namespace, and refuses all else.
 
-    Raises ValueError in one line, whatever is wrong with the file's content.
+    Raises ValueError in one line, whatever is wrong with the file's content; where it asks for something
+    else, the line says which of its entries do and how to save it without them.
     """
+    refuse_what_is_no_weights(file)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(file, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # it is read or refused
+            with open(file, "rb") as stream:  # by a path torch would go by the suffix
+                return torch.load(stream, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"it asks for {found[1]}" if found else "it is damaged or asks to run code"
-        raise ValueError(f"{file} was refused: {what}; only tensors and plain values are read") from None
+        raise ValueError(pickles.refusal(file, found and found[1])) from None
     except OSError:
         raise
     except Exception as error:  # a damaged pickle fails in as many ways as there are opcodes

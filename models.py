@@ -165,7 +165,9 @@ class DiT(nn.Module):
     `branches` names every branch in order of execution (`"0.attn"`, `"0.mlp"`, `"1.attn"`, ...);
     `branch_macs` gives each one's multiply-accumulates for one sample, `other_macs` those of everything that
     is never cached; `branch_size` is the number of values of a branch output, `prepared_size` that of what
-    one sample's conditioning becomes in all layers. With these members a DiT is a `backbone.Backbone`.
+    one sample's conditioning becomes in all layers. With these members a DiT is a `backbone.Backbone`. For
+    whoever shows what it draws: `vae_factor`, pixels per latent and side (1 for a model of pixels), and
+    `source`, a line on where the weights came from.
     """
 
     def __init__(
@@ -194,6 +196,7 @@ class DiT(nn.Module):
         self.in_channels, self.out_channels = in_channels, in_channels * (2 if learn_sigma else 1)
         self.num_classes, self.has_null_label = num_classes, class_dropout_prob > 0
         self.learn_sigma = learn_sigma
+        self.vae_factor, self.source = 8 if in_channels > 3 else 1, ""
 
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size, bias=True)
         self.t_embedder = TimestepEmbedder(hidden_size)
@@ -326,8 +329,6 @@ class DiT(nn.Module):
         """Labels (n,); under guidance [labels; null labels] (2n,)."""
         if not guided:
             return labels
-        if not self.has_null_label:
-            raise ValueError("guidance needs a null label, this model was built without; use scale 1 (off)")
         return torch.cat([labels, torch.full_like(labels, self.num_classes)])
 
     def prepare(

@@ -13,6 +13,7 @@ the number of processes, nor on interruptions.
 import argparse
 from collections.abc import Iterator
 from fractions import Fraction
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,11 +25,22 @@ from distributed import Processes
 from models import DiT
 from objectives import Pair, TrainStep, Variant, image_error_proxy, train_pairs, train_trajectory
 from router import Router
-from sampling import TRAINING_STREAM, draw_labels, draw_noise, load_vae, sample_generator
+from sampling import TRAINING_STREAM, draw_labels, draw_noise, is_latent, sample_generator
 from target import EXTRA_STEPS, Target
 from training import RowTraining, Training
+from vae import read_vae_config
 
 LABEL_DROPOUT = 0.1  # Learning-to-Cache trains on null labels too, as the DiT was trained
+
+
+def vae_spec(args: argparse.Namespace) -> str:
+    """The `--vae` whose latents the model has: of the images to encode, or any that is a folder; else `none`.
+
+    Only images are encoded; but a VAE's factor says what `--image-size` means.
+    """
+    has_images = args.method == "l2c" and args.data != "digits" and Path(args.data).is_dir()
+    is_read = has_images or (args.vae is not None and Path(args.vae).is_dir())
+    return args.vae if is_read and is_latent(args.model) else "none"
 
 
 class Rounds:
@@ -156,8 +168,10 @@ class Pairs(Rounds):
             raise ValueError(
                 f"--vae none: the images of --data {args.data} need a VAE; give ema, mse or a folder"
             )
-        alone = processes.world_size == 1
-        self.vae = load_vae(args.vae, processes.device, fetch=alone) if is_folder else None
+        config = read_vae_config(vae_spec(args)) if is_folder else None
+        if config is not None:
+            config.check_encoder()
+        self.vae = config and config.load(processes.device, fetch=processes.world_size == 1)
         self.steps_per_epoch = max(1, len(self.data) // args.global_batch_size)
         self._batches: Iterator[tuple[Tensor, Tensor]] | None = None  # begins with the first round
         self.steps = full_steps(diffusion.num_timesteps, args.every_row)

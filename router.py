@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import cli
-from files import load_pickle_safely, replacing
+from files import is_pickle, is_safetensors, load_pickle_safely, replacing
+from weights import DTYPES, unwrapped
 
 FORMAT_VERSION = 1
 LOGIT_LIMIT = 5.0
@@ -241,23 +242,18 @@ def save_router(path: str | Path, router: Router, tensors: dict[str, Tensor] | N
 def load_router(
     path: str | Path, model: str | None = None, num_steps: int | None = None, num_branches: int | None = None
 ) -> Router:
-    """Read a router: our format, or the released .pt of HarmoniCa or Learning-to-Cache. Nothing is executed.
+    """Read a router: our format, or the released one of HarmoniCa or Learning-to-Cache. Nothing is executed.
 
-    A folder means its newest router. `model`, `num_steps`, `num_branches`: where given, they must be its own.
-    Raises FileNotFoundError or ValueError, each naming the file and what was expected.
+    Which of them a file holds is told by its content, not by its name. A folder means its newest router.
+    `model`, `num_steps`, `num_branches`: where given, they must be its own. Raises FileNotFoundError or
+    ValueError, each naming the file and what was expected.
     """
     file = find_router(path)
-    if file.suffix == ".pt":
-        (logits, info), weights = _read_released(file), None
-    else:
-        logits, weights, info = _read_own(file)
-    if logits.ndim != 2 or len(logits) < 2 or logits.isnan().any():
-        raise ValueError(f"{file}: logits of shape {tuple(logits.shape)} or with NaN are no router")
-    router = Router.from_logits(logits)
-    if weights is not None:
-        if weights.shape[:2] != logits.shape or weights.ndim != 3 or not weights.isfinite().all():
-            raise ValueError(f"{file}: weights of shape {tuple(weights.shape)} or not finite fit no router")
-        router.weights = weights
+    own = is_safetensors(file) or (file.suffix == ".safetensors" and not is_pickle(file))
+    logits, weights, info = _read_own(file) if own else _read_released(file)
+    _check(file, logits, weights, info)
+    router = Router.from_logits(logits.float())
+    router.weights = None if weights is None else weights.float()
     router.info = info | {"num_steps": len(logits), "num_branches": logits.shape[1], "path": str(file)}
     for fact, expected in (("model", model), ("num_steps", num_steps), ("num_branches", num_branches)):
         found = router.info.get(fact)
@@ -268,7 +264,36 @@ def load_router(
     return router
 
 
+def _check(file: Path, logits: Tensor, weights: Tensor | None, info: dict) -> None:
+    """Raise ValueError for what is no router, naming the file: shapes, dtypes, NaN, a threshold that is none.
+
+    Infinite logits are some: those of Learning-to-Cache's odd steps.
+    """
+    tables = {"logits": logits} if weights is None else {"logits": logits, "weights": weights}
+    for name, table in tables.items():
+        if table.dtype not in DTYPES:
+            raise ValueError(
+                f"{file}: {name} are {str(table.dtype)[6:]}, not floating point; it is no router"
+            )
+    if logits.ndim != 2 or len(logits) < 2 or not logits.numel() or logits.isnan().any():
+        raise ValueError(f"{file}: logits of shape {tuple(logits.shape)} or with NaN are no router")
+    if weights is not None and (
+        weights.ndim != 3
+        or weights.shape[:2] != logits.shape
+        or not weights.numel()
+        or not weights.float().isfinite().all()
+    ):
+        raise ValueError(f"{file}: weights of shape {tuple(weights.shape)} or not finite fit no router")
+    threshold = info.get("threshold", 0)
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold < 1:
+        raise ValueError(f"{file} says threshold {threshold!r}, which is no number in [0, 1); train it anew")
+    for fact, found in (("num_steps", len(logits)), ("num_branches", logits.shape[1])):
+        if "version" in info and info.get(fact, found) != found:
+            raise ValueError(f"{file} says {fact} {info[fact]}, its logits are of {found}; it is damaged")
+
+
 SHIPPED = Path(__file__).parent / "digits" / "routers"
+_SUFFIXES = (".pth", ".ckpt", ".bin", "")  # of what may be a router in a folder, beside our own
 
 
 def find_router(path: str | Path) -> Path:
@@ -282,13 +307,13 @@ def find_router(path: str | Path) -> Path:
     if (named := SHIPPED / f"{path}.safetensors").is_file():
         return named
     for folder in (path, path / "checkpoints"):
-        found = [file for suffix in (".safetensors", ".pt") for file in folder.glob(f"*{suffix}")]
+        found = [file for file in folder.glob("*") if file.is_file() and _may_be_router(file)]
         files = [file for file in found if not file.stem.endswith(".part")]
         if files:
             return max(files, key=lambda file: (int(re.findall(r"\d+", f"0{file.stem}")[-1]), file.name))
     if path.is_dir():
         raise FileNotFoundError(
-            f"no router (*.safetensors or *.pt) in folder {path}; train one with train_router.py"
+            f"no router (*.safetensors, *.pt, *.pth, ...) in folder {path}; train one with train_router.py"
         )
     raise FileNotFoundError(
         f"router {path} does not exist; give a router file, a folder that holds one, or the name of one that "
@@ -296,14 +321,20 @@ def find_router(path: str | Path) -> Path:
     )
 
 
+def _may_be_router(file: Path) -> bool:
+    """Of a folder's files: ours by name, so that a damaged one is not passed over, others' by content."""
+    is_ours = file.suffix in (".safetensors", ".pt")
+    return is_ours or (file.suffix in _SUFFIXES and (is_pickle(file) or is_safetensors(file)))
+
+
 def _read_own(file: Path) -> tuple[Tensor, Tensor | None, dict]:
     try:
         with safetensors.safe_open(file, framework="pt") as opened:
             metadata, logits = opened.metadata() or {}, opened.get_tensor("logits")
-            weights = opened.get_tensor("weights").float() if "weights" in opened.keys() else None  # noqa: SIM118
+            weights = opened.get_tensor("weights") if "weights" in opened.keys() else None  # noqa: SIM118
     except safetensors.SafetensorError as error:
         raise ValueError(f"{file} is no router file ({error}); give one that train_router.py wrote") from None
-    return logits.float(), weights, {key: _parse(value) for key, value in metadata.items()}
+    return logits, weights, {key: _parse(value) for key, value in metadata.items()}
 
 
 def _parse(value: str):
@@ -313,32 +344,37 @@ def _parse(value: str):
         return value
 
 
-def _read_released(file: Path) -> tuple[Tensor, dict]:
-    """The layout `{"routers": {"0.prob": (B,), ...}, "opt": ..., "args": Namespace}`."""
+def _read_released(file: Path) -> tuple[Tensor, None, dict]:
+    """The layout `{"routers": {"0.prob": (B,), ...}, "opt": ..., "args": Namespace}`, or its rows alone."""
     content = load_pickle_safely(file)
-    rows = content.get("routers") if isinstance(content, dict) else None
+    rows = content.get("routers", content) if isinstance(content, dict) else None
+    if isinstance(rows, dict) and all(isinstance(name, str) for name in rows):
+        rows, _ = unwrapped(rows)
     if not isinstance(rows, dict) or not rows or set(rows) != {f"{step}.prob" for step in range(len(rows))}:
         raise ValueError(
             f"{file} has no rows 'routers': {{'0.prob': ...}}; it is no HarmoniCa or Learning-to-Cache router"
         )
     ordered = [rows[f"{step}.prob"] for step in range(len(rows))]
     if not all(
-        isinstance(row, Tensor) and row.ndim == 1 and row.shape == ordered[0].shape for row in ordered
+        isinstance(row, Tensor)
+        and row.ndim == 1
+        and (row.shape, row.dtype, row.is_meta) == (ordered[0].shape, ordered[0].dtype, False)
+        for row in ordered
     ):
-        raise ValueError(f"{file} has rows that are no tensors of one length; it is no router")
-    logits = torch.stack(ordered).float()
+        raise ValueError(f"{file} has rows that are no tensors of one length and dtype; it is no router")
+    logits = torch.stack(ordered).detach()
     args = content.get("args")
     args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
     if "version" in args:  # written by save_router
-        return logits, args
+        return logits, None, args
     names = {"num_sampling_steps": "num_steps", "l1": "reg_weight", "ste_threshold": "threshold"}
     kept = ("model", "image_size", "cfg_scale", "lr", *names)
     info = {names.get(key, key): args[key] for key in kept if args.get(key) is not None}
     # HarmoniCa fixes its first row at 5 and has --lambda-c; Learning-to-Cache has neither.
     harmonica = "lambda_c" in args or (not args and bool((logits[-1] == LOGIT_LIMIT).all()))
-    if not harmonica:
+    if not harmonica and logits.is_floating_point():
         logits[1::2] = torch.inf  # L2C trains even rows only: odd steps compute everything
-    return logits, info | {"method": "harmonica" if harmonica else "l2c"}
+    return logits, None, info | {"method": "harmonica" if harmonica else "l2c"}
 
 
 def parse_args() -> argparse.Namespace:

@@ -25,14 +25,16 @@ from torch import Tensor
 import cli
 import execution
 import methods
+from denoiser import check_guidance
 from files import check_writable, replacing
 from methods import Method
 from metrics.paired import mse, psnr
 from models import DiT
 from pictures import branch_types, comparison, sheet
 from router import Schedule
-from sampling import Trajectory, choose_vae, decode, generate_seeded, is_latent, load_model, load_vae
+from sampling import Trajectory, choose_vae, decode, generate_seeded, is_latent, load_model
 from timing import in_turn
+from vae import read_vae_config
 
 PUBLISHED_LABELS = [207, 992, 387, 974, 142, 979, 417, 279]  # HarmoniCa's; DiT's have 360 and 88
 
@@ -136,12 +138,14 @@ def main(args: argparse.Namespace) -> None:
         check_writable(args.save_latents, [".npz"])
     if args.random_weights:
         print(cli.RANDOM_WEIGHTS)
-    model = load_model(
-        args.model, args.ckpt, args.image_size, args.num_classes, device, dtype, args.random_weights
-    )
+    vae_config = read_vae_config(choose_vae(args.vae, args.model, args.random_weights))
+    model = load_model(**cli.model_options(args), device=device, dtype=dtype, vae=vae_config)
+    if model.source:
+        print(f"weights: {model.source}")
+    check_guidance(model, args.cfg_scale)
     method = methods.load_method(args, model)
     labels = choose_labels(args, model)
-    vae = load_vae(choose_vae(args.vae, model, args.random_weights), device)
+    vae = vae_config and vae_config.load(device)
     if vae is None and is_latent(model):
         print("no VAE: the picture is a preview of the latents' first three channels")
     sampler = "ddpm" if args.p_sample else "ddim"

@@ -33,8 +33,10 @@ import cli
 import distributed
 import execution
 import methods
+from denoiser import check_guidance
 from distributed import Processes
 from files import replacing, write_json
+from identity import differences, weights_fingerprint
 from methods import Method
 from models import DiT
 from sampling import (
@@ -46,13 +48,12 @@ from sampling import (
     draw_labels,
     find_checkpoint,
     generate_seeded,
-    is_latent,
+    image_shape,
     load_model,
-    load_vae,
     pixels_of,
     sample_generator,
-    weights_fingerprint,
 )
+from vae import read_vae_config
 
 # Matrix products of other shapes may round otherwise: every forward takes a multiple of this many samples, at
 # the same places, so that the batch size changes nothing.
@@ -146,12 +147,12 @@ class Parts:
 
     def _refuse_others(self, path: Path) -> None:
         found = json.loads(path.read_text())
-        for name, value in self.settings.items():
-            if found.get(name) != value:
-                raise ValueError(
-                    f"{path} says {name} {found.get(name)}, this command {value}; remove the old samples "
-                    "or take another --output"
-                )
+        if others := differences(found, self.settings):
+            name, value = others[0]
+            raise ValueError(
+                f"{path} says {name} {value}, this command {self.settings[name]}; remove the old samples "
+                "or take another --output"
+            )
 
     def _finished(self) -> list[tuple[int, int, Path]]:
         names = ((re.fullmatch(r"(\d+)-(\d+)\.npy", path.name), path) for path in self.folder.glob("*.npy"))
@@ -218,11 +219,13 @@ def draw(args: argparse.Namespace, trajectory: Trajectory, vae, run: Sample, sam
     filled = range(samples.start, -(-samples.stop // BLOCK) * BLOCK)
     labels = choose_labels(args, trajectory.backbone, filled)
     x_0 = generate_seeded(trajectory, labels, args.seed, first=samples.start, sample=run)
-    return decode(x_0, vae)[: len(samples)]
+    return decode(x_0, vae, first=samples.start)[: len(samples)]
 
 
-def settings_of(args: argparse.Namespace, model: DiT, method: Method, precision: str, vae: str) -> dict:
-    """All that the images depend on."""
+def settings_of(
+    args: argparse.Namespace, model: DiT, method: Method, precision: str, vae_spec: str, vae
+) -> dict:
+    """All that the images depend on. vae: the loaded one of `vae_spec`."""
     schedule = None
     if method.schedule is not None:
         table = method.schedule.compute.numpy().tobytes()
@@ -233,7 +236,10 @@ def settings_of(args: argparse.Namespace, model: DiT, method: Method, precision:
     return {name: getattr(args, name) for name in read} | {
         "weights": weights_fingerprint(model),
         "image_size": pixels_of(model),
-        "vae": vae,
+        "null_label": model.has_null_label,
+        "learn_sigma": model.learn_sigma,
+        "vae": vae_spec,
+        "vae_weights": vae and weights_fingerprint(vae),
         "sampler": "ddpm" if args.p_sample else "ddim",
         "executed_steps": method.diffusion.num_timesteps,
         "schedule": schedule,
@@ -247,18 +253,17 @@ def run(args: argparse.Namespace, processes: Processes) -> None:
     precision, dtype = cli.set_precision(args.precision, processes.device)
     if not args.ckpt and not args.random_weights:
         args.ckpt = find_checkpoint(args.model, args.image_size, fetch=processes.world_size == 1)
-    model = load_model(
-        args.model, args.ckpt, args.image_size, args.num_classes, processes.device, dtype, args.random_weights
-    )
-    spec = choose_vae(args.vae, model, args.random_weights)
-    vae = load_vae(spec, processes.device, fetch=processes.world_size == 1)
+    spec = choose_vae(args.vae, args.model, args.random_weights)
+    vae_config = read_vae_config(spec)
+    model = load_model(**cli.model_options(args), device=processes.device, dtype=dtype, vae=vae_config)
+    if model.source:
+        say(processes, f"weights: {model.source}")
+    check_guidance(model, args.cfg_scale)
+    vae = vae_config and vae_config.load(processes.device, fetch=processes.world_size == 1)
     with contextlib.nullcontext() if processes.is_main else contextlib.redirect_stdout(None):
         method = methods.load_method(args, model)
-    channels = 3 if is_latent(model) else model.in_channels
-    shape = (pixels_of(model), pixels_of(model), channels)
-    if vae is None and is_latent(model):
-        shape = (model.input_size, model.input_size, 3)  # a preview of the latents
-    settings = settings_of(args, model, method, precision, spec)
+    shape = image_shape(model, vae_config)
+    settings = settings_of(args, model, method, precision, spec, vae)
     parts = Parts(args.output, settings, shape, args.num_samples)
     if together(lambda: processes.is_main and parts.open()):
         say(processes, f"{args.output} holds these samples already")

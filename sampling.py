@@ -1,6 +1,5 @@
 """What every sampling command shares: models, noise from seeds, the denoising loop, decoding."""
 
-import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,18 +10,21 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import cli
 import download
 from backbone import Backbone
 from cache import Combine, StaticCache
 from checkpoints import load_checkpoint
 from denoiser import Denoiser, executed, walk
 from diffusion import GaussianDiffusion, Sampler, State, as_sampler, create_sampler
+from identity import weights_fingerprint as weights_fingerprint  # known by this place too
 from models import DiT, DiT_models
 from router import Schedule
+from vae import VAE_SCALE as VAE_SCALE
+from vae import VaeConfig, from_latents, read_vae_config
 
 # Streams of randomness that never meet, whatever the seed.
 SAMPLING_STREAM, TRAINING_STREAM, DATA_STREAM, CALIBRATION_STREAM = 0, 1, 2, 3
-VAE_SCALE = 0.18215
 DIGITS_MODEL = "DiT-digits/2"
 _DIGITS_WEIGHTS = Path(__file__).parent / "digits" / "dit.safetensors"
 _OFFICIAL = {("DiT-XL/2", 256): "dit-256", ("DiT-XL/2", 512): "dit-512"}
@@ -31,27 +33,48 @@ _OFFICIAL = {("DiT-XL/2", 256): "dit-256", ("DiT-XL/2", 512): "dit-512"}
 # ---- models ----------------------------------------------------------------------------------------
 
 
-def build_model(name: str, image_size: int | None = None, num_classes: int | None = None) -> DiT:
+def build_model(
+    name: str,
+    image_size: int | None = None,
+    num_classes: int | None = None,
+    class_dropout_prob: float = 0.1,
+    learn_sigma: bool = True,
+    vae: VaeConfig | None = None,
+) -> DiT:
     """A model of the family with its initial weights, frozen and in eval mode.
 
-    image_size: pixels (default 256); a latent model works on an eighth of it. The digits model has one size
-    and ten classes: others are ignored with a warning. Raises ValueError for an unknown name or size.
+    image_size: pixels (default 256); a latent model works on an eighth of it a side, or as the factor of
+    `vae` says. class_dropout_prob: 0 for a model without a null label. The digits model has one size and ten
+    classes: others are ignored with a warning. Raises ValueError for an unknown name or size, and for a VAE
+    with latents of other channels.
     """
-    if name not in DiT_models:
-        raise ValueError(f"--model {name} is unknown; choose one of {', '.join(DiT_models)}")
-    if name == DIGITS_MODEL:
+    options = {"class_dropout_prob": class_dropout_prob, "learn_sigma": learn_sigma}
+    if not is_latent(name):
         if image_size not in (None, 8) or num_classes not in (None, 10):
             warnings.warn(f"{name} draws 8 x 8 pixels of 10 classes; another size or number has no effect")
-        model = DiT_models[name]()
+        model = DiT_models[name](**options)
     else:
-        image_size = 256 if image_size is None else image_size
-        num_classes = 1000 if num_classes is None else num_classes
-        if image_size % 8:
-            raise ValueError(
-                f"--image-size {image_size} is not a multiple of 8, the VAE's factor; try 256 or 512"
-            )
-        model = DiT_models[name](input_size=image_size // 8, num_classes=num_classes)
+        factor = 8 if vae is None else vae.factor
+        options |= {"input_size": input_size_of(name, 256 if image_size is None else image_size, factor)}
+        model = DiT_models[name](num_classes=1000 if num_classes is None else num_classes, **options)
+        model.vae_factor = factor
+    if vae is not None:
+        vae.check_model(model)
     return model.eval().requires_grad_(False)
+
+
+def input_size_of(name: str, image_size: int, factor: int) -> int:
+    """Side of the latents of `image_size` pixels. Raises ValueError for a size that patches do not fill."""
+    patch_size = DiT_models[name].keywords["patch_size"]
+    unit = factor * patch_size
+    if image_size % unit:
+        below = max(1, image_size // unit) * unit
+        near = f"{below} or {below + unit}" if below < image_size else f"{below}"
+        raise ValueError(
+            f"--image-size {image_size}: {name} takes multiples of {unit} pixels (the VAE's factor {factor} "
+            f"times patches of {patch_size}); try {near}"
+        )
+    return image_size // factor
 
 
 def find_checkpoint(name: str, image_size: int | None, fetch: bool = True) -> Path:
@@ -83,15 +106,19 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     random_weights: bool = False,
+    **options,
 ) -> DiT:
-    """A model ready to sample: built, its weights loaded strictly, frozen, on `device` in `dtype`."""
+    """A model ready to sample: built, its weights loaded strictly, frozen, on `device` in `dtype`.
+
+    options: those of `build_model` (class_dropout_prob, learn_sigma, vae).
+    """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)  # random weights are the same in every process
-        model = build_model(name, image_size, num_classes)
+        model = build_model(name, image_size, num_classes, **options)
     if random_weights:
         randomize(model)
     else:
-        load_checkpoint(model, ckpt or find_checkpoint(name, image_size))
+        model.source = load_checkpoint(model, ckpt or find_checkpoint(name, image_size))
     return model.to(device=device, dtype=dtype)
 
 
@@ -104,22 +131,21 @@ def randomize(model: DiT, seed: int = 0) -> None:
                 parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
 
 
-def weights_fingerprint(model: DiT) -> str:
-    """A short hash of the head of every parameter: tells checkpoints apart wherever they came from."""
-    digest = hashlib.sha256()
-    for parameter in model.parameters():
-        digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+def is_latent(model: DiT | str) -> bool:
+    """Whether a model, or the one of a name, works on VAE latents (4 channels or more) rather than on pixels.
 
-
-def is_latent(model: DiT) -> bool:
-    """Whether the model works on VAE latents (4 channels) rather than on pixels."""
-    return model.in_channels == 4
+    Raises ValueError for an unknown name.
+    """
+    if isinstance(model, str):
+        if model not in DiT_models:
+            raise ValueError(f"--model {model} is unknown; choose one of {', '.join(DiT_models)}")
+        return DiT_models[model].keywords.get("in_channels", 4) > 3
+    return model.in_channels > 3
 
 
 def pixels_of(model: DiT) -> int:
     """Side of the images in pixels."""
-    return model.input_size * (8 if is_latent(model) else 1)
+    return model.input_size * model.vae_factor
 
 
 # ---- noise and labels ------------------------------------------------------------------------------
@@ -285,7 +311,8 @@ def generate_seeded(
     """x_0 (n, C, H, W) for labels (n,), those of samples first .. first + n; k depends on (seed, k) alone.
 
     So methods are compared on the same noise, whatever their batch size. sample: the function above, or one
-    of `execution.py` that stands for it. Works on the model's device.
+    of `execution.py` that stands for it. Works on the model's device. Raises ValueError where a sample is not
+    finite, naming it.
     """
     device, batch_size = trajectory.backbone.device, batch_size or len(labels)
     parts = []
@@ -294,7 +321,9 @@ def generate_seeded(
         generators = [sample_generator(seed, SAMPLING_STREAM, first + start + k) for k in range(len(y))]
         noise = draw_noise(trajectory.backbone, generators).to(device)
         parts.append(sample(trajectory, y, noise, generators))
-    return torch.cat(parts)
+    x_0 = torch.cat(parts)
+    require_finite(x_0, first)
+    return x_0
 
 
 def draw_step_noise(trajectory: Trajectory, noise: Tensor, generator: Generators) -> Tensor | None:
@@ -324,7 +353,7 @@ def draw_step_noise(trajectory: Trajectory, noise: Tensor, generator: Generators
 # ---- decoding --------------------------------------------------------------------------------------
 
 
-def choose_vae(given: str | None, model: DiT, random_weights: bool) -> str:
+def choose_vae(given: str | None, model: DiT | str, random_weights: bool) -> str:
     """The spec for `load_vae`: what `--vae` gave, or its default; `none` for a model of pixels."""
     if is_latent(model):
         return given or ("none" if random_weights else "ema")
@@ -334,43 +363,47 @@ def choose_vae(given: str | None, model: DiT, random_weights: bool) -> str:
 
 
 def load_vae(spec: str, device: torch.device | str = "cpu", fetch: bool = True):
-    """diffusers' AutoencoderKL for `ema`, `mse` or a local folder. None for `none`.
+    """diffusers' autoencoder for a spec, as `vae.read_vae_config` reads it. None for `none`."""
+    config = read_vae_config(spec)
+    return None if config is None else config.load(device, fetch)
 
-    An absent `ema` or `mse` is fetched, or with `fetch=False` (several processes would meet) a
-    FileNotFoundError.
+
+def image_shape(model: DiT, vae: VaeConfig | None) -> tuple[int, int, int]:
+    """(H, W, C) of what `decode` returns."""
+    if vae is not None:
+        return (model.input_size * vae.factor, model.input_size * vae.factor, vae.image_channels)
+    return (model.input_size, model.input_size, min(model.in_channels, 3))
+
+
+def require_finite(x: Tensor, first: int = 0, what: str = "x_0") -> None:
+    """Raise ValueError where a sample of x (n, ...) holds NaN or infinity; the samples count from `first`.
+
+    Waits for the device: for after the loop.
     """
-    if spec == "none":
-        return None
-    folder = Path(spec)
-    if spec in ("ema", "mse"):
-        name = f"vae-{spec}"
-        folder = download.FOLDER / Path(download.DOWNLOADS[name][0].path).parent
-        if not fetch and not (folder / "config.json").is_file():
-            raise FileNotFoundError(
-                f"{folder} does not exist; fetch it with `python download.py {name}`, or give --vae FOLDER"
-            )
-        folder = download.fetch(name)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"--vae {spec}: {folder}/config.json does not exist; use ema, mse, none or a VAE's folder"
-        )
-    from diffusers import AutoencoderKL  # slow to import, and only latent models need it
-
-    return (
-        AutoencoderKL.from_pretrained(folder, local_files_only=True).to(device).eval().requires_grad_(False)
+    if bool(x.isfinite().all()):
+        return
+    bad = (~x.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
+    others = f" (and {len(bad) - 1} more of {len(x)})" if len(bad) > 1 else ""
+    raise cli.OneProcessError(
+        f"sample {first + bad[0]}{others}: {what} is not finite (NaN or infinite), so nothing of it is kept; "
+        "try --precision fp32, a --cfg-scale nearer to 1, or another checkpoint"
     )
 
 
 @torch.no_grad()
-def decode(x_0: Tensor, vae=None, batch_size: int = 8) -> Tensor:
-    """uint8 images (n, H, W, 3 or 1) of x_0 (n, C, H, W).
+def decode(x_0: Tensor, vae=None, batch_size: int = 8, first: int = 0) -> Tensor:
+    """uint8 images (n, H, W, 3 or 1) of x_0 (n, C, H, W), the samples `first` and on.
 
     With a VAE, latents are decoded; pixels (C < 4) are only scaled from [-1, 1]; latents without a VAE are
-    previewed by their first three channels, the range -3 .. 3 shown from black to white.
+    previewed by their first three channels, the range -3 .. 3 shown from black to white. Raises ValueError
+    where x_0 or an image is not finite, naming the sample.
     """
+    require_finite(x_0, first)
     if vae is not None:
-        x_0 = torch.cat([vae.decode(part / VAE_SCALE).sample for part in x_0.split(batch_size)])
-    elif x_0.shape[1] == 4:
+        parts = from_latents(x_0, vae).split(batch_size)
+        x_0 = torch.cat([vae.decode(part).sample for part in parts])
+        require_finite(x_0, first, "the decoded image")
+    elif x_0.shape[1] > 3:
         x_0 = x_0[:, :3] / 3.0
     pixels = ((x_0.float() + 1) * 127.5).round().clamp(0, 255)
     return pixels.to(torch.uint8).permute(0, 2, 3, 1).cpu()

@@ -165,7 +165,9 @@ def add_single_method_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--every-row", action="store_true", help="train all rows, not the even ones alone (not in the paper)"
     )
-    data.add_argument("--vae", help="of an image folder (default ema)")
+    data.add_argument(
+        "--vae", help="encodes an image folder (default ema); of a VAE's folder every method reads the factor"
+    )
     data.add_argument("--num-works", "--num-workers", type=cli.non_negative_int, help="loading processes")
 
 
@@ -232,8 +234,13 @@ def _count_samples(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
         )
 
 
+def _names_a_folder(args: argparse.Namespace) -> bool:
+    """Whether --vae is a VAE's folder: whatever is trained, its factor says what --image-size means."""
+    return args.vae is not None and Path(args.vae).is_dir()
+
+
 # Flags that are not read, and what of the others decides it.
-_OF_L2C = ("data", "every_row", "groups", "vae", "num_works")
+_OF_L2C = ("data", "every_row", "groups", "num_works")
 _OF_HARMONICA = ("proxy", "lambda_c", "rollout")
 _OF_BEYOND = ("terms", "init", "pool", "moments_weight", "window", "open_share", "keep_activations")
 _OF_ROWS = ("epochs", "l1", "cost", "data_loss", "router_train", "ste_threshold")
@@ -251,7 +258,14 @@ UNREAD = (
         lambda args: args.terms == 0,
         "with --terms 0: there are no weights to train",
     ),
-    Unread(("vae",), lambda args: args.data and not Path(args.data).is_dir(), "with --data {data}"),
+    Unread(
+        ("vae",), lambda args: args.method != "l2c" and not _names_a_folder(args), "with --method {method}"
+    ),
+    Unread(
+        ("vae",),
+        lambda args: args.data and not Path(args.data).is_dir() and not _names_a_folder(args),
+        "with --data {data}",
+    ),
     Unread(("results_dir",), lambda args: args.resume not in (None, "auto"), "with --resume {resume}"),
     cli.UNREAD_MODEL,
 )

@@ -30,19 +30,22 @@ from tqdm import tqdm
 import cli
 import distributed
 import execution
+from denoiser import check_guidance
 from diffusion import GaussianDiffusion, create_diffusion
 from distributed import Processes
 from end_to_end import EndToEnd
 from files import replacing
+from identity import weights_fingerprint
 from logs import RunLog
 from models import DiT
 from objectives import TrainStep
 from pictures import schedule_heat_map
-from rounds import Pairs, Trajectories
-from sampling import find_checkpoint, load_model, pixels_of, weights_fingerprint
+from rounds import Pairs, Trajectories, vae_spec
+from sampling import find_checkpoint, load_model, pixels_of
 from target import Target
 from train_arguments import parse_args
 from training import find_resumable, new_run_folder, read_checkpoint
+from vae import read_vae_config
 
 # The arguments that decide the numbers, where the method reads them: a resumed run must have the same.
 SETTINGS = (
@@ -136,6 +139,8 @@ class Run:
         self.log = RunLog(self.folder, self.settings if args.wandb else None)
         if args.random_weights:
             self.log.info("RANDOM WEIGHTS: no checkpoint is loaded; the router means nothing")
+        else:
+            self.log.info(f"weights: {self.model.source}")
         self.log.info(f"resuming from {path}" if path else f"writing to {self.folder}")
         self.log.forget_after(self.training.train_steps)
         self.started, self.start_step = time.monotonic(), self.training.train_steps
@@ -257,9 +262,10 @@ def main(args: argparse.Namespace) -> None:
     if not args.ckpt and not args.random_weights:
         args.ckpt = find_checkpoint(args.model, args.image_size, fetch=False)
     args.precision, dtype = cli.set_precision(args.precision, processes.device)
-    model = load_model(
-        args.model, args.ckpt, args.image_size, args.num_classes, processes.device, dtype, args.random_weights
-    )
+    vae = read_vae_config(vae_spec(args))
+    model = load_model(**cli.model_options(args), device=processes.device, dtype=dtype, vae=vae)
+    check_guidance(model, args.cfg_scale)
+    weights = weights_fingerprint(model)
     if args.data_loss == "eps" and not model.learn_sigma and processes.is_main:
         warnings.warn("--data-loss eps has no effect: this model predicts nothing else", stacklevel=2)
     if args.compile:
@@ -269,7 +275,7 @@ def main(args: argparse.Namespace) -> None:
     diffusion = create_diffusion(args.num_sampling_steps, learn_sigma=model.learn_sigma)
     settings = {name: getattr(args, name) for name in SETTINGS if name not in args.unread}
     settings |= {"image_size": pixels_of(model), "num_classes": model.num_classes}
-    settings["weights"] = weights_fingerprint(model)
+    settings |= {"null_label": model.has_null_label, "learn_sigma": model.learn_sigma, "weights": weights}
     if "trajectories" in settings:
         del settings["global_batch_size"]  # the same
     if args.method == "end-to-end":

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import distributed
+from identity import differences
 from router import Router, Schedule, find_router, save_router
 from target import RegWeightControl, Target
 
@@ -191,15 +192,15 @@ def read_checkpoint(path: Path, settings: dict) -> dict[str, Tensor]:
     if "resume.train_steps" not in state or path.parent.name != "checkpoints":
         raise ValueError(f"--resume {path}: not a checkpoint in its run's folder; give that folder")
     before = found and "trajectories" not in found and "groups" not in found
-    found = _renamed(found) if before else found
-    others = [name for name, value in settings.items() if found.get(name) != value]
+    others = differences(_renamed(found) if before else found, settings)
     if others:
-        name = others[0]
+        name, value = others[0]
         flag = "ckpt, whose weights were" if name == "weights" else name.replace("_", "-")
-        reason = f"--resume {path}: it was trained with --{flag} {found.get(name)}, not {settings[name]}"
+        reason = f"--resume {path}: it was trained with --{flag} {value}, not {settings[name]}"
         if before and name == "trajectories":
             reason += "; when it began, --global-batch-size counted trajectories, not rows"
-        raise OtherSettings(reason, bool(before) and set(others) <= {"trajectories", "groups", "l1"})
+        is_renamed = {name for name, _ in others} <= {"trajectories", "groups", "l1"}
+        raise OtherSettings(reason, bool(before) and is_renamed)
     return state
 
 

@@ -41,6 +41,7 @@ def nearest_distances(samples: Tensor, data: Tensor, exclude_self: bool = False)
 
 def main(args: argparse.Namespace) -> None:
     model, judge, (images, _) = load_model(DIGITS_MODEL, args.ckpt), Judge(), digit_images()
+    print(f"weights: {model.source}")
     labels = torch.arange(args.samples) % model.num_classes
     among_data = nearest_distances(images, images, exclude_self=True).median().item()
     print(f"{args.samples} samples, seed {args.seed}; nearest among the data's own images: {among_data:.2f}")

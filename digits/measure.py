@@ -22,6 +22,7 @@ import execution
 import methods
 from digits.classifier import Judge
 from files import to_json
+from identity import weights_fingerprint
 from methods import Method
 from metrics.frechet import frechet_distance
 from metrics.paired import mse, psnr, ssim
@@ -38,7 +39,6 @@ from sampling import (
     load_model,
     sample,
     sample_generator,
-    weights_fingerprint,
 )
 from timing import in_turn
 

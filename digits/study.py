@@ -36,8 +36,9 @@ from digits import measure
 from digits.classifier import Judge
 from digits.plan import FULL, QUICK, ROOT, Task, digits_model, plan
 from files import replacing, write_json
+from identity import same_weights, weights_fingerprint
 from router import find_router, load_router, save_router
-from sampling import DIGITS_MODEL, weights_fingerprint
+from sampling import DIGITS_MODEL
 from tables import is_main
 
 HIDDEN = ("images", "arguments", "router_hash")  # of rows/ alone
@@ -48,18 +49,24 @@ def judge() -> Judge:
     return Judge()
 
 
-def is_done(folder: Path, task: Task) -> bool:
-    """Whether its result is there: of these arguments, this router and these weights of the model."""
+def is_done(folder: Path, task: Task, weights: str | None = None) -> bool:
+    """Whether its result is there: of these arguments, this router and these weights of the model.
+
+    weights: the model's fingerprint, where many tasks are asked about.
+    """
     path = folder / ("routers" if task.is_training else "rows") / task.file_name
     if not path.exists():
         return False
-    weights = weights_fingerprint(digits_model())
+    weights = weights or weights_fingerprint(digits_model())
     if task.is_training:
         info = load_router(path).info
-        return info.get("train_arguments") == list(task.arguments) and info["settings"]["weights"] == weights
+        found = info.get("train_arguments")
+        return found == list(task.arguments) and same_weights(info["settings"]["weights"], weights)
     row = json.loads(path.read_text())
-    found = row["arguments"], row.get("router_hash"), row.get("weights")
-    return found == (list(task.arguments), router_hash(folder, task), weights)
+    found = row["arguments"], row.get("router_hash")
+    return found == (list(task.arguments), router_hash(folder, task)) and same_weights(
+        row.get("weights"), weights
+    )
 
 
 def router_hash(folder: Path, task: Task) -> str | None:
@@ -145,7 +152,8 @@ def start_worker() -> None:
 def perform_all(folder: Path, tasks: list[Task], workers: int) -> list[str]:
     """Everything that is not done, in order as far as needs allow; returns the ids of what failed."""
     os.environ["OMP_NUM_THREADS"] = "1"  # one thread a process is the most efficient
-    done = {task.id for task in tasks if is_done(folder, task)}
+    weights = weights_fingerprint(digits_model())
+    done = {task.id for task in tasks if is_done(folder, task, weights)}
     waiting, failed, running = [task for task in tasks if task.id not in done], [], {}
     print(f"{len(done)} of {len(tasks)} tasks are done; {workers} processes", flush=True)
     context = multiprocessing.get_context("spawn")
@@ -224,9 +232,9 @@ def collect(folder: Path, tasks: list[Task]) -> list[dict]:
     commands = {
         task.id: f"python train_router.py {' '.join(task.arguments)}" for task in tasks if task.is_training
     }
-    rows = []
+    rows, weights = [], weights_fingerprint(digits_model())
     for task in tasks:
-        if not task.is_training and is_done(folder, task):
+        if not task.is_training and is_done(folder, task, weights):
             row = json.loads((folder / "rows" / task.file_name).read_text())
             router = Path(row["router"]).stem if row["router"] else None
             measured = latency.get(task.id, {"router_hash": "of nothing yet"})
@@ -268,8 +276,9 @@ def main(args: argparse.Namespace) -> None:
         if not chosen:
             raise ValueError(f"--only {args.only!r}: no task's id contains it; --list shows them")
     if args.list:
+        weights = weights_fingerprint(digits_model())
         for task in chosen:
-            print("done " if is_done(folder, task) else "     ", task.id, *task.arguments)
+            print("done " if is_done(folder, task, weights) else "     ", task.id, *task.arguments)
         return
     os.chdir(ROOT)  # router paths in commands are relative to it
     for name in ("rows", "routers", "curves", "scratch"):

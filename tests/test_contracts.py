@@ -35,7 +35,7 @@ class Sequences(nn.Module):
     branches = tuple(f"{layer}.{kind}" for layer in range(NUM_LAYERS) for kind in ("self", "cross", "ff"))
     num_branches = len(branches)
     branch_macs, other_macs, branch_size, prepared_size = (3, 5, 7) * NUM_LAYERS, 11, 7 * WIDTH, 1
-    sample_shape, num_classes = (2, 7), 4
+    sample_shape, num_classes, has_null_label = (2, 7), 4, True
 
     def __init__(self):
         super().__init__()

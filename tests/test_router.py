@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import error_line, run
+from safetensors.torch import save_file
 
 from router import Router, Schedule, find_router, load_router, save_router
 
@@ -215,3 +216,77 @@ def test_folder_means_its_newest_router(tmp_path):
         save_router(checkpoints / f"{name}.safetensors", Router(2, 1))
     assert find_router(tmp_path / "000-run").name == "0020000.safetensors"
     assert find_router(checkpoints).name == "0020000.safetensors"
+
+
+@pytest.mark.parametrize("name", ["r.pth", "r.bin", "r.ckpt", "r", "r.safetensors", "0020000.pth"])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_what_a_router_file_is_its_content_says(tmp_path, suffix, name):
+    """In both layouts, as a file and as what a folder holds."""
+    router = Router(5, 3)
+    save_router(tmp_path / f"written{suffix}", router, model="DiT-S/2", threshold=0.25)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    path = (tmp_path / f"written{suffix}").rename(tmp_path / "run" / "checkpoints" / name)
+    (path.parent / "LICENSE").write_text("no router, whatever it says of 99999999")
+    (path.parent / "0099999.png").write_bytes(b"\x89PNG")
+    for given in (path, tmp_path / "run"):
+        loaded = load_router(given, "DiT-S/2", 5, 3)
+        assert torch.equal(loaded.logits, router.logits)
+        assert loaded.info["threshold"] == 0.25
+
+
+def test_rows_alone_and_of_a_wrapped_module_are_read(tmp_path):
+    logits = torch.randn(4, 3)
+    rows = {f"module.{step}.prob": row for step, row in enumerate(logits)}
+    for content in (rows, {"routers": rows}, {name[7:]: row for name, row in rows.items()}):
+        torch.save(content, tmp_path / "r.pth")
+        assert torch.equal(load_router(tmp_path / "r.pth").logits[::2], logits[::2])
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_tables_that_are_no_floats_are_refused(tmp_path, dtype):
+    """As scores, ones and zeros of integers would all be above the threshold: everything computed."""
+    save_file({"logits": torch.ones(4, 3).to(dtype)}, tmp_path / "a.safetensors")
+    rows = {f"{step}.prob": torch.ones(3).to(dtype) for step in range(4)}
+    torch.save({"routers": rows, "opt": {}, "args": {"l1": 1e-6}}, tmp_path / "b.pt")
+    save_file(
+        {"logits": torch.ones(4, 3), "weights": torch.ones(4, 3, 2).to(dtype)}, tmp_path / "c.safetensors"
+    )
+    for name, table in (("a.safetensors", "logits"), ("b.pt", "logits"), ("c.safetensors", "weights")):
+        with pytest.raises(ValueError, match=rf"{name}: {table} are {str(dtype)[6:]}, not floating point"):
+            load_router(tmp_path / name)
+
+
+def test_numbers_that_are_not_finite_are_refused(tmp_path):
+    logits = torch.ones(4, 3)
+    logits[1] = torch.inf  # as of a step that Learning-to-Cache computes in full
+    save_file({"logits": logits}, tmp_path / "r.safetensors")
+    assert load_router(tmp_path / "r.safetensors").schedule(0.5).compute.all()
+    for tables in (
+        {"logits": logits.index_fill(1, torch.tensor([2]), torch.nan)},
+        {"logits": logits, "weights": torch.full((4, 3, 1), torch.inf)},
+        {"logits": logits, "weights": torch.full((4, 3, 1), 1e300, dtype=torch.float64)},
+        {"logits": logits, "weights": torch.ones(4, 3, 0)},
+    ):
+        save_file(tables, tmp_path / "r.safetensors")
+        with pytest.raises(ValueError, match=r"r\.safetensors: "):
+            load_router(tmp_path / "r.safetensors")
+
+
+@pytest.mark.parametrize("threshold", [float("nan"), float("inf"), 1.0, -0.5, "abc", True, None, [0.1]])
+def test_threshold_of_a_file_is_a_number_or_refused(tmp_path, threshold):
+    save_router(tmp_path / "r.safetensors", Router(4, 3), threshold=threshold)
+    with pytest.raises(ValueError, match=r"r\.safetensors says threshold"):
+        load_router(tmp_path / "r.safetensors")
+    write_released(tmp_path / "r.pt", torch.ones(4, 3), lambda_c=500, ste_threshold=threshold)
+    if threshold is None:  # Learning-to-Cache's own files hold this
+        assert "threshold" not in load_router(tmp_path / "r.pt").info
+        return
+    with pytest.raises(ValueError, match=r"r\.pt says threshold"):
+        load_router(tmp_path / "r.pt")
+
+
+def test_metadata_that_contradicts_the_logits_is_refused(tmp_path):
+    metadata = {"num_steps": "10", "version": "1"}
+    save_file({"logits": torch.ones(4, 3)}, tmp_path / "r.safetensors", metadata=metadata)
+    with pytest.raises(ValueError, match="says num_steps 10, its logits are of 4"):
+        load_router(tmp_path / "r.safetensors")

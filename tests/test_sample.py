@@ -1,5 +1,6 @@
 """The sampling command, on the digits model with random weights and a router made for it."""
 
+import json
 import re
 
 import numpy as np
@@ -7,8 +8,11 @@ import pytest
 import torch
 from commands import error_line, run
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from router import Router, save_router
+from router import Router, load_router, save_router
+from sampling import _DIGITS_WEIGHTS, build_model, randomize, weights_fingerprint
 
 SAMPLE = ["sample.py", "--model", "DiT-digits/2", "--random-weights", "--num-sampling-steps", 5]
 CACHED = [*SAMPLE, "--accelerate-method", "dynamiclayer", "--thres", 0.1]
@@ -30,7 +34,7 @@ def test_cached_run_says_what_it_does(tmp_path, router):
     )
     assert "96 / 120 branches computed (attn 36 / 60, mlp 60 / 60), CUR 20.00 %" in output
     assert re.search(r"theoretical speed-up 1\.\d+x", output)
-    assert re.search(r"latency cached: [\d.]+ ms per batch of 10 \(median of 2 after a warm-up", output)
+    assert re.search(r"latency cached: [\d.,]+ ms per batch of 10 \(median of 2 after a warm-up", output)
     assert "RANDOM WEIGHTS" in output
     with Image.open(picture) as image:
         assert image.width > 8 * 64
@@ -105,3 +109,118 @@ def test_wrong_uses_end_in_one_line(tmp_path, router):
         extra = [] if "--output" in arguments else ["--output", tmp_path / "never.png"]
         assert words in error_line(*arguments, *extra), arguments
     assert not (tmp_path / "never.png").exists()
+
+
+LATENT = ["--model", "DiT-S/8", "--image-size", 64, "--num-classes", 10, "--vae", "none"]
+LATENT += ["--num-sampling-steps", 2, "--cfg-scale", 1]
+
+
+def save_model(path, model) -> None:
+    randomize(model)
+    save_file(model.state_dict(), path)
+
+
+@pytest.mark.parametrize("script", ["sample.py", "sample_ddp.py"])
+def test_weights_that_are_not_finite_draw_nothing(tmp_path, script):
+    """One NaN in a checkpoint; and weights so large that x_0 overflows, which only sampling can tell."""
+    state = load_file(_DIGITS_WEIGHTS)
+    setting = ["--model", "DiT-digits/2", "--num-sampling-steps", 2, "--cfg-scale", 1]
+    output = tmp_path / "out" / ("x.npz" if "ddp" in script else "x.png")
+    own = (
+        ["--num-samples", 4]
+        if "ddp" in script
+        else ["--compare", "--accelerate-method", "fora", "--interval", 2]
+    )
+    for name, value, words in (
+        ("nan", torch.nan, "blocks.3.mlp.fc1.weight has 128 of 65536 values that are not finite"),
+        ("large", 3e38, "sample 0 (and "),
+    ):
+        state["blocks.3.mlp.fc1.weight"][0] = value
+        save_file(state, tmp_path / f"{name}.safetensors")
+        line = error_line(
+            script, *setting, *own, "--ckpt", tmp_path / f"{name}.safetensors", "--output", output
+        )
+        assert words in line
+        assert not list(tmp_path.glob("out/*.npz")) + list(tmp_path.glob("out/*.png"))
+
+
+def test_model_of_other_flags_loads_and_is_recorded(tmp_path):
+    """Ten classes without a null label, no learned variance: refused with the flags, sampled with them."""
+    ckpt, output = tmp_path / "w.safetensors", tmp_path / "x.npz"
+    save_model(ckpt, build_model("DiT-S/8", 64, 10, class_dropout_prob=0.0, learn_sigma=False))
+    command = ["sample_ddp.py", *LATENT, "--num-samples", 2, "--output", output, "--ckpt", ckpt]
+    line = error_line(*command)
+    assert "no learned variance (--no-learn-sigma)" in line
+    assert "10 classes without a null label (--num-classes 10 --class-dropout-prob 0, no guidance)" in line
+    flags = ["--no-learn-sigma", "--class-dropout-prob", 0]
+    text = run(*command, *flags, "--p-sample")
+    assert f"weights: {ckpt}; 10 rows of labels: 10 classes without a null label" in text
+    facts = json.loads(output.with_name("x.npz.settings.json").read_text())
+    assert facts["null_label"] is False
+    assert facts["learn_sigma"] is False
+    as_null = [*command, "--no-learn-sigma", "--p-sample", "--num-classes", 9]
+    assert "says null_label False, this command True" in error_line(
+        *as_null
+    )  # the same weights, read otherwise
+    assert "needs a null label" in error_line(*command, *flags, "--cfg-scale", 2)
+    text = run("sample.py", *LATENT, "--ckpt", ckpt, *flags, "--repeats", 0, "--output", tmp_path / "x.png")
+    assert "without a null label" in text
+
+
+def test_samples_of_other_weights_are_not_taken_for_these(tmp_path):
+    """The rows of the label table in another order; and settings of before, with the old fingerprint."""
+    model = build_model("DiT-S/8", 64, 10)
+    save_model(tmp_path / "a.safetensors", model)
+    table = model.y_embedder.embedding_table.weight
+    table[1:] = table[1:].flip(0).clone()
+    save_file(model.state_dict(), tmp_path / "b.safetensors")
+    output = tmp_path / "x.npz"
+    command = ["sample_ddp.py", *LATENT, "--num-samples", 2, "--output", output, "--ckpt"]
+    run(*command, tmp_path / "a.safetensors")
+    assert "says weights" in error_line(*command, tmp_path / "b.safetensors")
+    facts = output.with_name("x.npz.settings.json")
+    old = json.loads(facts.read_text())
+    for name in ("null_label", "learn_sigma", "vae_weights"):
+        del old[name]
+    facts.write_text(json.dumps(old | {"weights": old["weights"][:16]}))
+    assert "holds these samples already" in run(*command, tmp_path / "a.safetensors")
+
+
+def test_training_records_what_the_model_is(tmp_path):
+    model = build_model("DiT-S/8", 64, 10, class_dropout_prob=0.0, learn_sigma=False)
+    save_model(tmp_path / "w.safetensors", model)
+    command = [
+        "train_router.py",
+        *LATENT[:6],
+        "--ckpt",
+        tmp_path / "w.safetensors",
+        "--num-sampling-steps",
+        2,
+    ]
+    command += ["--results-dir", tmp_path / "results", "--global-batch-size", 1, "--max-steps", 2]
+    command += ["--no-learn-sigma", "--class-dropout-prob", 0]
+    line = error_line(*command)  # its guidance is 1.5 by default
+    assert "guidance 1.5 needs a null label" in line
+    assert not (tmp_path / "results").exists()
+    assert "10 classes without a null label" in run(*command, "--cfg-scale", 1)
+    settings = load_router(next((tmp_path / "results").iterdir())).info["settings"]
+    assert (settings["null_label"], settings["learn_sigma"]) == (False, False)
+    assert settings["weights"] == weights_fingerprint(model)
+    assert "resuming from" in run(*command, "--cfg-scale", 1, "--resume", "auto")
+
+
+def test_training_of_before_goes_on(tmp_path):
+    """Its checkpoints hold the old fingerprint and none of the settings that came later."""
+    command = ["train_router.py", "--model", "DiT-digits/2", "--num-sampling-steps", 3, "--cfg-scale", 1]
+    command += ["--results-dir", tmp_path, "--global-batch-size", 1, "--max-steps", 3]
+    run(*command)
+    [path] = tmp_path.glob("*/checkpoints/*.safetensors")
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+    settings = json.loads(metadata["settings"])
+    del settings["null_label"], settings["learn_sigma"]
+    settings["weights"] = settings["weights"][:16]
+    save_file(tensors, path, metadata=metadata | {"settings": json.dumps(settings)})
+    assert "resuming from" in run(*command, "--resume", "auto")
+    assert len([*tmp_path.iterdir()]) == 1

@@ -116,6 +116,13 @@ def test_latent_model_works_on_an_eighth_of_the_pixels():
     assert build_model("DiT-S/8", 512).input_size == 64
     with pytest.raises(ValueError, match="--image-size 100"):
         build_model("DiT-S/8", 100)
+    for name, size, words in (
+        ("DiT-S/8", 224, "multiples of 64 pixels .* try 192 or 256"),  # 28 latents, patches of 8
+        ("DiT-S/4", 240, "multiples of 32 pixels .* try 224 or 256"),
+        ("DiT-S/2", 8, "multiples of 16 pixels .* try 16"),
+    ):
+        with pytest.raises(ValueError, match=f"--image-size {size}: {name} takes {words}"):
+            build_model(name, size)
     with pytest.raises(ValueError, match="--model DiT-XXL/2 is unknown"):
         build_model("DiT-XXL/2")
     with pytest.warns(UserWarning, match="no effect"):
@@ -150,3 +157,70 @@ def test_vae_that_is_not_there_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"--vae .*nothing"):
         load_vae(str(tmp_path / "nothing"))
     assert load_vae("none") is None
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_sample_that_is_not_finite_is_named_and_never_drawn(value):
+    """As uint8, NaN is black and infinity white: a picture like any other."""
+    x_0 = torch.zeros(4, 1, 2, 2)
+    x_0[2, 0, 1, 1] = value
+    with pytest.raises(ValueError, match=r"sample 2: x_0 is not finite"):
+        decode(x_0)
+    with pytest.raises(ValueError, match=r"sample 34: x_0 is not finite"):
+        decode(x_0, first=32)
+    x_0[3] = value
+    with pytest.raises(ValueError, match=r"sample 2 \(and 1 more of 4\)"):
+        decode(x_0)
+
+
+def test_decoded_image_that_is_not_finite_is_named():
+    class Overflows:
+        def decode(self, latents):
+            return type("Out", (), {"sample": latents[:, :3] / (latents[:, :1] > 0)})
+
+    latents = torch.ones(3, 4, 2, 2)
+    latents[1] = -1.0
+    with pytest.raises(ValueError, match="sample 1: the decoded image is not finite"):
+        decode(latents, Overflows())
+
+
+def test_seeded_samples_are_checked_with_their_number(tiny_model):
+    """Whoever measures them: demo, study, precisions."""
+    diffusion, labels = create_diffusion("3"), torch.arange(5)
+
+    def generate_with_a_fault(*setting, **options):
+        x_0 = generate(*setting, **options)
+        x_0[-1, 0, 0, 0] = torch.nan
+        return x_0
+
+    with pytest.raises(ValueError, match=r"sample 103 \(and 1 more of 5\): x_0 is not finite"):
+        generate_seeded(
+            tiny_model, diffusion, labels, 0, batch_size=4, first=100, generate=generate_with_a_fault
+        )
+
+
+@pytest.mark.parametrize("step", [5, 1, 0])
+def test_ddpm_without_learned_variance_equals_diffusers(step):
+    """Its variance is then the posterior's, "fixed_small"."""
+    from diffusers import DDPMScheduler
+
+    scheduler = DDPMScheduler(beta_start=1e-4, beta_end=0.02, clip_sample=False, variance_type="fixed_small")
+    x, output = torch.randn(2, 4, 4, 4), torch.randn(2, 4, 4, 4)
+    theirs = scheduler.step(output, step, x, generator=torch.Generator().manual_seed(step)).prev_sample
+    noise = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(step))
+    ours = create_diffusion("", learn_sigma=False).ddpm_step(output, x, step, noise)
+    assert relative_error(ours, theirs) < 1e-4
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_model_without_null_label_or_learned_variance_samples(sampler):
+    from sampling import randomize
+
+    model = build_model("DiT-S/8", 64, 10, class_dropout_prob=0.0, learn_sigma=False)
+    randomize(model)
+    diffusion = create_diffusion("3", learn_sigma=model.learn_sigma)
+    schedule = Schedule(torch.tensor([[False], [True], [True]]).expand(3, 24).clone())
+    x_0 = generate_seeded(model, diffusion, torch.tensor([9, 0]), 1, sampler=sampler, schedule=schedule)
+    assert x_0.shape == (2, 4, 8, 8)
+    with pytest.raises(ValueError, match="guidance 2 needs a null label"):
+        generate_seeded(model, diffusion, torch.tensor([9]), 1, cfg_scale=2.0)
