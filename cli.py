@@ -3,17 +3,23 @@
 import argparse
 import contextlib
 import ctypes
+import importlib
 import math
 import os
 import platform
 import re
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
+from types import ModuleType
 
 import torch
+
+from lifeline import RUN_ID
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 
@@ -26,12 +32,12 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
     keep_freed_memory()
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
-        main(args)
+        with orderly_end():
+            main(args)
     except (ValueError, OSError) as error:
         if os.environ.get("HARMONICA_TRACEBACK"):
             raise
-        local_rank = os.environ.get("LOCAL_RANK", "0")
-        if local_rank == "0" or isinstance(error, OSError):  # a wrong value all processes meet alike
+        if speaks_for_all() or isinstance(error, OSError) or getattr(error, "of_one_rank", False):
             print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except torch.cuda.OutOfMemoryError as error:
@@ -39,8 +45,35 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
         print(f"{os.path.basename(sys.argv[0])}: error: {reason}; take a smaller batch size", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        if speaks_for_all():
+            print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def speaks_for_all() -> bool:
+    """Whether this process tells what all that torchrun started on a machine meet alike."""
+    return RUN_ID not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+@contextlib.contextmanager
+def orderly_end() -> Iterator[None]:
+    """SIGTERM ends the command as Ctrl-C does, so that no half-written file stays.
+
+    Not under torchrun, where a process may be waiting for another and would hear it late: it ends at once,
+    and the next run clears up.
+    """
+    if RUN_ID in os.environ or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def keep_freed_memory() -> None:
@@ -63,6 +96,17 @@ def show_notes(args: argparse.Namespace) -> None:
         notes.append(f"--ckpt {args.ckpt} has no effect with --random-weights")
     for note in notes:
         warnings.warn(note, stacklevel=2)
+
+
+def require(package: str, flag: str, install: str | None = None) -> ModuleType:
+    """Import an optional package before the work that needs it. Raises ValueError where it is not there."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ValueError(
+            f"{flag} needs {package} ({error}); install it with `pip install {install or package}` or leave "
+            f"{flag} out"
+        ) from None
 
 
 def finite(text: str) -> float:
