@@ -10,6 +10,7 @@ import torch
 
 from cache import FittingCache
 from diffusion import GaussianDiffusion
+from execution import one_thread
 from models import DiT
 from router import Schedule
 from sampling import (
@@ -35,13 +36,16 @@ def calibrated(
     """The schedule with weights (T, B, num_terms) for this model, chain, guidance and sampler.
 
     Draws `num_samples` random labels and noise from the seed, apart from those of sampling and training; they
-    go through the model as one batch. The work of one uncached run of them.
+    go through the model as one batch, on a CPU in one thread, so that the weights do not depend on the number
+    of cores. The work of one uncached run of them.
     """
     device = next(model.parameters()).device
     generators = [sample_generator(seed, CALIBRATION_STREAM, k) for k in range(num_samples)]
     noise, labels = draw_noise(model, generators).to(device), draw_labels(model, generators).to(device)
     cache = FittingCache(schedule.compute, num_terms)
     step_noise = draw_step_noise(diffusion, noise, cfg_scale, sampler, 0.0, generators)
-    for _ in denoise_loop(model, diffusion, labels, noise, cfg_scale, sampler, cache, step_noise=step_noise):
-        pass
+    setting = cfg_scale, sampler, cache
+    with one_thread(device):
+        for _ in denoise_loop(model, diffusion, labels, noise, *setting, step_noise=step_noise):
+            pass
     return Schedule(schedule.compute, f"{schedule.source}, calibrated", cache.weights.to(torch.float32))

@@ -42,6 +42,7 @@ class Denoiser:
         step_bytes = len(self.y) * model.modulation_size * self.dtype.itemsize
         self.chunk_size = min(diffusion.num_timesteps, max(1, MODULATION_BYTES // max(1, step_bytes)))
         self._chunk, self._modulations = -1, []
+        self._timesteps: Tensor | None = None  # embedded, (T, D)
 
     def start(self, noise: Tensor) -> Tensor:
         """The first x_t from noise (n, C, H, W): (2n, C, H, W) under guidance."""
@@ -61,10 +62,14 @@ class Denoiser:
     def _modulations_at(self, step: int) -> Modulations:
         chunk, offset = divmod(step, self.chunk_size)
         if chunk != self._chunk:
-            steps = range(self.diffusion.num_timesteps)[chunk * self.chunk_size :][: self.chunk_size]
-            t = torch.cat([self.diffusion.timesteps(one, 1, self.y.device) for one in steps])
+            every = range(self.diffusion.num_timesteps)
+            if self._timesteps is None:  # of all at once: fewer would be rounded otherwise
+                t = torch.cat([self.diffusion.timesteps(one, 1, self.y.device) for one in every])
+                self._timesteps = self.model.t_embedder(t)
+            steps = every[chunk * self.chunk_size :][: self.chunk_size]
+            c = self._timesteps[steps.start : steps.stop, None] + self.model.y_embedder(self.y)  # (S, N, D)
             computed = None if self.computed is None else [self.computed[one] for one in steps]
             self._modulations = []  # freed before the next ones are made
-            self._modulations = self.model.modulations(self.model.embed(t, self.y), computed)
+            self._modulations = self.model.modulations(c, computed)
             self._chunk = chunk
         return self._modulations[offset]

@@ -48,7 +48,7 @@ class RunLog:
             self._wandb.log({name: wandb.Image(image)}, step=train_steps)
 
     def forget_after(self, train_steps: int) -> None:
-        """Drop the metrics of steps that a resumed run takes again, and lines that a kill left half-written."""
+        """Drop the metrics of steps that a resumed run takes again, and what a kill left half-written."""
         path = self.folder and self.folder / "metrics.jsonl"
         if path and path.exists():
             lines = path.read_bytes().splitlines()

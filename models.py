@@ -247,10 +247,6 @@ class DiT(nn.Module):
         x = x.reshape(-1, grid, grid, p, p, c).permute(0, 5, 1, 3, 2, 4)  # (N, C, grid, P, grid, P)
         return x.reshape(-1, c, self.input_size, self.input_size)
 
-    def embed(self, t: Tensor, y: Tensor) -> Tensor:
-        """The conditioning (S, N, D) of S timesteps (S,) on each of N labels (N,)."""
-        return self.t_embedder(t).unsqueeze(1) + self.y_embedder(y)
-
     def modulations(self, c: Tensor, computed: Sequence[Sequence[bool]] | None = None) -> list[Modulations]:
         """What each of S evaluations takes from its conditioning c (S, N, D); for `predict`.
 
