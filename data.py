@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+import lifeline
 from digits.data import digit_images
 from models import DiT
 from sampling import DATA_STREAM, VAE_SCALE, is_latent, pixels_of, sample_generator
@@ -129,7 +130,13 @@ def numbered_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches (x, labels) of this process from number `first` on; what is in them depends on the seed."""
     batches = _Batches(first, global_batch_size, rank, world_size)
-    return iter(DataLoader(_Numbered(data, seed), batch_sampler=batches, num_workers=num_workers))
+    options = {"num_workers": num_workers, "worker_init_fn": _follow_trainer if num_workers else None}
+    return iter(DataLoader(_Numbered(data, seed), batch_sampler=batches, **options))
+
+
+def _follow_trainer(_worker: int) -> None:
+    """A loading process ends when the one that trains does."""
+    lifeline.follow_starter()
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cli
-from files import check_writable, replacing, write_json
+from files import check_writable, read_json, replacing, write_json
 from metrics.features import Extractor, load_extractor
 from metrics.frechet import RunningStatistics, frechet_distance
 from metrics.inception_score import SPLITS, inception_score
@@ -231,7 +231,7 @@ def check_pairs(samples: Images, plain: Images) -> None:
     files = [Path(f"{images.path}.settings.json") for images in (samples, plain)]
     if not all(file.is_file() for file in files):
         return
-    one, other = (json.loads(file.read_text()) for file in files)
+    one, other = map(read_json, files)
     for name in ("seed", "labels"):
         if one.get(name) != other.get(name):
             raise ValueError(
