@@ -42,10 +42,13 @@ class Backbone(Protocol):
     def condition(self, labels: Tensor, guided: bool) -> Any:
         """What a batch is conditioned on, of labels (n,); under guidance both halves."""
 
+    def embed_timesteps(self, timesteps: Tensor) -> Tensor:
+        """What depends on the timestep alone: (S,) of all steps to (S, ...)."""
+
     def prepare(
-        self, timesteps: Tensor, condition: Any, computed: Sequence[Sequence[bool]] | None = None
+        self, embedded: Tensor, condition: Any, computed: Sequence[Sequence[bool]] | None = None
     ) -> list[Any]:
-        """For each of S timesteps what `predict` needs that does not depend on x.
+        """For each of some embedded timesteps (S, ...) what `predict` needs that does not depend on x.
 
         computed: for every step a row of num_branches, whether the branch is computed there; None: all are.
         """

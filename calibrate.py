@@ -9,6 +9,7 @@ execution: each fit sees the errors that reuse has made before it.
 import torch
 
 from cache import FittingCache
+from execution import one_thread
 from router import Schedule
 from sampling import (
     CALIBRATION_STREAM,
@@ -25,7 +26,8 @@ def calibrated(trajectory: Trajectory, num_terms: int = 3, num_samples: int = 64
     """The trajectory's schedule with weights (T, B, num_terms) for its model, sampler and guidance.
 
     Draws `num_samples` random labels and noise from the seed, apart from those of sampling and training; they
-    go through the model as one batch. The work of one uncached run of them.
+    go through the model as one batch, on a CPU in one thread, so that the weights do not depend on the number
+    of cores. The work of one uncached run of them.
     """
     model, schedule = trajectory.backbone, trajectory.schedule
     generators = [sample_generator(seed, CALIBRATION_STREAM, k) for k in range(num_samples)]
@@ -33,6 +35,7 @@ def calibrated(trajectory: Trajectory, num_terms: int = 3, num_samples: int = 64
     labels = draw_labels(model, generators).to(model.device)
     cache = FittingCache(schedule.compute, num_terms)
     step_noise = draw_step_noise(trajectory, noise, generators)
-    for _ in denoise_loop(trajectory, labels, noise, cache, step_noise):
-        pass
+    with one_thread(model.device):
+        for _ in denoise_loop(trajectory, labels, noise, cache, step_noise):
+            pass
     return Schedule(schedule.compute, f"{schedule.source}, calibrated", cache.weights.to(torch.float32))

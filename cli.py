@@ -3,23 +3,31 @@
 import argparse
 import contextlib
 import ctypes
+import importlib
 import os
 import platform
 import re
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
+
+from lifeline import RUN_ID
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 
 
 class OneProcessError(ValueError):
     """What one process alone meets, such as a sample of its own: it says so, whatever its rank."""
+
+    of_one_rank = True
 
 
 def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
@@ -33,13 +41,12 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     command = os.path.basename(sys.argv[0])
     try:
-        main(args)
+        with orderly_end():
+            main(args)
     except (ValueError, OSError) as error:
         if os.environ.get("HARMONICA_TRACEBACK"):
             raise
-        local_rank = os.environ.get("LOCAL_RANK", "0")
-        # A wrong value all processes meet alike.
-        if local_rank == "0" or isinstance(error, (OSError, OneProcessError)):
+        if speaks_for_all() or isinstance(error, OSError) or getattr(error, "of_one_rank", False):
             print(f"{command}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
@@ -48,7 +55,8 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
         print(f"{command}: {reason}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        if speaks_for_all():
+            print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 
@@ -59,12 +67,36 @@ def _explained(error: Exception) -> str | None:
         return f"error: {message.partition('. ')[0]}; take a smaller batch size or model"
     if isinstance(error, MemoryError) or _NO_MEMORY in message:
         return "error: out of memory; take a smaller batch size or model"
-    if any(words in message for words in LOST_PEER):
-        return f"rank {os.environ.get('RANK', '0')} ends, because another process did"
     return None
 
 
 _NO_MEMORY = "can't allocate memory"  # what torch says of RAM
+
+
+def speaks_for_all() -> bool:
+    """Whether this process tells what all that torchrun started on a machine meet alike."""
+    return RUN_ID not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+@contextlib.contextmanager
+def orderly_end() -> Iterator[None]:
+    """SIGTERM ends the command as Ctrl-C does, so that no half-written file stays.
+
+    Not under torchrun, where a process may be waiting for another and would hear it late: it ends at once,
+    and the next run clears up.
+    """
+    if RUN_ID in os.environ or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def keep_freed_memory() -> None:
@@ -76,9 +108,6 @@ def keep_freed_memory() -> None:
 
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
-
-# What gloo and NCCL say in a process when another one, which has told why, is gone.
-LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
 
 RANDOM_WEIGHTS = "RANDOM WEIGHTS: no checkpoint is loaded, the pictures are noise; only speed means anything"
 
@@ -131,6 +160,17 @@ def show_notes(args: argparse.Namespace) -> None:
     """Warn of flags that have no effect."""
     for note in args.notes:
         warnings.warn(note, stacklevel=2)
+
+
+def require(package: str, flag: str, install: str | None = None) -> ModuleType:
+    """Import an optional package before the work that needs it. Raises ValueError where it is not there."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ValueError(
+            f"{flag} needs {package} ({error}); install it with `pip install {install or package}` or leave "
+            f"{flag} out"
+        ) from None
 
 
 LARGEST_FLOAT = torch.finfo(torch.float32).max

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
+import lifeline
 from arrays import ArrayFile
 from digits.data import digit_images
 from images import open_picture
@@ -158,7 +159,8 @@ def numbered_batches(
     """
     batches = _Batches(first, global_batch_size, rank, world_size)
     data = _Numbered(data, seed)
-    loader = iter(DataLoader(data, batch_sampler=batches, num_workers=num_workers, collate_fn=_collate))
+    options = {"num_workers": num_workers, "worker_init_fn": _follow_trainer if num_workers else None}
+    loader = iter(DataLoader(data, batch_sampler=batches, collate_fn=_collate, **options))
     try:
         while True:
             batch = _next_batch(loader)
@@ -177,6 +179,11 @@ def _next_batch(loader: Iterator) -> tuple[Tensor, Tensor] | OSError:
             raise
         reason = str(error).partition("\n")[0]
         return OSError(f"{reason}; is memory short? --num-works 0 reads without workers")
+
+
+def _follow_trainer(_worker: int) -> None:
+    """A loading process ends when the one that trains does."""
+    lifeline.follow_starter()
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 import cli
+import lifeline
 from baselines import full_schedule
 from diffusion import create_diffusion
 from digits.classifier import Judge
@@ -31,6 +32,7 @@ from router import Router, Schedule, load_router
 from sampling import DIGITS_MODEL, Trajectory, decode, generate_seeded, load_model
 from tables import print_columns
 from timing import in_turn
+from training import runs
 
 NUM_STEPS, THRESHOLD = 10, 0.1
 CFG_SCALE = 1.0  # no guidance: there the uncached model is closest to the data
@@ -70,10 +72,11 @@ def train(args: argparse.Namespace) -> Router:
     command += ["--max-steps", str(args.train_steps)]
     print("$", " ".join(command), flush=True)
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.processes))}
+    command = lifeline.bound(command)
     status = subprocess.run(command, cwd=Path(__file__).parent, env=environment, check=False).returncode
     if status:
         raise ValueError(f"the training above ended with exit status {status}")
-    logs = args.results_dir.glob("*/log.txt")
+    logs = [run / "log.txt" for run in runs(args.results_dir)]
     newest = max(logs, key=lambda log: log.stat().st_mtime).parent  # new, or resumed and found finished
     return load_router(newest, DIGITS_MODEL, NUM_STEPS)
 

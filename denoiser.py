@@ -50,7 +50,7 @@ class Denoiser:
         # A model that is not frozen makes its part of every step in that step, with a gradient.
         most = PREPARED_BYTES // step_bytes if model.frozen else 1
         self.chunk_size = min(self.num_steps, max(1, most))
-        self._chunk, self._prepared = -1, []
+        self._chunk, self._prepared, self._embedded = -1, [], None
 
     def start(self, noise: Tensor) -> State:
         """The state before the first step from noise (n, C, H, W); x is (2n, C, H, W) under guidance."""
@@ -75,16 +75,22 @@ class Denoiser:
         if chunk != self._chunk or not self.model.frozen:
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.model.frozen):
                 self._prepared = []  # freed before the next ones are made
-                self._prepared = self._prepare(range(self.num_steps)[chunk * self.chunk_size :])
+                self._prepared = self._prepare(chunk * self.chunk_size)
             self._chunk = chunk
         return self._prepared[offset]
 
-    def _prepare(self, steps: Sequence[int]) -> list:
-        steps = steps[: self.chunk_size]
-        # One scalar at a time, filled on the device: a list of numbers would be copied, and waited for.
-        t = [torch.full((1,), self.sampler.timestep(step), device=self.device) for step in steps]
-        computed = None if self.computed is None else [self.computed[step] for step in steps]
-        return self.model.prepare(torch.cat(t), self.condition, computed)
+    def _prepare(self, first: int) -> list:
+        """For the steps of the chunk that begins with step `first`."""
+        if (
+            self._embedded is None or not self.model.frozen
+        ):  # of all steps at once: fewer would round otherwise
+            # One scalar at a time, filled on the device: a list of numbers would be copied, and waited for.
+            steps = map(self.sampler.timestep, range(self.num_steps))
+            t = torch.cat([torch.full((1,), one, device=self.device) for one in steps])
+            self._embedded = self.model.embed_timesteps(t)
+        chosen = slice(first, min(first + self.chunk_size, self.num_steps))
+        computed = None if self.computed is None else self.computed[chosen]
+        return self.model.prepare(self._embedded[chosen], self.condition, computed)
 
 
 def walk(

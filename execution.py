@@ -5,15 +5,17 @@ schedule does not depend on the input, so a whole trajectory, sampler included, 
 """
 
 import argparse
+import contextlib
 import importlib.util
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import cli
 from cache import Combine, combined
 from models import DiT
 from sampling import Generators, Sample, Trajectory, denoise_loop, draw_step_noise, sample
@@ -40,11 +42,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--cache-dtype", choices=CACHE_DTYPES, help="of stored outputs (default: the model's)")
 
 
+@contextlib.contextmanager
+def one_thread(device: torch.device) -> Iterator[None]:
+    """On a CPU, compute in one thread: several split products and sums, and round otherwise.
+
+    What must come out the same to the last bit, whatever the processes and cores, is computed under this.
+    """
+    if device.type != "cpu":
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def check_available(args: argparse.Namespace, device: torch.device) -> None:
+    """Raises ValueError where the device or the installation cannot do what the flags ask for."""
+    if args.quantize in ("int8wo", "int8"):
+        cli.require("torchao", f"--quantize {args.quantize}")
+    if args.compile:
+        check_compiler(device)
+    if args.cuda_graph and device.type != "cuda":
+        raise ValueError(f"--cuda-graph needs a GPU, not --device {device}; leave it out")
+
+
+def check_compiler(device: torch.device) -> None:
+    if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        raise ValueError("--compile on a CPU needs a C++ compiler such as g++; install one or leave it out")
+
+
 def prepare(args: argparse.Namespace, model: DiT, device: torch.device) -> Sample:
     """Quantise and compile `model` in place; returns what stands for `sampling.sample`.
 
     args.cuda_graph becomes what is done. Raises ValueError where the device or the installation cannot do it.
     """
+    check_available(args, device)
     if args.quantize:
         quantize(model, args.quantize, device)
     if args.compile:
@@ -53,8 +88,6 @@ def prepare(args: argparse.Namespace, model: DiT, device: torch.device) -> Sampl
         compile_branches(model, device)
     if args.cuda_graph is None:
         args.cuda_graph = args.compile and device.type == "cuda"
-    if args.cuda_graph and device.type != "cuda":
-        raise ValueError(f"--cuda-graph needs a GPU, not --device {device}; leave it out")
     cache_dtype = CACHE_DTYPES.get(args.cache_dtype)
     combine = torch.compile(combined, dynamic=False) if args.compile else None
     if args.cuda_graph:
@@ -67,8 +100,7 @@ def compile_branches(model: DiT, device: torch.device) -> None:
 
     What surrounds them is Python that decides per step and branch, so a schedule compiles nothing anew.
     """
-    if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
-        raise ValueError("--compile on a CPU needs a C++ compiler such as g++; install one or leave it out")
+    check_compiler(device)
     # By default the ninth shape (of batch size, dtype, number of stored outputs) would run uncompiled.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     model.wrap_branches(partial(torch.compile, dynamic=False))

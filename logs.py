@@ -1,13 +1,14 @@
 """A training's record: console, log.txt, metrics.jsonl, heat maps, and Weights & Biases where asked for."""
 
 import json
+import math
 import warnings
 from pathlib import Path
 
 from PIL import Image
 from tqdm import tqdm
 
-from files import replacing, to_json
+from files import append_line, replacing, to_json
 
 WANDB_TIMEOUT_S = 30
 
@@ -24,15 +25,13 @@ class RunLog:
     def info(self, text: str) -> None:
         if self.folder is not None:
             tqdm.write(text)
-            with open(self.folder / "log.txt", "a") as file:
-                file.write(text + "\n")
+            append_line(self.folder / "log.txt", text)
 
     def metrics(self, train_steps: int, values: dict[str, float]) -> None:
         """One line of metrics.jsonl."""
         if self.folder is None:
             return
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(to_json({"train_steps": train_steps, **values}) + "\n")
+        append_line(self.folder / "metrics.jsonl", to_json({"train_steps": train_steps, **values}))
         if self._wandb is not None:
             self._wandb.log(values, step=train_steps)
 
@@ -48,17 +47,25 @@ class RunLog:
             self._wandb.log({name: wandb.Image(image)}, step=train_steps)
 
     def forget_after(self, train_steps: int) -> None:
-        """Drop the metrics of steps that a resumed run takes again."""
+        """Drop the metrics of steps that a resumed run takes again, and what a kill left half-written."""
         path = self.folder and self.folder / "metrics.jsonl"
         if path and path.exists():
-            lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
-            kept = [line for line in lines if json.loads(line)["train_steps"] <= train_steps]
+            lines = path.read_bytes().splitlines()
+            kept = [line for line in lines if _steps_of(line) <= train_steps]
             with replacing(path) as temporary:
-                temporary.write_text("".join(line + "\n" for line in kept))
+                temporary.write_bytes(b"".join(line + b"\n" for line in kept))
 
     def close(self) -> None:
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _steps_of(line: bytes) -> float:
+    """The train steps of a line of metrics.jsonl; infinite where it does not read."""
+    try:
+        return float(json.loads(line)["train_steps"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def start_wandb(folder: Path, config: dict):

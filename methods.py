@@ -16,9 +16,11 @@ them.
 """
 
 import argparse
+import dataclasses
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 import cli
 from baselines import ANCHORS, fora_schedule, forecast, random_schedule
@@ -64,6 +66,12 @@ class Method:
         """MACs of the uncached chain of `num_steps` over this method's."""
         cached = 1.0 if self.schedule is None else self.schedule.speedup_macs(model)
         return cached * num_steps / self.diffusion.num_timesteps
+
+    def with_weights(self, weights: Tensor | None) -> "Method":
+        """The same with these weights of reuse (T, B, K); None: as it is."""
+        if weights is None:
+            return self
+        return dataclasses.replace(self, schedule=dataclasses.replace(self.schedule, weights=weights))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -155,10 +163,11 @@ def uncached(args: argparse.Namespace, model: DiT) -> Method:
     return Method("none", create_diffusion(args.num_sampling_steps, learn_sigma=model.learn_sigma), None)
 
 
-def load_method(args: argparse.Namespace, model: DiT) -> Method:
+def load_method(args: argparse.Namespace, model: DiT, solve: bool = True) -> Method:
     """Resolve the arguments (`num_sampling_steps`, `cfg_scale` and those above) for a model.
 
-    Raises ValueError or FileNotFoundError where they do not fit it, in one line.
+    solve: the weights of reuse of a calibrated method too; else `solved` does that. Raises ValueError or
+    FileNotFoundError where they do not fit it, in one line.
     """
     reuse, base = split_name(args.accelerate_method)
     diffusion = uncached(args, model).diffusion
@@ -178,12 +187,22 @@ def load_method(args: argparse.Namespace, model: DiT) -> Method:
         schedule = _router_schedule(args, model, diffusion, base)
     if reuse == "taylor":
         schedule = forecast(schedule, args.order or 1)
-    elif reuse == "calibrated":
-        sampler = "ddpm" if args.p_sample else "ddim"
-        samples = args.calibrate or CALIBRATION_SAMPLES
-        trajectory = Trajectory.of(model, diffusion, args.cfg_scale, sampler, schedule)
-        schedule = calibrated(trajectory, args.terms or 3, samples)
-    return Method(args.accelerate_method, diffusion, schedule)
+    method = Method(args.accelerate_method, diffusion, schedule)
+    return solved(args, model, method) if solve and calibration(args) else method
+
+
+def calibration(args: argparse.Namespace) -> dict[str, int]:
+    """What the weights of a calibrated method are solved from and for; empty for any other."""
+    if split_name(args.accelerate_method)[0] != "calibrated":
+        return {}
+    return {"calibrate": args.calibrate or CALIBRATION_SAMPLES, "terms": args.terms or 3}
+
+
+def solved(args: argparse.Namespace, model: DiT, method: Method) -> Method:
+    """A calibrated method with its weights of reuse."""
+    num_samples, num_terms = calibration(args).values()
+    trajectory = method.trajectory(model, args.cfg_scale, "ddpm" if args.p_sample else "ddim")
+    return dataclasses.replace(method, schedule=calibrated(trajectory, num_terms, num_samples))
 
 
 def _router_schedule(

@@ -249,10 +249,6 @@ class DiT(nn.Module):
         x = x.reshape(-1, grid, grid, p, p, c).permute(0, 5, 1, 3, 2, 4)  # (N, C, grid, P, grid, P)
         return x.reshape(-1, c, self.input_size, self.input_size)
 
-    def embed(self, t: Tensor, y: Tensor) -> Tensor:
-        """The conditioning (S, N, D) of S timesteps (S,) on each of N labels (N,)."""
-        return self.t_embedder(t).unsqueeze(1) + self.y_embedder(y)
-
     def modulations(self, c: Tensor, computed: Sequence[Sequence[bool]] | None = None) -> list[Modulations]:
         """What each of S evaluations takes from its conditioning c (S, N, D); for `predict`.
 
@@ -331,10 +327,16 @@ class DiT(nn.Module):
             return labels
         return torch.cat([labels, torch.full_like(labels, self.num_classes)])
 
+    def embed_timesteps(self, timesteps: Tensor) -> Tensor:
+        """(S,) to (S, D)."""
+        return self.t_embedder(timesteps)
+
     def prepare(
-        self, timesteps: Tensor, condition: Tensor, computed: Sequence[Sequence[bool]] | None = None
+        self, embedded: Tensor, condition: Tensor, computed: Sequence[Sequence[bool]] | None = None
     ) -> list[Modulations]:
-        return self.modulations(self.embed(timesteps, condition), computed)
+        """For S embedded timesteps (S, D), each on all of N labels (N,)."""
+        c = embedded.unsqueeze(1) + self.y_embedder(condition)  # (S, N, D)
+        return self.modulations(c, computed)
 
     def predicted_noise(self, output: Tensor) -> Tensor:
         return output[:, : self.in_channels]

@@ -18,7 +18,7 @@ import numpy as np
 
 import charts
 import cli
-from files import replacing
+from files import read_json, replacing
 from router import load_router
 from tables import (
     MAIN_SPEED,
@@ -263,15 +263,15 @@ def read_rows(study: Path) -> list[dict]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; run `python -m digits.study` or give its folder")
     try:
-        rows = json.loads(path.read_text())["rows"]
-    except (json.JSONDecodeError, KeyError, TypeError):
+        rows = read_json(path)["rows"]
+    except (ValueError, KeyError):
         raise ValueError(
             f"{path} is no study: no JSON with rows; run `python -m digits.study` again"
         ) from None
     for row in rows:
         detail = study / "rows" / f"{row['id']}.json"
         if detail.is_file():
-            row["images"] = json.loads(detail.read_text()).get("images")
+            row["images"] = read_json(detail).get("images")
     return rows
 
 

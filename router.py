@@ -10,7 +10,6 @@ T-1 is the first step executed, the noisiest: nothing is stored before it, so it
 
 import argparse
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -310,7 +309,7 @@ def find_router(path: str | Path) -> Path:
         found = [file for file in folder.glob("*") if file.is_file() and _may_be_router(file)]
         files = [file for file in found if not file.stem.endswith(".part")]
         if files:
-            return max(files, key=lambda file: (int(re.findall(r"\d+", f"0{file.stem}")[-1]), file.name))
+            return max(files, key=lambda file: (_train_steps(file), file.name))
     if path.is_dir():
         raise FileNotFoundError(
             f"no router (*.safetensors, *.pt, *.pth, ...) in folder {path}; train one with train_router.py"
@@ -325,6 +324,17 @@ def _may_be_router(file: Path) -> bool:
     """Of a folder's files: ours by name, so that a damaged one is not passed over, others' by content."""
     is_ours = file.suffix in (".safetensors", ".pt")
     return is_ours or (file.suffix in _SUFFIXES and (is_pickle(file) or is_safetensors(file)))
+
+
+def _train_steps(file: Path) -> int:
+    """A router's train steps: its name, as checkpoints have it, or what it says of itself; else 0."""
+    if file.stem.isdecimal():
+        return int(file.stem)
+    try:
+        with safetensors.safe_open(file, framework="pt") as opened:
+            return int((opened.metadata() or {})["train_steps"])
+    except (safetensors.SafetensorError, OSError, KeyError, ValueError):
+        return 0
 
 
 def _read_own(file: Path) -> tuple[Tensor, Tensor | None, dict]:

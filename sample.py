@@ -136,6 +136,7 @@ def main(args: argparse.Namespace) -> None:
     check_writable(args.output, picture_suffixes())
     if args.save_latents:
         check_writable(args.save_latents, [".npz"])
+    execution.check_available(args, device)
     if args.random_weights:
         print(cli.RANDOM_WEIGHTS)
     vae_config = read_vae_config(choose_vae(args.vae, args.model, args.random_weights))

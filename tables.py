@@ -3,10 +3,11 @@
 A row is what digits/measure.py finds of one method, and what digits/study.py adds to it.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
+
+from files import read_json
 
 MAIN_SPEED = "1.96"
 TOLERANCE = 0.04  # rows are matched in MACs within this; the others are marked
@@ -218,9 +219,9 @@ def evaluation_table(files: list[Path]) -> list[list[str]]:
     table = [heads]
     for file in files:
         try:
-            found = json.loads(file.read_text())
+            found = read_json(file)
             table.append([Path(found["samples"]).name])
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             raise ValueError(f"{file} is not what evaluate.py --output writes") from None
         for head in heads[1:]:
             value = found.get(head)

@@ -17,11 +17,15 @@ Learning-to-Cache needs images: `--method l2c --data FOLDER` (one folder a class
 Training on the error of the final image, reuse included, is `--method end-to-end --target-speedup 2`.
 """
 
+import lifeline  # isort: skip  # noqa: F401  # first: under torchrun this process ends with it
+
 import argparse
+import contextlib
 import math
 import os
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -34,7 +38,7 @@ from denoiser import check_guidance
 from diffusion import GaussianDiffusion, create_diffusion
 from distributed import Processes
 from end_to_end import EndToEnd
-from files import replacing
+from files import remove_partials, replacing, writing
 from identity import weights_fingerprint
 from logs import RunLog
 from models import DiT
@@ -44,7 +48,7 @@ from rounds import Pairs, Trajectories, vae_spec
 from sampling import find_checkpoint, load_model, pixels_of
 from target import Target
 from train_arguments import parse_args
-from training import find_resumable, new_run_folder, read_checkpoint
+from training import find_resumable, new_run_folder, resumed_state
 from vae import read_vae_config
 
 # The arguments that decide the numbers, where the method reads them: a resumed run must have the same.
@@ -120,30 +124,64 @@ class Run:
         self.last = self.total + (int(self.total * self.rounds.extra_steps) if target else 0)
         self.window = Window()
         self.folder: Path | None = None  # rank 0's alone
+        self._held = contextlib.ExitStack()
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_) -> None:
+        """Let go of the folder: another process may write there now."""
+        self._held.close()
 
     def open(self) -> None:
         """Find or make the run's folder (rank 0 decides for all) and restore the state to go on from."""
-        args, path, checkpoint = self.args, None, None
-        if self.processes.is_main:
-            if args.resume:
-                path = find_resumable(args.results_dir, args.resume, self.settings)
-            if path is not None:
-                checkpoint, self.folder = read_checkpoint(path, self.settings), path.parent.parent
-            else:
-                name = f"{args.model.replace('/', '-')}-T{self.diffusion.num_timesteps}"
-                name += "" if args.method == "harmonica" else f"-{self.rounds.name}"
-                self.folder = new_run_folder(args.results_dir, f"{name}-seed{args.global_seed}")
-        checkpoint = distributed.from_main(checkpoint)
+        checkpoint = distributed.from_main(distributed.together(self._open_folder))
         if checkpoint is not None:
             self.training.load_state(checkpoint)
+        with self._saying_what_is_kept():
+            distributed.together(lambda: self.log.forget_after(self.training.train_steps))
+        self.started, self.start_step = time.monotonic(), self.training.train_steps
+
+    def _open_folder(self) -> dict[str, torch.Tensor] | None:
+        """On rank 0: the folder for this process alone, its log, and the state that a checkpoint holds."""
+        args, path, checkpoint, notes = self.args, None, None, []
+        if self.processes.is_main:
+            name = f"{args.model.replace('/', '-')}-T{self.diffusion.num_timesteps}"
+            name += "" if args.method == "harmonica" else f"-{self.rounds.name}"
+            name += f"-seed{args.global_seed}"
+            if args.resume:
+                path = find_resumable(args.results_dir, args.resume, name, self.settings, notes)
+            if path is None:
+                self.folder = new_run_folder(args.results_dir, name)
+            else:
+                self.folder = path if path.is_dir() else path.parent.parent
+            notes += self._held.enter_context(writing(self.folder))
+            for folder in (self.folder, self.folder / "checkpoints"):
+                remove_partials(folder)
+            if path is not None:
+                path, checkpoint = resumed_state(path, self.settings, notes)
         self.log = RunLog(self.folder, self.settings if args.wandb else None)
+        self._held.callback(self.log.close)
         if args.random_weights:
             self.log.info("RANDOM WEIGHTS: no checkpoint is loaded; the router means nothing")
         else:
             self.log.info(f"weights: {self.model.source}")
+        for note in notes:
+            self.log.info(note)
         self.log.info(f"resuming from {path}" if path else f"writing to {self.folder}")
-        self.log.forget_after(self.training.train_steps)
-        self.started, self.start_step = time.monotonic(), self.training.train_steps
+        return checkpoint
+
+    @contextlib.contextmanager
+    def _saying_what_is_kept(self) -> Iterator[None]:
+        """A full disk, an exceeded quota: name the checkpoint from which the run goes on."""
+        try:
+            yield
+        except OSError as error:
+            if self.folder is None:
+                raise
+            saved = max((self.folder / "checkpoints").glob("*[0-9].safetensors"), default=None)
+            kept = f"the last checkpoint, {saved}, is whole" if saved else "there is no checkpoint yet"
+            raise OSError(f"{error}; {kept}; the same command with --resume auto goes on") from error
 
     @property
     def finished(self) -> bool:
@@ -154,6 +192,11 @@ class Run:
         return distributed.from_main(self.training.target_met)
 
     def train(self) -> None:
+        """Train to the end. Raises OSError where what it leaves behind cannot be written."""
+        with self._saying_what_is_kept():
+            self._train()
+
+    def _train(self) -> None:
         training, args = self.training, self.args
         hidden = None if self.processes.is_main else True  # None: shown on a terminal
         with tqdm(total=self.total, initial=training.train_steps, unit="step", disable=hidden) as bar:
@@ -174,7 +217,6 @@ class Run:
         self.log.info(
             f"finished {training.train_steps} train steps; the router is in {self.folder}/checkpoints"
         )
-        self.log.close()
 
     def run_round(self, bar: tqdm) -> None:
         for update in self.rounds.run(self.training):
@@ -209,6 +251,9 @@ class Run:
     def checkpoint(self) -> None:
         """Rank 0 writes the router with its training state, and the schedule as a picture."""
         self.window.settle()
+        distributed.together(self._write_checkpoint)
+
+    def _write_checkpoint(self) -> None:
         if not self.processes.is_main:
             return
         args, router, schedule = self.args, self.training.router_to_save, self.training.schedule
@@ -251,11 +296,11 @@ def check_shared(args: argparse.Namespace, ranks: int) -> None:
         )
 
 
-def main(args: argparse.Namespace) -> None:
-    processes = distributed.start(args.device)
-    if processes.is_main:
-        cli.show_notes(args)
+def prepare(args: argparse.Namespace, processes: Processes) -> Run:
+    """All that can be refused before the run's folder is made."""
     check_shared(args, processes.world_size)
+    if args.wandb:
+        cli.require("wandb", "--wandb")
     if processes.device.type == "cuda":  # or a resumed run would not repeat its bits
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -280,9 +325,16 @@ def main(args: argparse.Namespace) -> None:
         del settings["global_batch_size"]  # the same
     if args.method == "end-to-end":
         settings["max_steps"] = args.max_steps  # decides how the learning rate falls
-    run = Run(args, processes, model, diffusion, settings)
-    run.open()
-    run.train()
+    return Run(args, processes, model, diffusion, settings)
+
+
+def main(args: argparse.Namespace) -> None:
+    processes = distributed.start(args.device)
+    if processes.is_main:
+        cli.show_notes(args)
+    with distributed.together(lambda: prepare(args, processes)) as run:
+        run.open()
+        run.train()
     distributed.stop()
 
 

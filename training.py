@@ -9,7 +9,7 @@ the same logits bit for bit.
 import json
 import math
 import re
-import warnings
+import zlib
 from pathlib import Path
 
 import safetensors
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import distributed
+from files import make_folder
 from identity import differences
 from router import Router, Schedule, find_router, save_router
 from target import RegWeightControl, Target
@@ -84,6 +85,7 @@ class Training:
         path = folder / f"{self.train_steps:07d}.safetensors"
         facts |= self.facts() | {"train_steps": self.train_steps, "settings": settings}
         boundary = {name: tensor.cpu().contiguous() for name, tensor in self._boundary.items()}
+        boundary["resume.crc32"] = torch.tensor(checksum(boundary))
         save_router(path, self.router_to_save, tensors=boundary, **facts)
         return path
 
@@ -181,16 +183,26 @@ def set_moments(optimizer: torch.optim.Optimizer, parameter: Tensor, moments: di
     }
 
 
+class Damaged(ValueError):
+    """A file that does not read as a checkpoint."""
+
+
 def read_checkpoint(path: Path, settings: dict) -> dict[str, Tensor]:
-    """The `resume.*` tensors of a checkpoint. Raises ValueError where it is none, or of other settings."""
+    """The `resume.*` tensors of a checkpoint.
+
+    Raises Damaged where it does not read or is none, ValueError where it is of other settings.
+    """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys() if name.startswith("resume.")}  # noqa: SIM118
             found = json.loads((file.metadata() or {}).get("settings", "{}"))
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"--resume {path}: no checkpoint of train_router.py ({error})") from None
-    if "resume.train_steps" not in state or path.parent.name != "checkpoints":
-        raise ValueError(f"--resume {path}: not a checkpoint in its run's folder; give that folder")
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise Damaged(f"{path}: no checkpoint of train_router.py ({error})") from None
+    if "resume.train_steps" not in state or not isinstance(found, dict):
+        raise Damaged(f"{path}: a router without the state of its training")
+    written = state.pop("resume.crc32", None)  # older versions wrote none
+    if written is not None and int(written) != checksum(state):
+        raise Damaged(f"{path}: its numbers are not those that were written")
     before = found and "trajectories" not in found and "groups" not in found
     others = differences(_renamed(found) if before else found, settings)
     if others:
@@ -219,10 +231,38 @@ def _renamed(settings: dict) -> dict:
     return settings | {"trajectories": settings.get("global_batch_size")}
 
 
+def checksum(tensors: dict[str, Tensor]) -> int:
+    """CRC-32 over the bytes of all tensors, in the order of their names."""
+    crc = 0
+    for _, tensor in sorted(tensors.items()):
+        crc = zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy(), crc)
+    return crc
+
+
+# ---- the folder of a run ---------------------------------------------------------------------------
+
+
+def runs(results: Path, name: str | None = None) -> list[Path]:
+    """What `new_run_folder` made in a folder, of that name alone if given, the newest first.
+
+    NNN-NAME has three digits, and more only beyond 999 as one run follows another: a folder that begins with
+    a date is no run, nor is one without checkpoints/.
+    """
+    found = {}
+    for path in results.iterdir() if results.is_dir() else ():
+        match = re.fullmatch(r"(\d{3}|[1-9]\d{3,})-(.+)", path.name)
+        if match and (path / "checkpoints").is_dir():
+            found[path] = int(match[1]), match[2]
+    numbers = {number for number, _ in found.values()}
+    real = {number for number in numbers if number < 1000 or number - 1 in numbers}
+    chosen = [(n, path) for path, (n, own) in found.items() if n in real and name in (None, own)]
+    return [path for _, path in sorted(chosen, reverse=True)]
+
+
 def new_run_folder(results: Path, name: str) -> Path:
     """Make RESULTS/NNN-NAME/checkpoints with the next free number; returns RESULTS/NNN-NAME."""
-    results.mkdir(parents=True, exist_ok=True)
-    number = max((_number(path) for path in results.iterdir()), default=-1) + 1
+    make_folder(results)
+    number = 1 + max((int(path.name.partition("-")[0]) for path in runs(results)), default=-1)
     while True:
         folder = results / f"{number:03d}-{name}"
         try:
@@ -230,28 +270,67 @@ def new_run_folder(results: Path, name: str) -> Path:
         except FileExistsError:  # another run took it just now
             number += 1
             continue
-        (folder / "checkpoints").mkdir()
+        except OSError as error:
+            raise OSError(f"{folder} cannot be made ({error.strerror}); give another folder") from error
+        make_folder(folder / "checkpoints")
         return folder
 
 
-def find_resumable(results: Path, resume: str, settings: dict) -> Path | None:
-    """The checkpoint that `--resume` means; for `auto` the newest run's with these settings, or None."""
-    if resume != "auto":
-        return find_router(resume)
-    for folder in sorted(results.glob("[0-9]*-*"), key=_number, reverse=True):
+def newest_state(run: Path, settings: dict, notes: list[str]) -> tuple[Path, dict[str, Tensor]] | None:
+    """The newest checkpoint of a run that reads, and its tensors; None where there is none.
+
+    What is skipped goes into `notes`, with the reason. Raises ValueError where the run has other settings.
+    """
+    found = (run / "checkpoints").iterdir()
+    files = [path for path in found if re.fullmatch(r"\d{7,}\.safetensors", path.name)]
+    for path in sorted(files, key=lambda path: int(path.stem), reverse=True):
         try:
-            newest = find_router(folder / "checkpoints")
-            read_checkpoint(newest, settings)
-            return newest
-        except OtherSettings as other:
-            if other.renamed:
-                warnings.warn(f"{other}: a new run begins", stacklevel=2)
-        except (ValueError, FileNotFoundError):  # another training's, or nothing saved yet
-            continue
+            return path, read_checkpoint(path, settings)
+        except Damaged as error:
+            notes.append(f"skipped {error}")
     return None
 
 
-def _number(folder: Path) -> int:
-    """NNN of a run's folder NNN-NAME; -1 for anything else."""
-    match = re.match(r"(\d{3,})-", folder.name)
-    return int(match[1]) if match else -1
+def find_resumable(results: Path, resume: str, name: str, settings: dict, notes: list[str]) -> Path | None:
+    """The run's folder or the checkpoint that `--resume` means.
+
+    For `auto` the newest run NNN-NAME with these settings that has a checkpoint, or None; see `newest_state`.
+    """
+    if resume != "auto":
+        path = Path(resume)
+        folder = path.parent if path.name == "checkpoints" else path
+        if (folder / "checkpoints").is_dir():
+            return folder
+        file = find_router(path)
+        if file.parent.name != "checkpoints":
+            raise ValueError(f"--resume {path}: not a checkpoint in its run's folder; give that folder")
+        return file
+    for run in runs(results, name):
+        skipped: list[str] = []
+        try:
+            if newest_state(run, settings, skipped):
+                return run
+        except OtherSettings as other:
+            if other.renamed:
+                notes.append(f"{other}: a new run begins")
+            continue
+        notes += skipped
+    return None
+
+
+def resumed_state(path: Path, settings: dict, notes: list[str]) -> tuple[Path, dict[str, Tensor]]:
+    """The checkpoint that a run goes on from, and its tensors; path: of `find_resumable`.
+
+    Raises ValueError where none reads, or where it is of other settings.
+    """
+    if path.is_dir():
+        skipped: list[str] = []
+        newest = newest_state(path, settings, skipped)
+        if newest is None:
+            raise ValueError("; ".join([f"--resume {path}: no checkpoint of it reads", *skipped]))
+        notes += skipped
+        return newest
+    try:
+        return path, read_checkpoint(path, settings)
+    except Damaged as error:
+        raise ValueError(f"--resume {error}; give its run's folder for the newest that reads") from None

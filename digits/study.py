@@ -13,12 +13,10 @@ import argparse
 import concurrent.futures
 import contextlib
 import hashlib
-import json
 import multiprocessing
 import os
 import shutil
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from functools import cache
@@ -28,6 +26,7 @@ import numpy as np
 import torch
 
 import cli
+import lifeline
 import methods
 import report
 import train_router
@@ -35,11 +34,12 @@ from arrays import ArrayFile
 from digits import measure
 from digits.classifier import Judge
 from digits.plan import FULL, QUICK, ROOT, Task, digits_model, plan
-from files import replacing, write_json
+from files import read_json, replacing, write_json
 from identity import same_weights, weights_fingerprint
 from router import find_router, load_router, save_router
 from sampling import DIGITS_MODEL
 from tables import is_main
+from training import runs
 
 HIDDEN = ("images", "arguments", "router_hash")  # of rows/ alone
 
@@ -58,15 +58,18 @@ def is_done(folder: Path, task: Task, weights: str | None = None) -> bool:
     if not path.exists():
         return False
     weights = weights or weights_fingerprint(digits_model())
-    if task.is_training:
-        info = load_router(path).info
-        found = info.get("train_arguments")
-        return found == list(task.arguments) and same_weights(info["settings"]["weights"], weights)
-    row = json.loads(path.read_text())
-    found = row["arguments"], row.get("router_hash")
-    return found == (list(task.arguments), router_hash(folder, task)) and same_weights(
-        row.get("weights"), weights
-    )
+    try:
+        if task.is_training:
+            info = load_router(path).info
+            found = info.get("train_arguments")
+            return found == list(task.arguments) and same_weights(info["settings"]["weights"], weights)
+        row = read_json(path)
+    except (ValueError, KeyError) as error:
+        print(f"{task.id} is done again: {error}", flush=True)
+        return False
+    found = row.get("arguments"), row.get("router_hash")
+    wanted = list(task.arguments), router_hash(folder, task)
+    return found == wanted and same_weights(row.get("weights"), weights)
 
 
 def router_hash(folder: Path, task: Task) -> str | None:
@@ -97,7 +100,7 @@ def train(folder: Path, task: Task) -> str:
     results = folder / "scratch" / f"{task.id}-{short_hash(' '.join(task.arguments).encode())}"
     where = ["--results-dir", str(results), "--resume", "auto", "--device", "cpu"]
     train_router.main(train_router.parse_args([*task.arguments, *where]))
-    run = max(results.glob("[0-9]*-*"))  # one that was stopped before its first checkpoint is left behind
+    run, *_ = runs(results)  # one that was stopped before its first checkpoint is left behind
     router = load_router(find_router(run))
     (folder / "curves").mkdir(exist_ok=True)
     if (run / "metrics.jsonl").exists():  # not in a very short training
@@ -138,15 +141,10 @@ def uncached_samples(folder: Path, args: argparse.Namespace) -> torch.Tensor:
 
 
 def start_worker() -> None:
-    """One thread for the work; another that ends the process when the study is killed."""
+    """One thread for the work; the process ends when the study is killed."""
+    lifeline.follow_starter()
     torch.set_num_threads(1)
     cli.keep_freed_memory()
-
-    def follow_parent() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=follow_parent, daemon=True).start()
 
 
 def perform_all(folder: Path, tasks: list[Task], workers: int) -> list[str]:
@@ -157,7 +155,8 @@ def perform_all(folder: Path, tasks: list[Task], workers: int) -> list[str]:
     waiting, failed, running = [task for task in tasks if task.id not in done], [], {}
     print(f"{len(done)} of {len(tasks)} tasks are done; {workers} processes", flush=True)
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=start_worker) as pool:
+    executor = concurrent.futures.ProcessPoolExecutor(workers, context, initializer=start_worker)
+    with executor as pool, ending_children():
         while waiting or running:
             ready = [task for task in waiting if set(task.needs) <= done]
             for task in ready[: workers - len(running)]:
@@ -181,6 +180,17 @@ def perform_all(folder: Path, tasks: list[Task], workers: int) -> list[str]:
     return failed + [task.id for task in waiting]
 
 
+@contextlib.contextmanager
+def ending_children() -> Iterator[None]:
+    """Ctrl-C and SIGTERM end what is at work, too, instead of waiting for it; it goes on the next time."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        for child in multiprocessing.active_children():
+            child.kill()
+        raise
+
+
 def measure_latencies(folder: Path, tasks: list[Task], repeats: int) -> None:
     """Latency of the main rows of seed 0 that have none yet, alone and in turn with uncached sampling.
 
@@ -193,7 +203,7 @@ def measure_latencies(folder: Path, tasks: list[Task], repeats: int) -> None:
             groups.setdefault(row["num_steps"], []).append(row)
     for num_steps, rows in sorted(groups.items()):
         path = folder / "latency" / f"T{num_steps}.json"
-        there = json.loads(path.read_text()) if path.exists() else {}
+        there = read_latencies(path)
         plain = [row for row in rows if row["method"] == "uncached"]
         missing = [row for row in rows if row not in plain and row["speedup_latency"] is None]
         if not (plain and missing):
@@ -224,18 +234,26 @@ def measure_latencies(folder: Path, tasks: list[Task], repeats: int) -> None:
         write_json(path, there | found)
 
 
+def read_latencies(path: Path) -> dict:
+    """What `measure_latencies` wrote; a file that does not read is measured again."""
+    try:
+        return read_json(path)
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
 def collect(folder: Path, tasks: list[Task]) -> list[dict]:
     """The rows that are there, in the plan's order, with their latency and the training's command."""
     latency = {}
     for path in (folder / "latency").glob("T*.json"):
-        latency |= json.loads(path.read_text())
+        latency |= read_latencies(path)
     commands = {
         task.id: f"python train_router.py {' '.join(task.arguments)}" for task in tasks if task.is_training
     }
     rows, weights = [], weights_fingerprint(digits_model())
     for task in tasks:
         if not task.is_training and is_done(folder, task, weights):
-            row = json.loads((folder / "rows" / task.file_name).read_text())
+            row = read_json(folder / "rows" / task.file_name)
             router = Path(row["router"]).stem if row["router"] else None
             measured = latency.get(task.id, {"router_hash": "of nothing yet"})
             if measured["router_hash"] != row.get("router_hash"):  # measured before a training anew

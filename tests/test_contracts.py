@@ -52,9 +52,12 @@ class Sequences(nn.Module):
         null = torch.full_like(labels, self.num_classes)
         return torch.cat([null, labels]) if guided else labels
 
-    def prepare(self, timesteps: Tensor, condition: Tensor, computed=None) -> list[Tensor]:
-        assert computed is None or len(computed) == len(timesteps)
-        return [torch.sin(t * self.table(condition)) for t in timesteps.to(self.dtype)]
+    def embed_timesteps(self, timesteps: Tensor) -> Tensor:
+        return timesteps.to(self.dtype)
+
+    def prepare(self, embedded: Tensor, condition: Tensor, computed=None) -> list[Tensor]:
+        assert computed is None or len(computed) == len(embedded)
+        return [torch.sin(t * self.table(condition)) for t in embedded]
 
     @staticmethod
     def run(x: Tensor, prepared: Tensor, module: nn.Module) -> Tensor:
