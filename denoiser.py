@@ -81,9 +81,7 @@ class Denoiser:
 
     def _prepare(self, first: int) -> list:
         """For the steps of the chunk that begins with step `first`."""
-        if (
-            self._embedded is None or not self.model.frozen
-        ):  # of all steps at once: fewer would round otherwise
+        if self._embedded is None or not self.model.frozen:  # all at once: fewer would round otherwise
             # One scalar at a time, filled on the device: a list of numbers would be copied, and waited for.
             steps = map(self.sampler.timestep, range(self.num_steps))
             t = torch.cat([torch.full((1,), one, device=self.device) for one in steps])

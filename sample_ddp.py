@@ -42,7 +42,7 @@ import methods
 from denoiser import check_guidance
 from distributed import Processes
 from files import make_folder, read_json, remove_partials, replacing, write_json, writing
-from identity import weights_fingerprint
+from identity import differences, weights_fingerprint
 from methods import Method
 from models import DiT
 from sampling import (
