@@ -1,5 +1,6 @@
 """What Learning-to-Cache trains on: pictures that cannot be read, and arrays of the wrong type or shape."""
 
+import multiprocessing
 import os
 import re
 import signal
@@ -65,6 +66,7 @@ def test_picture_that_cannot_be_read_is_named_when_its_batch_comes(pictures, lat
     with pytest.raises(OSError, match=r"dogs/2\.png cannot be read as a picture \(.*truncated") as error:
         whole.extend(batches)
     assert "\n" not in str(error.value)
+    assert not multiprocessing.active_children()  # the workers have ended
     assert len(whole) < 4
     assert all(x.shape == (2, 3, 32, 32) and labels.shape == (2,) for x, labels in whole)
 

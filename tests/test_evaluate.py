@@ -122,22 +122,6 @@ def test_inception_in_the_adm_protocol(colour_files, inception_weights, tmp_path
         shapes = {name: file[name].shape for name in file.files}
     assert shapes == {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}
     result = evaluated(colour_files / "a.npz", "--reference", tmp_path / "s.npz", *weights)
-    grey = np.random.default_rng(1).integers(0, 256, (4, 32, 32, 1)).astype(np.uint8)
-    np.savez(tmp_path / "grey.npz", arr_0=grey)
-    np.savez(tmp_path / "rgb.npz", arr_0=grey.repeat(3, axis=3))
-    one, other = (
-        evaluated(tmp_path / f"{name}.npz", "--reference", tmp_path / "s.npz", *weights)["fid"]
-        for name in ("grey", "rgb")
-    )
-    assert one == other
-    state = torch.load(inception_weights)
-    state["Mixed_5b.branch1x1.conv.weight"][0] = torch.nan
-    torch.save(state, tmp_path / "nan.pth")
-    line = error_line(
-        *EVALUATE, tmp_path / "rgb.npz", "--reference", tmp_path / "s.npz", "--inception-weights",
-        tmp_path / "nan.pth",
-    )  # fmt: skip
-    assert "nan.pth: Mixed_5b.branch1x1.conv.weight holds NaN or infinity" in line
     assert {"fid", "sfid", "inception_score"} <= result.keys()
     assert result["fid"] > 0
     assert result["sfid"] > 0
@@ -166,6 +150,22 @@ def test_spatial_features_are_the_first_channels_of_mixed_6(inception_weights):
 
 
 @pytest.mark.slow
+def test_inception_reads_grey_images_as_colour_and_refuses_nan_weights(
+    colour_files, inception_weights, tmp_path
+):
+    extractor = load_extractor("inception", str(inception_weights))
+    grey = torch.randint(256, (2, 32, 32, 1), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    for one, other in zip(extractor(grey), extractor(grey.expand(-1, -1, -1, 3)), strict=True):
+        assert torch.equal(one, other)
+    state = torch.load(inception_weights)
+    state["Mixed_5b.branch1x1.conv.weight"][0] = torch.nan
+    torch.save(state, tmp_path / "nan.pth")
+    weights = ["--inception-weights", tmp_path / "nan.pth"]
+    line = error_line(*EVALUATE, colour_files / "a.npz", "--save-statistics", tmp_path / "s.npz", *weights)
+    assert "nan.pth: Mixed_5b.branch1x1.conv.weight holds NaN or infinity" in line
+
+
+@pytest.mark.slow
 def test_lpips_with_local_weights(colour_files, tmp_path):
     from torchvision.models import alexnet
 
@@ -176,6 +176,11 @@ def test_lpips_with_local_weights(colour_files, tmp_path):
     same = evaluated(colour_files / "a.npz", "--paired", colour_files / "a.npz", *weights)
     assert same["lpips"] == pytest.approx(0, abs=1e-6)
     assert different["lpips"] > 1e-4
+    state = torch.load(tmp_path / "alexnet.pth")
+    state["features.0.bias"][3] = torch.inf
+    torch.save(state, tmp_path / "alexnet.pth")
+    line = error_line(*EVALUATE, colour_files / "a.npz", "--paired", colour_files / "b.npz", *weights)
+    assert "alexnet.pth: features.0.bias holds NaN or infinity" in line
 
 
 def test_pairs_of_other_noise_are_refused(files, tmp_path):
