@@ -364,4 +364,6 @@ def load_pickle_safely(file: Path):
         raise
     except Exception as error:  # a damaged pickle fails in as many ways as there are opcodes
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{file} cannot be read as a torch file ({reason})") from None
+        raise ValueError(
+            f"{file} cannot be read as a torch file ({reason}); it may be cut short: fetch or copy it again"
+        ) from None

@@ -228,6 +228,9 @@ def to_latents(z: Tensor, vae) -> Tensor:
 
 
 def from_latents(x_0: Tensor, vae) -> Tensor:
-    """What the VAE decodes, of what a model draws, (n, C, h, w)."""
+    """What the VAE decodes, of what a model draws, (n, C, h, w). Raises ValueError for another C."""
+    channels = getattr(getattr(vae, "config", None), "latent_channels", x_0.shape[1])
+    if channels != x_0.shape[1]:
+        raise ValueError(f"the VAE decodes latents of {channels} channels, not of {x_0.shape[1]}")
     scale, shift = (value.to(x_0) if isinstance(value, Tensor) else value for value in scaling_of(vae))
     return x_0 / scale + shift

@@ -3,6 +3,7 @@ import pytest
 import torch
 from conftest import relative_error
 
+import cli
 from diffusion import create_diffusion
 from router import Router, Schedule
 from sampling import (
@@ -171,6 +172,20 @@ def test_sample_that_is_not_finite_is_named_and_never_drawn(value):
     x_0[3] = value
     with pytest.raises(ValueError, match=r"sample 2 \(and 1 more of 4\)"):
         decode(x_0)
+
+
+@pytest.mark.parametrize(("error", "is_said"), [(cli.OneProcessError, True), (ValueError, False)])
+def test_what_one_process_meets_it_says_whatever_its_rank(monkeypatch, capsys, error, is_said):
+    """A wrong flag all processes meet, and the first one says it; a bad sample is one process's own."""
+    monkeypatch.setenv("LOCAL_RANK", "1")
+
+    def main(_):
+        raise error("sample 17")
+
+    with pytest.raises(SystemExit) as ended:
+        cli.run(main, None)
+    assert ended.value.code == 2
+    assert ("sample 17" in capsys.readouterr().err) == is_said
 
 
 def test_decoded_image_that_is_not_finite_is_named():

@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from data import to_model_space
+from router import load_router
 from sampling import build_model, decode, image_shape, load_vae
 from vae import VaeConfig, read_vae_config
 
@@ -293,21 +294,29 @@ def test_what_is_absent_is_named(tmp_path):
         read_vae_config(str(tmp_path / WEIGHTS))
 
 
+def test_latents_of_other_channels_are_not_decoded():
+    with pytest.raises(ValueError, match="decodes latents of 16 channels, not of 4"):
+        decode(torch.zeros(1, 4, 4, 4), small_vae(latent_channels=16))
+
+
 def test_official_ones_are_known_without_a_file():
     assert read_vae_config("ema") == VaeConfig("ema")
     assert (VaeConfig("mse").factor, VaeConfig("mse").latent_channels) == (8, 4)
     assert read_vae_config("none") is None
 
 
-@pytest.mark.parametrize("blocks", [3, 4])
-def test_training_on_images_takes_the_vaes_factor(tmp_path, blocks):
+@pytest.mark.parametrize(("blocks", "pixels"), [(3, 32), (4, 64)])
+@pytest.mark.parametrize("method", ["l2c", "harmonica"])
+def test_training_takes_the_vaes_factor(tmp_path, method, blocks, pixels):
+    """Eight latents a side either way: `--image-size` is in pixels in training as in sampling."""
     small_vae(blocks).save_pretrained(tmp_path / "vae")
     (tmp_path / "images" / "a").mkdir(parents=True)
     Image.effect_noise((70, 70), 50).save(tmp_path / "images" / "a" / "0.png")
-    arguments = [*SAMPLE[:5], "--num-classes", 1, "--num-sampling-steps", 2, "--global-batch-size", 1]
-    arguments += ["--max-steps", 1, "--vae", tmp_path / "vae", "--results-dir", tmp_path / "results"]
-    data = ["--method", "l2c", "--data", tmp_path / "images"]
-    assert "finished 1 train steps" in run("train_router.py", *arguments, *data)
-    from router import load_router
-
-    assert load_router(next((tmp_path / "results").iterdir())).info["image_size"] == 64
+    arguments = ["--model", "DiT-S/8", "--random-weights", "--image-size", pixels, "--num-classes", 1]
+    arguments += ["--num-sampling-steps", 2, "--global-batch-size", 1, "--max-steps", 1, "--method", method]
+    arguments += ["--data", tmp_path / "images"] if method == "l2c" else ["--cfg-scale", 1]
+    results = tmp_path / "results"
+    text = run("train_router.py", *arguments, "--vae", tmp_path / "vae", "--results-dir", results)
+    assert "finished 1 train steps" in text
+    assert "--vae" not in text
+    assert load_router(next(results.iterdir())).info["image_size"] == pixels
