@@ -59,6 +59,11 @@ def parse_args() -> argparse.Namespace:
     execution.add_arguments(parser)
     cli.add_device_arguments(parser)
     args = cli.parse(parser)
+    for spec in args.methods:
+        try:
+            methods.spec_flags(spec)
+        except ValueError as error:
+            parser.error(str(error))
     if args.cases and not args.train:
         parser.error("--cases are of --train; leave them out")
     if args.cases and not args.compile and (compiled := set(training_cost.COMPILED) & set(args.cases)):

@@ -368,8 +368,8 @@ def test_config_beside_the_weights_is_heeded(tmp_path, target, entry, words):
     ("content", "words"),
     [
         (b"", "is empty"),
-        (bytes(5000), "is filled with zeros"),
-        (b"<!DOCTYPE html><html>404</html>", "is a web page"),
+        (bytes(5000), "begins with 4096 zero bytes"),
+        (b"<!DOCTYPE html><html>404</html>", "is an HTML page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer"),
     ],
 )
