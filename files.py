@@ -157,7 +157,7 @@ def _is_failed_write(error: Exception, partial: Path) -> bool:
     if isinstance(error, OSError):  # but not one about another file, which the writer may have read
         return error.filename is None or Path(os.fsdecode(error.filename)) == partial
     if isinstance(error, RuntimeError):  # torch.save
-        return "PytorchStreamWriter" in str(error) or "iostream" in str(error)
+        return any(word in str(error) for word in ("PytorchStreamWriter", "inline_container", "iostream"))
     return True
 
 

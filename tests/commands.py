@@ -6,8 +6,13 @@ import io
 import json
 import os
 import re
+import resource
+import signal
 import subprocess
 import sys
+import threading
+import time
+import uuid
 import warnings
 from pathlib import Path
 from unittest import mock
@@ -69,3 +74,66 @@ def write_old_settings(path: Path) -> None:
     facts = {name: value for name, value in info.items() if name != "path"} | {"settings": settings}
     metadata = {name: value if isinstance(value, str) else json.dumps(value) for name, value in facts.items()}
     save_file(load_file(path), path, metadata=metadata)
+
+
+@contextlib.contextmanager
+def file_size_limit(size: int):
+    """No file grows beyond `size` bytes: what a full disk is to a writer, without one."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+# ---- processes that are killed ---------------------------------------------------------------------
+
+MARK = "TEST_MARK"  # a variable that every process that a test starts inherits
+
+
+def start(command: list, **environment: str) -> subprocess.Popen:
+    """A process whose descendants `alive` finds, however they were started; its output is dropped."""
+    own = ENVIRONMENT | environment | {MARK: uuid.uuid4().hex}
+    process = subprocess.Popen(
+        [*map(str, command)], cwd=ROOT, env=own, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    process.mark = f"{MARK}={own[MARK]}".encode()
+    return process
+
+
+def start_torchrun(processes: int, *arguments) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return start([*command, *arguments])
+
+
+def alive(process: subprocess.Popen) -> list[int]:
+    """The processes that run because `process` was started."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
+            if state not in "ZX" and process.mark in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+    return found
+
+
+def wait_for(condition, process: subprocess.Popen | None = None, seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it took too long"
+        assert process is None or process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.01)
+
+
+def kill(process: subprocess.Popen, number: int = signal.SIGKILL) -> list[int]:
+    """Signal a process; returns what is left of it and its descendants two seconds later, and ends that."""
+    process.send_signal(number)
+    deadline = time.monotonic() + 2
+    threading.Thread(target=process.wait, daemon=True).start()
+    while alive(process) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    left = alive(process)
+    for one in left:
+        os.kill(one, signal.SIGKILL)
+    return left
