@@ -19,6 +19,12 @@ from tables import FRESH, MAIN_SPEED, NO_MOMENTS, SECOND, UNIFORM
 ROOT = Path(__file__).parents[1]
 RANDOM_CURS = np.arange(0.005, 0.9, 0.0025)  # among which `random` finds a speed
 ABLATION_STEPS = README_STEPS = 10  # both at MAIN_SPEED; the README's rows have more samples
+# FORA's and TaylorSeer's rules that have the least error or distance of all others somewhere at a T.
+NEAR = {
+    10: ("fora", "taylor-fora", "taylor2-fora", "taylor2-fora-released"),
+    20: ("taylor-fora", "taylor2-fora", "taylor2-fora-released"),
+    50: ("taylor-fora", "taylor2-fora", "taylor-fora-released", "taylor2-fora-released"),
+}
 # Of samples that nobody looked at before every setting was chosen, and of some that were looked at before.
 SEEDS = {FRESH: 20261129, SECOND: 20261127}
 ABLATED = (1.96, 2.77)  # speeds at which FRESH tells what the flags of a training are worth
@@ -250,7 +256,7 @@ class Plan:
         for speed in self.scale.speeds[num_steps]:
             facts = {"speed": f"{speed.target:g}", "group": group}
             for method, flags in interval_methods(speed):
-                if num_steps == 10 or method.startswith("taylor"):
+                if method in NEAR[num_steps]:
                     self.row(method, num_steps, flags, **facts)
             seeds = range(self.scale.seeds[num_steps])
             routers = [(FORECAST, speed.target, seed) for seed in seeds]
