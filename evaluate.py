@@ -241,8 +241,8 @@ def check_features(
     elif min(n, len(reference.images)) <= K:
         few = min((samples, reference.images), key=len)
         raise ValueError(
-            f"{few.path} holds {len(few)} images; precision and recall need more than {K}, give more, or "
-            "statistics as the reference"
+            f"{few.path} holds too few images ({len(few)}): precision and recall need more than {K}; give "
+            "more, or statistics as the reference"
         )
     if n > SPLIT_SIZE and n % SPLIT_SIZE:
         notes.append(f"IS: the last part holds {n % SPLIT_SIZE} images and counts like those of {SPLIT_SIZE}")

@@ -314,7 +314,7 @@ def test_too_few_images_are_refused_before_the_pass(files, tmp_path, monkeypatch
         line = error_line(*EVALUATE, a, "--reference", few, *digits)
         assert f"{few.name} holds" in line
         assert "precision and recall need more than 3" in line
-    assert "3.npz holds 3 images" in error_line(*EVALUATE, three, "--reference", a, *digits)
+    assert "3.npz holds too few images (3)" in error_line(*EVALUATE, three, "--reference", a, *digits)
 
 
 @pytest.mark.usefixtures("statistics")
