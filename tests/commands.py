@@ -87,6 +87,27 @@ def file_size_limit(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@contextlib.contextmanager
+def writing_elsewhere(folder: Path):
+    """Another process at work in a folder, and a child of it that outlives its kill; yields its number."""
+    script = (
+        "import os, sys, time; from pathlib import Path; from files import writing\n"
+        "with writing(Path(sys.argv[1])):\n"
+        "    child = os.fork()\n"
+        "    if child: print(child, flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    command = [sys.executable, "-c", script, str(folder)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    child = int(process.stdout.readline())
+    try:
+        yield process.pid
+    finally:
+        process.kill()
+        process.wait()
+        os.kill(child, signal.SIGKILL)
+
+
 # ---- processes that are killed ---------------------------------------------------------------------
 
 MARK = "TEST_MARK"  # a variable that every process that a test starts inherits

@@ -1,17 +1,14 @@
 """Writing, reading and locking files: what a kill, a full disk or a second process may leave."""
 
-import contextlib
 import fcntl
 import os
-import signal
 import subprocess
-import sys
 import zipfile
 
 import numpy as np
 import pytest
 import torch
-from commands import ROOT, file_size_limit
+from commands import file_size_limit, writing_elsewhere
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -122,47 +119,19 @@ def test_json_that_does_not_read_is_one_line(tmp_path, content):
 # ---- one writer at a time --------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def another_writer(folder):
-    """A process that writes in a folder, and a child of it that would go on."""
-    script = (
-        "import os, sys, time; from pathlib import Path; from files import writing\n"
-        "with writing(Path(sys.argv[1])):\n"
-        "    child = os.fork()\n"
-        "    if child: print(child, flush=True)\n"
-        "    time.sleep(60)\n"
-    )
-    command = [sys.executable, "-c", script, str(folder)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    child = int(process.stdout.readline())
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)
-
-
 def test_second_writer_is_told_who_is_at_work_until_that_is_killed(tmp_path, monkeypatch):
     monkeypatch.setattr("files.PATIENCE_S", 0.2)
-    with another_writer(tmp_path) as process:
-        wanted = rf"{tmp_path} is being written by process {process.pid} on \S+, since 20.*; wait for it"
+    with writing_elsewhere(tmp_path) as pid:
+        wanted = rf"{tmp_path} is being written by process {pid} on \S+, since 20.*; wait for it"
         with pytest.raises(OSError, match=wanted), writing(tmp_path):
             pass
-        process.send_signal(signal.SIGKILL)
-        process.wait()  # its child lives on
+        monkeypatch.setattr("files.PATIENCE_S", 5)
+        killer = subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -9 {pid}"])  # its child lives on
         with writing(tmp_path) as notes:
+            assert killer.wait() == 0
             assert notes == []
             assert f"process {os.getpid()} on" in (tmp_path / ".lock").read_text()
     assert not list(tmp_path.iterdir())
-
-
-def test_a_writer_that_is_dying_is_waited_for(tmp_path):
-    with another_writer(tmp_path) as process:
-        killer = subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -9 {process.pid}"])
-        with writing(tmp_path):
-            assert killer.wait() == 0
 
 
 def test_the_lock_is_of_a_folder_whatever_its_name_and_of_this_process_once(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -9,11 +10,25 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
-from commands import ENVIRONMENT, ROOT, error_line, run, torchrun, write_old_settings
+from commands import (
+    ENVIRONMENT,
+    ROOT,
+    alive,
+    error_line,
+    file_size_limit,
+    kill,
+    run,
+    start_torchrun,
+    torchrun,
+    wait_for,
+    write_old_settings,
+    writing_elsewhere,
+)
 from PIL import Image
 
 import objectives
@@ -21,7 +36,9 @@ from distributed import Processes
 from models import DiT
 from router import Router, find_router, load_router, save_router
 from train_arguments import parse_args
+from training import new_run_folder, runs
 
+RUN_NAME = "000-DiT-digits-2-T5-seed42"
 TRAIN = ["train_router.py", "--model", "DiT-digits/2", "--num-sampling-steps", 5, "--global-batch-size", 4]
 TRAIN += ["--lr", 0.05, "--l1", 1e-4, "--lambda-c", 7, "--log-every", 5]
 
@@ -123,6 +140,31 @@ def test_resumed_run_on_two_processes_ends_bit_for_bit_the_same(tmp_path):
     assert torch.equal(logits(tmp_path / "parts"), logits(tmp_path / "whole"))
 
 
+@pytest.mark.slow
+def test_killed_at_five_moments_on_two_processes_it_ends_bit_for_bit_the_same(tmp_path):
+    """kill -9 of torchrun, at once resumed each time: at start-up, between checkpoints, as one is written."""
+    steps, moments = 90, random.Random(7)
+    settings = [*TRAIN, "--max-steps", steps, "--ckpt-every", 2, "--device", "cpu"]
+    torchrun(2, *settings, "--results-dir", tmp_path / "whole")
+    for number in range(5):
+        process = start_torchrun(2, *settings, "--results-dir", tmp_path / "parts", "--resume", "auto")
+        wait_for(lambda: len(alive(process)) >= 3, process)  # noqa: B023
+        if number:
+            before = newest_step(tmp_path / "parts")
+            wait_for(lambda: newest_step(tmp_path / "parts") > before, process)  # noqa: B023
+        time.sleep(moments.uniform(0, 0.5))
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert kill(process) == []
+    torchrun(2, *settings, "--results-dir", tmp_path / "parts", "--resume", "auto")
+    assert torch.equal(logits(tmp_path / "parts"), logits(tmp_path / "whole"))
+    assert not list(tmp_path.rglob("*.part*"))
+    assert not list(tmp_path.rglob(".lock"))
+
+
+def newest_step(results) -> int:
+    return max((int(path.stem) for path in results.glob("*/checkpoints/*.safetensors")), default=0)
+
+
 def test_resuming_a_finished_run_changes_nothing(tmp_path):
     arguments = ["--results-dir", tmp_path, "--max-steps", 10, "--resume", "auto"]
     run(*TRAIN, *arguments)
@@ -212,6 +254,180 @@ def test_resume_auto_steps_over_what_cannot_be_resumed(uninterrupted, tmp_path):
     assert "resuming from" in output
     assert "000-DiT-digits-2-T5-seed42" in output
     assert len(list(tmp_path.iterdir())) == 4
+
+
+DAMAGES = {
+    "cut": lambda content: content[: len(content) // 2],
+    "empty": lambda _: b"",
+    "zero-filled": lambda content: bytes(len(content)),
+    "zero-filled at its end": lambda content: content[:-500] + bytes(500),
+    "another format": lambda _: b"PK\x03\x04" + bytes(3000),
+}
+
+
+def damage(path, kind: str) -> None:
+    path.write_bytes(DAMAGES[kind](path.read_bytes()))
+
+
+@pytest.fixture
+def copied(uninterrupted, tmp_path):
+    """A copy of the run, its folder."""
+    return Path(shutil.copytree(next(uninterrupted.iterdir()), tmp_path / "r" / RUN_NAME))
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+@pytest.mark.parametrize("resume", ["auto", "folder"])
+def test_checkpoint_that_does_not_read_is_skipped_by_name(uninterrupted, copied, kind, resume):
+    """The one before it is taken, and the run ends in the same bits."""
+    newest = copied / "checkpoints" / "0000023.safetensors"
+    damage(newest, kind)
+    arguments = ["--results-dir", copied.parent, "--max-steps", 23, "--ckpt-every", 6]
+    output = run(*TRAIN, *arguments, "--resume", "auto" if resume == "auto" else copied)
+    assert len(re.findall(f"skipped {newest}: ", output)) == 1
+    assert "resuming from" in output
+    assert "0000018.safetensors" in output
+    assert f"skipped {newest}" in (copied / "log.txt").read_text()
+    assert len(list(copied.parent.iterdir())) == 1
+    assert torch.equal(logits(copied.parent), logits(uninterrupted))
+
+
+def test_older_runs_are_taken_where_no_checkpoint_of_the_newest_reads(copied):
+    newer = Path(shutil.copytree(copied, copied.parent / RUN_NAME.replace("000", "003")))
+    for path in (newer / "checkpoints").glob("*.safetensors"):
+        damage(path, "cut")
+    arguments = [*TRAIN, "--results-dir", copied.parent, "--max-steps", 23, "--resume"]
+    assert "no checkpoint of it reads; skipped" in error_line(*arguments, newer)
+    output = run(*arguments, "auto")
+    assert output.count("skipped") == 4
+    assert f"resuming from {copied}" in output
+    for path in (copied / "checkpoints").glob("*.safetensors"):
+        damage(path, "empty")
+    output = run(*TRAIN, "--results-dir", copied.parent, "--max-steps", 2, "--resume", "auto")
+    assert output.count("skipped") == 8
+    assert f"writing to {copied.parent}/004-" in output
+
+
+def test_damaged_file_that_is_named_is_refused(copied):
+    file = copied / "checkpoints" / "0000018.safetensors"
+    damage(file, "cut")
+    line = error_line(*TRAIN, "--results-dir", copied.parent, "--resume", file)
+    assert f"--resume {file}: no checkpoint of train_router.py" in line
+    assert "give its run's folder for the newest that reads" in line
+
+
+FOREIGN = [
+    "20240601-backup",
+    "2024-06-01",
+    "0007-x",
+    "07-x",
+    "7-x",
+    "-1-x",
+    "1e3-x",
+    "12345-x",
+    "500",
+    "5 00-x",
+]
+
+
+def test_folders_of_others_number_no_run(tmp_path):
+    """Nor does a folder with a run's number that holds no checkpoints, or a file."""
+    for name in FOREIGN:
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+    (tmp_path / "800-notes").mkdir()
+    (tmp_path / "900-notes.txt").touch()
+    names = [new_run_folder(tmp_path, name).name for name in ("a", "b", "a")]
+    assert names == ["000-a", "001-b", "002-a"]
+    assert [path.name for path in runs(tmp_path)] == ["002-a", "001-b", "000-a"]
+    assert [path.name for path in runs(tmp_path, "a")] == ["002-a", "000-a"]
+
+
+def test_the_thousandth_run(tmp_path):
+    (tmp_path / "999-a" / "checkpoints").mkdir(parents=True)
+    assert [new_run_folder(tmp_path, "a").name for _ in range(2)] == ["1000-a", "1001-a"]
+    assert [path.name for path in runs(tmp_path)] == ["1001-a", "1000-a", "999-a"]
+
+
+def test_resume_auto_looks_into_no_folder_of_others(copied):
+    """A copy of the run under another name is not gone on with."""
+    copied.rename(copied.with_name("000-backup"))
+    output = run(*TRAIN, "--results-dir", copied.parent, "--max-steps", 2, "--resume", "auto")
+    assert f"writing to {copied.parent}/001-DiT" in output
+
+
+def test_the_router_of_most_steps_is_found_by_what_it_says(tmp_path):
+    for name, steps in (("router-2024-01-99", 300), ("best", 500), ("0000400", None), ("v9", None)):
+        facts = {} if steps is None else {"train_steps": steps}
+        save_router(tmp_path / f"{name}.safetensors", Router(5, 24), **facts)
+    assert find_router(tmp_path).stem == "best"
+    (tmp_path / "best.safetensors").unlink()
+    assert find_router(tmp_path).stem == "0000400"
+
+
+@pytest.mark.parametrize("limit", [2000, 4000])
+def test_full_disk_is_one_line_and_the_last_checkpoint_is_whole(uninterrupted, copied, limit):
+    """Too little for a checkpoint (of 3.5 kB), or for the pictures alone."""
+    arguments = [*TRAIN, "--results-dir", copied.parent, "--ckpt-every", 6, "--resume", "auto"]
+    for name in ("0000018", "0000023"):
+        (copied / "checkpoints" / f"{name}.safetensors").unlink()
+    for name in ("log.txt", "metrics.jsonl"):
+        (copied / name).unlink()
+    with file_size_limit(limit):
+        line = error_line(*arguments, "--max-steps", 23)
+    written = "0000012.safetensors" if limit == 2000 else "schedule.png"  # it repeats the round of step 12
+    assert f"{written} cannot be written (" in line
+    assert f"the last checkpoint, {copied}/checkpoints/0000012.safetensors, is whole" in line
+    assert "--resume auto goes on" in line
+    assert not list(copied.rglob("*.part*"))
+    assert not list(copied.rglob(".lock"))
+    run(*arguments, "--max-steps", 23)
+    assert torch.equal(logits(copied.parent), logits(uninterrupted))
+
+
+def test_full_disk_at_the_log(tmp_path):
+    with file_size_limit(20):
+        line = error_line(*TRAIN, "--results-dir", tmp_path, "--max-steps", 5)
+    assert "log.txt cannot be written (File too large)" in line
+
+
+def test_what_a_killed_writer_left_is_cleared_by_the_next(copied):
+    half = copied / "checkpoints" / "0000023.4711.part.safetensors"
+    half.write_bytes(b"half a checkpoint")
+    (copied / "schedule.4711.part.png").write_bytes(b"half a picture")
+    with open(copied / "metrics.jsonl", "ab") as file:
+        file.write(b'{"train_steps": 25, "lo' + bytes(20))
+    run(*TRAIN, "--results-dir", copied.parent, "--max-steps", 25, "--resume", copied)
+    assert not list(copied.rglob("*.part*"))
+    lines = (copied / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["train_steps"] for line in lines] == [5, 10, 15, 20, 25]
+
+
+def test_one_process_trains_in_a_folder(copied, monkeypatch):
+    monkeypatch.setattr("files.PATIENCE_S", 0.1)
+    arguments = [*TRAIN, "--results-dir", copied.parent, "--max-steps", 30, "--resume"]
+    before = sorted(copied.rglob("*"))
+    with writing_elsewhere(copied) as pid:
+        for resume in ("auto", copied, copied / "checkpoints" / "0000012.safetensors"):
+            line = error_line(*arguments, resume)
+            assert f"{copied} is being written by process {pid} on" in line
+    assert sorted(path for path in copied.rglob("*") if path.name != ".lock") == before
+    run(*arguments, "auto")  # killed a moment ago
+
+
+def test_wandb_that_is_not_installed_is_one_line_before_the_folder(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    line = error_line(*TRAIN, "--results-dir", tmp_path / "r", "--wandb")
+    assert "--wandb needs wandb" in line
+    assert "pip install wandb" in line
+    assert not (tmp_path / "r").exists()
+
+
+def test_something_in_the_way_of_the_results_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    for name, reason in (("file", "is a file"), ("file/r", "is a file"), ("link", "is a link to nothing")):
+        line = error_line(*TRAIN, "--results-dir", tmp_path / name)
+        assert f"folder {tmp_path / name} cannot be made" in line
+        assert reason in line
 
 
 def test_checkpoint_outside_its_run_is_not_resumed(uninterrupted, tmp_path):
