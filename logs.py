@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from files import replacing, to_json
+from files import replacing
 
 WANDB_TIMEOUT_S = 30
 
@@ -32,7 +32,7 @@ class RunLog:
         if self.folder is None:
             return
         with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(to_json({"train_steps": train_steps, **values}) + "\n")
+            file.write(json.dumps({"train_steps": train_steps, **values}, allow_nan=False) + "\n")
         if self._wandb is not None:
             self._wandb.log(values, step=train_steps)
 
