@@ -20,7 +20,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import cli
-from files import content_fault
+from contents import content_fault
 
 FOLDER = Path(__file__).parent / "pretrained_models"
 # Content types of a page that stands in for a file; before one overwrites what has been fetched so far.

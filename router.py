@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import cli
-from files import is_pickle, is_safetensors, load_pickle_safely, replacing
+from contents import is_pickle, is_safetensors
+from files import load_pickle_safely, replacing
 from weights import DTYPES, unwrapped
 
 FORMAT_VERSION = 1

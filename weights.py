@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from files import is_pickle, is_safetensors, load_pickle_safely, refuse_what_is_no_weights
+from contents import is_pickle, is_safetensors, refuse_what_is_no_weights
+from files import load_pickle_safely
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")

@@ -10,8 +10,8 @@ from commands import error_line, run
 from safetensors.torch import save_file
 
 import download
+from contents import content_fault
 from download import RemoteFile, fetch, fetch_file
-from files import content_fault
 
 CONTENT = bytes(range(256)) * 40
 HTML = b"<!DOCTYPE html>\n<html><body>Sign in to the library's network</body></html>"
