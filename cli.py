@@ -35,7 +35,7 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
 
     Set HARMONICA_TRACEBACK=1 to see where such an error was raised.
     """
-    if vars(args).get("local_rank") is not None:
+    if getattr(args, "local_rank", None) is not None:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     keep_freed_memory()
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"

@@ -103,4 +103,4 @@ def is_pickle(file: Path) -> bool:
 def refuse_what_is_no_weights(file: Path) -> None:
     """Raise ValueError for what may lie in place of weights: nothing, zeros, a web page, an LFS pointer."""
     if fault := content_fault(file, suffix="."):
-        raise ValueError(f"{file} {fault}; it holds no weights: fetch or copy the file again")
+        raise ValueError(f"{file} was refused: it {fault}; fetch or copy the file again, it holds no weights")

@@ -197,7 +197,7 @@ def test_training_records_what_the_model_is(tmp_path):
         "--num-sampling-steps",
         2,
     ]
-    command += ["--results-dir", tmp_path / "results", "--global-batch-size", 1, "--max-steps", 2]
+    command += ["--results-dir", tmp_path / "results", "--trajectories", 1, "--max-steps", 2]
     command += ["--no-learn-sigma", "--class-dropout-prob", 0]
     line = error_line(*command)  # its guidance is 1.5 by default
     assert "guidance 1.5 needs a null label" in line
@@ -212,7 +212,7 @@ def test_training_records_what_the_model_is(tmp_path):
 def test_training_of_before_goes_on(tmp_path):
     """Its checkpoints hold the old fingerprint and none of the settings that came later."""
     command = ["train_router.py", "--model", "DiT-digits/2", "--num-sampling-steps", 3, "--cfg-scale", 1]
-    command += ["--results-dir", tmp_path, "--global-batch-size", 1, "--max-steps", 3]
+    command += ["--results-dir", tmp_path, "--trajectories", 1, "--max-steps", 3]
     run(*command)
     [path] = tmp_path.glob("*/checkpoints/*.safetensors")
     with safe_open(path, framework="pt") as file:

@@ -16,6 +16,7 @@ from sampling import (
     generate,
     generate_seeded,
     load_vae,
+    sample,
     sample_generator,
 )
 
@@ -177,6 +178,7 @@ def test_sample_that_is_not_finite_is_named_and_never_drawn(value):
 @pytest.mark.parametrize(("error", "is_said"), [(cli.OneProcessError, True), (ValueError, False)])
 def test_what_one_process_meets_it_says_whatever_its_rank(monkeypatch, capsys, error, is_said):
     """A wrong flag all processes meet, and the first one says it; a bad sample is one process's own."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setenv("LOCAL_RANK", "1")
 
     def main(_):
@@ -201,17 +203,15 @@ def test_decoded_image_that_is_not_finite_is_named():
 
 def test_seeded_samples_are_checked_with_their_number(tiny_model):
     """Whoever measures them: demo, study, precisions."""
-    diffusion, labels = create_diffusion("3"), torch.arange(5)
+    trajectory, labels = Trajectory(tiny_model, create_diffusion("3")), torch.arange(5)
 
-    def generate_with_a_fault(*setting, **options):
-        x_0 = generate(*setting, **options)
+    def sample_with_a_fault(*setting):
+        x_0 = sample(*setting)
         x_0[-1, 0, 0, 0] = torch.nan
         return x_0
 
     with pytest.raises(ValueError, match=r"sample 103 \(and 1 more of 5\): x_0 is not finite"):
-        generate_seeded(
-            tiny_model, diffusion, labels, 0, batch_size=4, first=100, generate=generate_with_a_fault
-        )
+        generate_seeded(trajectory, labels, 0, batch_size=4, first=100, sample=sample_with_a_fault)
 
 
 @pytest.mark.parametrize("step", [5, 1, 0])
@@ -235,7 +235,8 @@ def test_model_without_null_label_or_learned_variance_samples(sampler):
     randomize(model)
     diffusion = create_diffusion("3", learn_sigma=model.learn_sigma)
     schedule = Schedule(torch.tensor([[False], [True], [True]]).expand(3, 24).clone())
-    x_0 = generate_seeded(model, diffusion, torch.tensor([9, 0]), 1, sampler=sampler, schedule=schedule)
+    trajectory = Trajectory.of(model, diffusion, sampler=sampler, schedule=schedule)
+    x_0 = generate_seeded(trajectory, torch.tensor([9, 0]), 1)
     assert x_0.shape == (2, 4, 8, 8)
     with pytest.raises(ValueError, match="guidance 2 needs a null label"):
-        generate_seeded(model, diffusion, torch.tensor([9]), 1, cfg_scale=2.0)
+        generate_seeded(Trajectory(model, diffusion, 2.0), torch.tensor([9]), 1)
