@@ -141,12 +141,12 @@ def test_resumed_run_on_two_processes_ends_bit_for_bit_the_same(tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_at_five_moments_on_two_processes_it_ends_bit_for_bit_the_same(tmp_path):
+def test_killed_at_random_moments_on_two_processes_it_ends_bit_for_bit_the_same(tmp_path):
     """kill -9 of torchrun, at once resumed each time: at start-up, between checkpoints, as one is written."""
-    steps, moments = 90, random.Random(7)
+    steps, moments = 60, random.Random(7)
     settings = [*TRAIN, "--max-steps", steps, "--ckpt-every", 2, "--device", "cpu"]
     torchrun(2, *settings, "--results-dir", tmp_path / "whole")
-    for number in range(5):
+    for number in range(3):
         process = start_torchrun(2, *settings, "--results-dir", tmp_path / "parts", "--resume", "auto")
         wait_for(lambda: len(alive(process)) >= 3, process)  # noqa: B023
         if number:
@@ -162,7 +162,8 @@ def test_killed_at_five_moments_on_two_processes_it_ends_bit_for_bit_the_same(tm
 
 
 def newest_step(results) -> int:
-    return max((int(path.stem) for path in results.glob("*/checkpoints/*.safetensors")), default=0)
+    names = [path.stem for path in results.glob("*/checkpoints/*.safetensors")]
+    return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path):
