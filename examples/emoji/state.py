@@ -1,5 +1,6 @@
-"""A training's state on disk: saved whole or not at all, taken up again by the same command."""
+"""What trainings leave on disk, whole or not at all: their state, and models in diffusers' folders."""
 
+import tempfile
 from pathlib import Path
 
 import torch
@@ -41,3 +42,13 @@ class TrainingState:
         state |= {"settings": self.settings, "iteration": iteration, "seconds": seconds}
         with replacing(self.path) as partial:
             torch.save(state, partial)
+
+
+def write_folder(model, folder: Path) -> None:
+    """`model.save_pretrained`, of a model or a pipeline; each file replaces an older one when it is whole."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.part") as scratch:
+        model.save_pretrained(scratch)
+        for file in sorted(path for path in Path(scratch).rglob("*") if path.is_file()):
+            with replacing(folder / file.relative_to(scratch)) as partial:
+                file.replace(partial)

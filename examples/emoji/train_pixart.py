@@ -25,7 +25,7 @@ import cli
 import pictures
 from diffusion import GaussianDiffusion, create_diffusion
 from examples.emoji import data, encode, pipeline
-from examples.emoji.state import TrainingState, iteration_seed
+from examples.emoji.state import TrainingState, iteration_seed, write_folder
 from examples.emoji.text import CHANNELS
 from files import replacing
 
@@ -140,11 +140,15 @@ def shown_pictures(encoded: encode.Encoded, n: int = SHOWN) -> Tensor:
 
 
 def write(model, ema: Average, encoded: encode.Encoded, args: argparse.Namespace) -> None:
-    """The EMA weights as a pipeline folder, and samples.png, the VAE's view of the real pictures below."""
+    """The EMA weights (fp16) as a pipeline folder, and samples.png, which they drew.
+
+    Below the samples stand the real pictures as the VAE decodes them.
+    """
     averaged = build_pixart(args.width, args.depth, args.heads)
     averaged.load_state_dict(model.state_dict() | ema.state_dict())
-    pipe = pipeline.assemble(averaged, args.vae)
-    pipe.save_pretrained(args.output)
+    pipe = pipeline.assemble(averaged.half(), args.vae)
+    write_folder(pipe, args.output)
+    averaged.float()
     shown = shown_pictures(encoded).to(encoded.latents.device)
     captions = encoded.caption(encoded.concept[shown], encoded.style[shown])
     pipe.to(encoded.latents.device)

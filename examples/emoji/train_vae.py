@@ -7,7 +7,8 @@ and spread 1 over the training pictures. The two numbers of a channel go into th
 side of the latents, so `scaling_factor` is 1 and every diffusers pipeline takes the folder as it is.
 
 Run the same command again to go on after an interruption: every iteration draws from its own seed, so an
-interrupted training ends in the same weights as an uninterrupted one.
+interrupted training ends in the same weights as an uninterrupted one. `--iterations` may be raised or lowered
+when it goes on.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 
 import cli
 from examples.emoji import data
-from examples.emoji.state import TrainingState, iteration_seed
+from examples.emoji.state import TrainingState, iteration_seed, write_folder
 
 CHANNELS = (16, 32, 64)
 
@@ -91,7 +92,7 @@ def normalise_latents(vae, latents: Tensor) -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the emoji VAE.")
     parser.add_argument("--data", type=Path, default=data.FOLDER / "emoji.npz")
-    parser.add_argument("--iterations", type=cli.positive_int, default=5_000)
+    parser.add_argument("--iterations", type=cli.positive_int, default=3_500)
     parser.add_argument("--batch-size", type=cli.positive_int, default=8)
     parser.add_argument("--lr", type=cli.positive, default=2e-3, help="peak; linear to 0")
     parser.add_argument("--kl-weight", type=float, default=1e-4)
@@ -113,7 +114,7 @@ def main(args: argparse.Namespace) -> None:
     vae = build_vae()
     options = {"lr": args.lr, "weight_decay": 0.0, "betas": (0.9, 0.99), "fused": True}
     optimizer = torch.optim.AdamW(vae.parameters(), **options)
-    names = ("iterations", "batch_size", "lr", "kl_weight", "seed")
+    names = ("batch_size", "lr", "kl_weight", "seed")
     state = TrainingState(
         args.output.with_suffix(".training.pt"),
         {name: getattr(args, name) for name in names},
@@ -142,7 +143,7 @@ def main(args: argparse.Namespace) -> None:
             figures = f"loss {mean:.4f}, held-out PSNR {held:.2f} dB, {seconds:.0f} s"
             print(f"iteration {done}: {figures}", flush=True)
     normalise_latents(vae, encode(vae, train))
-    vae.save_pretrained(args.output)
+    write_folder(vae, args.output)
     values = psnr(vae, held_out)
     figures = {
         "held_out_psnr_db": round(values.mean().item(), 3),
