@@ -92,7 +92,7 @@ def normalise_latents(vae, latents: Tensor) -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the emoji VAE.")
     parser.add_argument("--data", type=Path, default=data.FOLDER / "emoji.npz")
-    parser.add_argument("--iterations", type=cli.positive_int, default=3_500)
+    parser.add_argument("--iterations", type=cli.positive_int, default=2_000)
     parser.add_argument("--batch-size", type=cli.positive_int, default=8)
     parser.add_argument("--lr", type=cli.positive, default=2e-3, help="peak; linear to 0")
     parser.add_argument("--kl-weight", type=float, default=1e-4)
