@@ -77,8 +77,7 @@ def load(path: Path, device: str = "cpu") -> Encoded:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} cannot be read ({error}); remove it and make it again") from None
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     states = text.TokenStates(tensors.pop("states"), tensors.pop("lengths"))
     return Encoded(tensors.pop("latents").float(), **tensors, text=states, digest=digest)
 
