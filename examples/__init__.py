@@ -1,0 +1,1 @@
+"""One folder an example: its data, trainings, weights, judge, routers and README."""

@@ -1,0 +1,1 @@
+"""Text to image in miniature: emoji in three styles with their names, and a latent PixArt."""
