@@ -215,3 +215,12 @@ def test_folder_means_its_newest_router(tmp_path):
         save_router(checkpoints / f"{name}.safetensors", Router(2, 1))
     assert find_router(tmp_path / "000-run").name == "0020000.safetensors"
     assert find_router(checkpoints).name == "0020000.safetensors"
+
+
+def test_the_router_of_most_steps_is_found_by_what_it_says(tmp_path):
+    for name, steps in (("router-2024-01-99", 300), ("best", 500), ("0000400", None), ("v9", None)):
+        facts = {} if steps is None else {"train_steps": steps}
+        save_router(tmp_path / f"{name}.safetensors", Router(5, 24), **facts)
+    assert find_router(tmp_path).stem == "best"
+    (tmp_path / "best.safetensors").unlink()
+    assert find_router(tmp_path).stem == "0000400"
