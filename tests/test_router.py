@@ -290,3 +290,12 @@ def test_metadata_that_contradicts_the_logits_is_refused(tmp_path):
     save_file({"logits": torch.ones(4, 3)}, tmp_path / "r.safetensors", metadata=metadata)
     with pytest.raises(ValueError, match="says num_steps 10, its logits are of 4"):
         load_router(tmp_path / "r.safetensors")
+
+
+def test_the_router_of_most_steps_is_found_by_what_it_says(tmp_path):
+    for name, steps in (("router-2024-01-99", 300), ("best", 500), ("0000400", None), ("v9", None)):
+        facts = {} if steps is None else {"train_steps": steps}
+        save_router(tmp_path / f"{name}.safetensors", Router(5, 24), **facts)
+    assert find_router(tmp_path).stem == "best"
+    (tmp_path / "best.safetensors").unlink()
+    assert find_router(tmp_path).stem == "0000400"

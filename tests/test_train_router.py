@@ -355,15 +355,6 @@ def test_resume_auto_looks_into_no_folder_of_others(copied):
     assert f"writing to {copied.parent}/001-DiT" in output
 
 
-def test_the_router_of_most_steps_is_found_by_what_it_says(tmp_path):
-    for name, steps in (("router-2024-01-99", 300), ("best", 500), ("0000400", None), ("v9", None)):
-        facts = {} if steps is None else {"train_steps": steps}
-        save_router(tmp_path / f"{name}.safetensors", Router(5, 24), **facts)
-    assert find_router(tmp_path).stem == "best"
-    (tmp_path / "best.safetensors").unlink()
-    assert find_router(tmp_path).stem == "0000400"
-
-
 @pytest.mark.parametrize("limit", [2000, 4000])
 def test_full_disk_is_one_line_and_the_last_checkpoint_is_whole(uninterrupted, copied, limit):
     """Too little for a checkpoint (of 3.5 kB), or for the pictures alone."""
