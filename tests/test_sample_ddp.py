@@ -33,6 +33,7 @@ from diffusion import create_diffusion
 from sample_ddp import Parts, batches
 from sampling import (
     SAMPLING_STREAM,
+    Trajectory,
     decode,
     draw_noise,
     generate,
@@ -274,7 +275,7 @@ def facts_of(path) -> dict:
 def test_threads_change_no_bit(tmp_path, monkeypatch, arguments):
     """Ten rows, the embeddings of ten steps, are a product that two threads round otherwise."""
     drawn, arguments = [], [*arguments, "--num-sampling-steps", 10, "--num-samples", 20]
-    monkeypatch.setattr("sample_ddp.decode", lambda x_0, vae: drawn.append(x_0) or decode(x_0, vae))
+    monkeypatch.setattr("sample_ddp.decode", lambda x_0, vae, **_: drawn.append(x_0) or decode(x_0, vae))
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         run(*SAMPLE, *arguments, "--output", tmp_path / f"{threads}.npz")
@@ -287,9 +288,9 @@ def test_threads_change_no_bit(tmp_path, monkeypatch, arguments):
 @pytest.mark.parametrize("batch_size", [32, 64])
 def test_batch_size_changes_no_bit_where_few_steps_are_made_ready_at_once(monkeypatch, batch_size):
     """As DiT-XL/2 has it in batches of 64: products of less than five rows are rounded otherwise."""
-    monkeypatch.setattr("denoiser.MODULATION_BYTES", 2**24)
-    setting = load_model("DiT-digits/2"), create_diffusion("10"), torch.arange(64) % 10, 0
-    wanted, found = (generate_seeded(*setting, n, cfg_scale=1.5) for n in (16, batch_size))
+    monkeypatch.setattr("denoiser.PREPARED_BYTES", 2**24)
+    trajectory, labels = Trajectory(load_model("DiT-digits/2"), create_diffusion("10"), 1.5), torch.arange(64)
+    wanted, found = (generate_seeded(trajectory, labels % 10, 0, n) for n in (16, batch_size))
     assert torch.equal(found, wanted)
 
 
