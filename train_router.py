@@ -280,8 +280,10 @@ def prepare(args: argparse.Namespace, processes: Processes) -> Run:
             f"--global-batch-size {args.global_batch_size} cannot be shared by {processes.world_size} ranks, "
             f"take a multiple of {processes.world_size}"
         )
-    if args.wandb:
-        cli.require("wandb", "--wandb")
+    if processes.is_main:  # not at the first checkpoint
+        cli.require("matplotlib", "the picture of a schedule")
+        if args.wandb:
+            cli.require("wandb", "--wandb")
     if processes.device.type == "cuda":  # or a resumed run would not repeat its bits
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
