@@ -49,6 +49,12 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
         if speaks_for_all() or isinstance(error, OSError) or getattr(error, "of_one_rank", False):
             print(f"{command}: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except ModuleNotFoundError as error:
+        if os.environ.get("HARMONICA_TRACEBACK") or error.name is None:
+            raise
+        if speaks_for_all():
+            print(f"{command}: error: {error}; pip install -r requirements.txt installs it", file=sys.stderr)
+        sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         if (reason := _explained(error)) is None:
             raise
@@ -162,14 +168,17 @@ def show_notes(args: argparse.Namespace) -> None:
         warnings.warn(note, stacklevel=2)
 
 
-def require(package: str, flag: str, install: str | None = None) -> ModuleType:
-    """Import an optional package before the work that needs it. Raises ValueError where it is not there."""
+def require(package: str, what: str, install: str | None = None) -> ModuleType:
+    """Import a package before the work that needs it. Raises ValueError where it is not there.
+
+    what: needs it, a flag or in words. install: what pip calls it, where it has another name.
+    """
     try:
         return importlib.import_module(package)
     except ImportError as error:
         raise ValueError(
-            f"{flag} needs {package} ({error}); install it with `pip install {install or package}` or leave "
-            f"{flag} out"
+            f"{what} needs {package} ({error}); install it with `pip install {install or package}`"
+            + (f" or leave {what} out" if what.startswith("--") else "")
         ) from None
 
 

@@ -299,8 +299,10 @@ def check_shared(args: argparse.Namespace, ranks: int) -> None:
 def prepare(args: argparse.Namespace, processes: Processes) -> Run:
     """All that can be refused before the run's folder is made."""
     check_shared(args, processes.world_size)
-    if args.wandb:
-        cli.require("wandb", "--wandb")
+    if processes.is_main:  # not at the first checkpoint
+        cli.require("matplotlib", "the picture of a schedule")
+        if args.wandb:
+            cli.require("wandb", "--wandb")
     if processes.device.type == "cuda":  # or a resumed run would not repeat its bits
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)

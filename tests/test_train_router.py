@@ -405,11 +405,21 @@ def test_one_process_trains_in_a_folder(copied, monkeypatch):
     run(*arguments, "auto")  # killed a moment ago
 
 
-def test_wandb_that_is_not_installed_is_one_line_before_the_folder(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    line = error_line(*TRAIN, "--results-dir", tmp_path / "r", "--wandb")
-    assert "--wandb needs wandb" in line
-    assert "pip install wandb" in line
+@pytest.mark.parametrize(
+    ("package", "arguments", "words"),
+    [
+        ("wandb", ["--wandb"], "--wandb needs wandb"),
+        ("matplotlib", [], "the picture of a schedule needs matplotlib"),
+        ("sklearn.datasets", ["--method", "l2c", "--data", "digits"], "import of sklearn.datasets halted"),
+    ],
+)
+def test_package_that_is_not_installed_is_one_line_before_the_folder(
+    tmp_path, monkeypatch, package, arguments, words
+):
+    monkeypatch.setitem(sys.modules, package, None)
+    line = error_line(*TRAIN, "--results-dir", tmp_path / "r", *arguments)
+    assert words in line
+    assert "pip install" in line
     assert not (tmp_path / "r").exists()
 
 
