@@ -261,7 +261,7 @@ def main(args: argparse.Namespace) -> None:
         args.model, args.ckpt, args.image_size, args.num_classes, processes.device, dtype, args.random_weights
     )
     if args.data_loss == "eps" and not model.learn_sigma and processes.is_main:
-        warnings.warn("--data-loss eps has no effect: this model predicts nothing else", stacklevel=2)
+        warnings.warn("--data-loss has no effect: this model predicts eps alone", stacklevel=2)
     if args.compile:
         execution.compile_branches(model, processes.device)
     if args.recompute_branches:  # around the compiled ones

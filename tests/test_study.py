@@ -163,7 +163,7 @@ def beyond_rows(group: str | None) -> list[dict]:
     return [dict(zip(head, line, strict=True)) for line in body]
 
 
-# docs/beyond.md names it: the one cell of fresh samples that is not within two thirds of the best of the others.
+# docs/beyond.md names it: the one cell of fresh samples not within two thirds of the best of the others.
 MISSED = {(FRESH, "50", "3.1x"): 0.68}
 
 

@@ -171,6 +171,9 @@ def watched(monkeypatch, tiny_model):
     def load(*_, **__):
         return copy.deepcopy(tiny_model)
 
+    def load_vae(spec, *_, **__):
+        return None if spec == "none" else FakeVae()
+
     rollout, batches = objectives.Paired.rollout, data.numbered_batches
 
     def noting_rollout(self, cache, recompute=False, window=None):
@@ -193,7 +196,10 @@ def watched(monkeypatch, tiny_model):
         for module in ("train_router", "sample"):
             patch.setattr(f"{module}.load_model", note("model", load))
         for module in ("rounds", "sample"):
-            patch.setattr(f"{module}.load_vae", note("vae", lambda *_, **__: FakeVae()))
+            patch.setattr(
+                f"{module}.load_vae",
+                note("vae", lambda spec, *_, **__: None if spec == "none" else FakeVae()),
+            )
         patch.setattr("distributed.start", note("device", Processes(0, 1, torch.device("cpu"))))
         patch.setattr("cli.choose_device", note("device", torch.device("cpu")))
         for name in ("compile_branches", "recompute_branches", "quantize"):
@@ -418,7 +424,8 @@ def test_what_a_model_or_a_router_leaves_without_effect_is_said(tmp_path, monkey
     assert noted(own["notes"], "data_loss")
     binary = torch.where(fora_schedule(6, 4, 2).compute, 3.0, -3.0)
     save_router(tmp_path / "r.safetensors", Router.from_logits(binary), threshold=0.1)
-    words = ["--accelerate-method", "dynamiclayer", "--num-sampling-steps", 6, "--repeats", 0, "--path"]
+    words = ["--accelerate-method", "dynamiclayer", "--num-sampling-steps", 6, "--repeats", 0]
+    words += ["--vae", "none", "--path"]
     with watched(monkeypatch, model):
         for path, threshold, said in (
             (tmp_path / "r.safetensors", 0.6, True),
