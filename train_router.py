@@ -314,7 +314,7 @@ def prepare(args: argparse.Namespace, processes: Processes) -> Run:
     check_guidance(model, args.cfg_scale)
     weights = weights_fingerprint(model)
     if args.data_loss == "eps" and not model.learn_sigma and processes.is_main:
-        warnings.warn("--data-loss eps has no effect: this model predicts nothing else", stacklevel=2)
+        warnings.warn("--data-loss has no effect: this model predicts eps alone", stacklevel=2)
     if args.compile:
         execution.compile_branches(model, processes.device)
     if args.recompute_branches:  # around the compiled ones

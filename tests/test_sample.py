@@ -1,5 +1,6 @@
 """The sampling command, on the digits model with random weights and a router made for it."""
 
+import argparse
 import json
 import re
 
@@ -12,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from router import Router, load_router, save_router
+from sample import choose_labels
 from sampling import _DIGITS_WEIGHTS, build_model, randomize, weights_fingerprint
 
 SAMPLE = ["sample.py", "--model", "DiT-digits/2", "--random-weights", "--num-sampling-steps", 5]
@@ -50,10 +52,11 @@ def test_saved_latents_are_what_the_picture_shows(tmp_path, router):
         run(*arguments, *options, "--save-latents", file, "--output", tmp_path / "x.png")
         latents = np.load(file)["latents"]
         assert latents.shape == (2, 1, 8, 8)
-        if method == "none":
-            model = load_model("DiT-digits/2", random_weights=True)
-            again = generate_seeded(Trajectory(model, create_diffusion("5"), 2.0), torch.tensor([3, 1]), 5, 1)
-            np.testing.assert_allclose(latents, again.numpy(), atol=1e-5)
+        model, labels = load_model("DiT-digits/2", random_weights=True), torch.tensor([3, 1])
+        schedule = None if method == "none" else load_router(router).schedule(0.1)
+        trajectory = Trajectory(model, create_diffusion("5"), 2.0, schedule)
+        again = generate_seeded(trajectory, labels, 5, 1)
+        np.testing.assert_allclose(latents, again.numpy(), atol=1e-5)
 
 
 def test_compare_prints_the_distance_to_uncached(tmp_path, router):
@@ -78,6 +81,16 @@ def test_samplers(tmp_path):
     assert "DDIM (the default)" in run(*SAMPLE, *arguments)
     assert "DDPM" in run(*SAMPLE, *arguments, "--p-sample")
     assert "exclude each other" in error_line(*SAMPLE, *arguments, "--p-sample", "--ddim-sample")
+
+
+def test_published_labels_are_harmonicas(tmp_path, monkeypatch):
+    """The eight classes of its sample.py: two of them are not those of DiT's."""
+    seen = []
+    monkeypatch.setattr("sample.load_model", lambda *_: argparse.Namespace(num_classes=1000))
+    monkeypatch.setattr("sample.methods.load_method", lambda args, model: seen.append((args, model)) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run("sample.py", "--output", tmp_path / "x.png")
+    assert choose_labels(*seen[0]).tolist() == [207, 992, 387, 974, 142, 979, 417, 279]
 
 
 def test_option_without_effect_is_said(tmp_path):
