@@ -8,6 +8,7 @@ something differs, or the command says that the flag has no effect, and not both
 import argparse
 import contextlib
 import copy
+import dataclasses
 import importlib
 import json
 import os
@@ -156,6 +157,20 @@ class FakeVae:
         return type("Encoded", (), {"latent_dist": posterior})
 
 
+@dataclasses.dataclass(frozen=True)
+class FakeConfig:
+    """Stands for what a VAE's folder says of it."""
+
+    spec: str
+    factor: int = 8
+
+    def check_encoder(self) -> None:
+        pass
+
+    def load(self, *_, **__) -> FakeVae:
+        return FakeVae()
+
+
 @contextlib.contextmanager
 def watched(monkeypatch, tiny_model):
     """Stands for models, compilers, devices and pictures; yields what was asked of them."""
@@ -170,9 +185,6 @@ def watched(monkeypatch, tiny_model):
 
     def load(*_, **__):
         return copy.deepcopy(tiny_model)
-
-    def load_vae(spec, *_, **__):
-        return None if spec == "none" else FakeVae()
 
     rollout, batches = objectives.Paired.rollout, data.numbered_batches
 
@@ -195,11 +207,9 @@ def watched(monkeypatch, tiny_model):
         os.environ.pop("LOCAL_RANK", None)
         for module in ("train_router", "sample"):
             patch.setattr(f"{module}.load_model", note("model", load))
-        for module in ("rounds", "sample"):
-            patch.setattr(
-                f"{module}.load_vae",
-                note("vae", lambda spec, *_, **__: None if spec == "none" else FakeVae()),
-            )
+        for module in ("train_router", "rounds", "sample"):
+            config = note("vae", lambda spec: None if spec == "none" else FakeConfig(spec))
+            patch.setattr(f"{module}.read_vae_config", config)
         patch.setattr("distributed.start", note("device", Processes(0, 1, torch.device("cpu"))))
         patch.setattr("cli.choose_device", note("device", torch.device("cpu")))
         for name in ("compile_branches", "recompute_branches", "quantize"):
@@ -298,7 +308,7 @@ NEEDS = {"steps": 2, "interval": 2, "cur": 0.4, "path": "ROUTER"}
 SAMPLE_VALUES = {
     "model": "DiT-S/8", "ckpt": "x.pt", "image_size": 512, "num_classes": 7, "num_sampling_steps": "ddim5",
     "cfg_scale": 3, "seed": 7, "cache_dtype": "bf16", "labels": [1, 2], "batch_size": 1,
-    "path": "OTHER_ROUTER", "thres": 0.6, "interval": 3,
+    "path": "OTHER_ROUTER", "thres": 0.6, "interval": 3, "anchor": "last",
     "cur": 0.6, "schedule_seed": 5, "steps": 1, "order": 2, "calibrate": 9, "terms": 1,
     "output": "y.png", "save_latents": "y.npz", "repeats": 1, "vae": "mse", "precision": "bf16",
     "device": "cpu", "local_rank": 3,
@@ -330,13 +340,13 @@ def sampled(words: list, folder, monkeypatch, tiny_model) -> Outcome:
     monkeypatch.chdir(folder)
     drawn, batches = [], []
 
-    def drawing(model, diffusion, labels, seed, batch_size, *others, **options):
+    def drawing(trajectory, labels, seed, batch_size, *others, **options):
         batches.append((len(labels), batch_size))
-        return sampling.generate_seeded(model, diffusion, labels, seed, batch_size, *others, **options)
+        return sampling.generate_seeded(trajectory, labels, seed, batch_size, *others, **options)
 
     with watched(monkeypatch, tiny_model) as asked, monkeypatch.context() as patch:
         patch.setattr("sample.generate_seeded", drawing)
-        patch.setattr("sample.decode", lambda x_0, _: torch.zeros(len(x_0), 8, 8, 1, dtype=torch.uint8))
+        patch.setattr("sample.decode", lambda x_0, *_: torch.zeros(len(x_0), 8, 8, 1, dtype=torch.uint8))
         patch.setattr(
             "sample.save", lambda args, x_0, *_: drawn.append((x_0, args.output, args.save_latents))
         )
