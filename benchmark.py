@@ -45,8 +45,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--image-size", type=cli.positive_int, help="pixels (default 256)")
     parser.add_argument("--methods", nargs="+", default=[], metavar="METHOD[:VALUE]", help="see above")
     parser.add_argument(
-        "--batch-size", type=cli.positive_int, nargs="+", default=[8], help="images, one or more (default 8)"
-    )
+        "--batch-size", type=cli.positive_int, nargs="+", default=[8],
+        help="images, one or more (default 8); with --train trajectories, two rows each under guidance",
+    )  # fmt: skip
     parser.add_argument("--num-sampling-steps", nargs="+", default=["20"], help="one or more (default 20)")
     parser.add_argument("--cfg-scale", type=cli.finite, default=4.0, help="guidance, 1 = off (default 4)")
     parser.add_argument("--repeats", type=cli.positive_int, default=5, help="after a warm-up (default 5)")

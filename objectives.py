@@ -264,7 +264,8 @@ def image_error_proxy(
 ) -> Tensor:
     """Proxy weights lambda (T,): how much the final image changes with the router's work at each step.
 
-    Mean squared change of x_0 per element, over the whole guided batch, with the soft blend of training.
+    Mean squared change of x_0 per element, over the whole guided batch, with the soft blend of training. (The
+    paper writes a squared norm, a sum over elements: larger by their number, and beta with it.)
     `"paper"` (eq. 9) computes step i alone in full where all others are routed; `"released"` switches steps
     to the router one after the other, noisiest first, and takes each one's change. The last entry belongs to
     the first step, never routed: 0. thresholded: scores become 0 or 1 first, as straight-through training and

@@ -43,7 +43,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     method.add_argument(
         "--proxy", choices=(*PROXY_DEFINITIONS, "none"), default="released",
-        help="lambda; none: all ones. The paper's squared norm is taken per element: a mean, not a sum",
+        help="lambda (none: all ones); a mean per element where the paper writes a sum, so --l1 differs too",
     )  # fmt: skip
     method.add_argument(
         "--data-loss", choices=("all", "eps"), default="all", help="compare all channels, or eps alone"

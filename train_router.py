@@ -11,6 +11,7 @@ The published HarmoniCa run (no images are needed):
 Plain `python train_router.py ...` is the same on one process. Everything lands in RESULTS_DIR/NNN-MODEL-...:
 checkpoints (each a router that sample.py reads), log.txt, metrics.jsonl, schedule.png. To go on after an
 interruption, run the same command with `--resume auto`: the logits come out the same, bit for bit.
+`--global-batch-size` counts rows of a forward pass: under guidance 64 are 32 trajectories.
 
 Instead of a regularization weight one can ask for a speed: `--target-cur 0.4` or `--target-speedup 1.6`.
 Learning-to-Cache needs images: `--method l2c --data FOLDER` (one folder a class, encoded by the VAE).

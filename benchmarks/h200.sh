@@ -21,6 +21,7 @@ for size in 256 512; do
     measure "xl-$size-plain" "${shared[@]}" --batch-size 1 8
     measure "xl-$size-compiled" "${shared[@]}" taylor-fora:2 --batch-size 1 8 --compile
 done
+# 64 trajectories are 128 rows: twice the published batch, whose 64 count both halves of the guided one.
 measure xl-256-train --model DiT-XL/2 --precision bf16 --batch-size 64 --num-sampling-steps 10 \
     --cfg-scale 1.5 --repeats 2 --train --compile \
     --cases update "update, backbone gradients" "update, compiled"
