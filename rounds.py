@@ -197,12 +197,9 @@ class Pairs(Rounds):
                 self.data, args.global_seed, number, args.global_batch_size,
                 processes.rank, processes.world_size, args.num_works,
             )  # fmt: skip
-        steps, local = (
-            draw_steps(args.global_seed, number, self.steps, args.groups),
-            args.groups // processes.world_size,
-        )
-        own_steps = steps[processes.rank * local : (processes.rank + 1) * local]
-        generators, size = self.generators(number), args.global_batch_size // args.groups
+        steps = draw_steps(args.global_seed, number, self.steps, args.groups)
+        local, size = args.groups // processes.world_size, args.global_batch_size // args.groups
+        own_steps, generators = steps[processes.rank * local :][:local], self.generators(number)
         parts = zip(*(part.split(size) for part in next(self._batches)), own_steps, strict=True)
         pairs = [self._pair(generators[k * size :][:size], *part) for k, part in enumerate(parts)]
         yield train_pairs(

@@ -211,8 +211,7 @@ def read_checkpoint(path: Path, settings: dict) -> dict[str, Tensor]:
         reason = f"--resume {path}: it was trained with --{flag} {value}, not {settings[name]}"
         if before and name == "trajectories":
             reason += "; when it began, --global-batch-size counted trajectories, not rows"
-        is_renamed = {name for name, _ in others} <= {"trajectories", "groups", "l1"}
-        raise OtherSettings(reason, bool(before) and is_renamed)
+        raise OtherSettings(reason, bool(before) and {name for name, _ in others} <= _RENAMED)
     return state
 
 
@@ -222,6 +221,10 @@ class OtherSettings(ValueError):
     def __init__(self, reason: str, renamed: bool):
         super().__init__(reason)
         self.renamed = renamed
+
+
+# What the same command line may mean today otherwise than when a run began.
+_RENAMED = {"trajectories", "groups", "l1", "ste_threshold"}
 
 
 def _renamed(settings: dict) -> dict:
