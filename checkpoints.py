@@ -6,7 +6,6 @@ checkpoint of another one is refused with the flags that fit it. Nothing in a ch
 """
 
 import argparse
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from models import DiT, DiT_models
-from weights import check_values, find_weights, folder_of, read_weights, unwrapped
+from weights import check_values, find_weights, folder_of, read_config, read_weights, unwrapped
 
 # Names that only a DiT has, in the official layout and in diffusers'.
 _OFFICIAL = ("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "final_layer.linear.weight")
@@ -167,11 +166,8 @@ def _diffusers_hints(file: Path) -> Hints:
     path = file.parent / "config.json"
     if not path.is_file():
         return Hints()
-    try:
-        config = json.loads(path.read_text())
-        kind = config.get("_class_name", _DIFFUSERS_CLASSES[0])
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is no config of diffusers ({error}); fetch it again") from None
+    config = read_config(path)
+    kind = config.get("_class_name", _DIFFUSERS_CLASSES[0])
     if kind not in _DIFFUSERS_CLASSES:
         raise ValueError(f"{path} is of a {kind}; this program samples a {_DIFFUSERS_CLASSES[0]} (DiT)")
     values = [config.get(name) for name in ("num_embeds_ada_norm", "num_attention_heads", "sample_size")]

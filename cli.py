@@ -243,14 +243,6 @@ def below_one(text: str, hint: str = "") -> float:
     return value
 
 
-def probability(text: str) -> float:
-    """An argparse type: a number in [0, 1)."""
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is outside [0, 1)")
-    return value
-
-
 def interval(text: str) -> Fraction:
     """An argparse type: FORA's interval, such as 2, 1.5 or 4/3."""
     try:
@@ -277,7 +269,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, with_vae: bool = False)
     model.add_argument("--image-size", type=positive_int, help="pixels (default 256)")
     model.add_argument("--num-classes", type=positive_int, help="default 1000")
     model.add_argument(
-        "--class-dropout-prob", type=probability, default=0.1, metavar="P",
+        "--class-dropout-prob", type=below_one, default=0.1, metavar="P",
         help="what the model was trained with; 0: it has no null label (no guidance), else P changes nothing",
     )  # fmt: skip
     model.add_argument(

@@ -48,7 +48,8 @@ class Denoiser:
         rows = len(labels) * (2 if self.guided else 1)
         step_bytes = max(1, rows * model.prepared_size * self.dtype.itemsize)
         # A model that is not frozen makes its part of every step in that step, with a gradient.
-        most = PREPARED_BYTES // step_bytes if model.frozen else 1
+        self._frozen = model.frozen  # looks at every parameter: once, not at every step
+        most = PREPARED_BYTES // step_bytes if self._frozen else 1
         self.chunk_size = min(self.num_steps, max(1, most))
         self._chunk, self._prepared, self._embedded = -1, [], None
 
@@ -72,8 +73,8 @@ class Denoiser:
 
     def _prepared_at(self, step: int):
         chunk, offset = divmod(step, self.chunk_size)
-        if chunk != self._chunk or not self.model.frozen:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.model.frozen):
+        if chunk != self._chunk or not self._frozen:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self._frozen):
                 self._prepared = []  # freed before the next ones are made
                 self._prepared = self._prepare(chunk * self.chunk_size)
             self._chunk = chunk
@@ -81,7 +82,7 @@ class Denoiser:
 
     def _prepare(self, first: int) -> list:
         """For the steps of the chunk that begins with step `first`."""
-        if self._embedded is None or not self.model.frozen:  # all at once: fewer would round otherwise
+        if self._embedded is None or not self._frozen:  # all at once: fewer would round otherwise
             # One scalar at a time, filled on the device: a list of numbers would be copied, and waited for.
             steps = map(self.sampler.timestep, range(self.num_steps))
             t = torch.cat([torch.full((1,), one, device=self.device) for one in steps])

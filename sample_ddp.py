@@ -102,8 +102,6 @@ def parse_args() -> argparse.Namespace:
         if args.output.is_absolute():
             args.notes.append(f"--sample-dir has no effect with an absolute --output, {args.output}")
         args.output = args.sample_dir / args.output
-    if args.local_rank is not None:  # older launchers tell it so
-        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     return args
 
 

@@ -6,7 +6,6 @@ of a latent is asked on the meta device, without a weight.
 
 import contextlib
 import inspect
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from torch import Tensor
 
 import download
 from models import DiT
-from weights import check_values, find_weights, folder_of, read_weights
+from weights import check_values, find_weights, folder_of, read_config, read_weights
 
 OFFICIAL = ("ema", "mse")
 VAE_SCALE = 0.18215  # theirs
@@ -120,11 +119,8 @@ def _read_config(spec: str, folder: Path) -> VaeConfig:
         raise FileNotFoundError(
             f"--vae {spec}: {path} does not exist; use ema, mse, none, or the folder of a VAE or a pipeline"
         )
-    try:
-        values = json.loads(path.read_text())
-        class_name = values.get("_class_name", CLASSES[0])
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"--vae {spec}: {path} is no config of diffusers ({error}); fetch it anew") from None
+    values = read_config(path)
+    class_name = values.get("_class_name", CLASSES[0])
     if class_name not in CLASSES:
         raise ValueError(
             f"--vae {spec} is of class {class_name}; those of diffusers that decode to images here are "

@@ -26,6 +26,17 @@ _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 _SHARD = re.compile(r"-\d+-of-\d+\.\w+$")
 
 
+def read_config(path: Path) -> dict:
+    """The object in a config.json of diffusers. Raises ValueError, naming the file, where there is none."""
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no config of diffusers ({error}); fetch it again") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is no config of diffusers but a {type(values).__name__}; fetch it again")
+    return values
+
+
 def folder_of(path: Path, part: str) -> Path:
     """The folder that `path` means: itself, its snapshot in the Hub's cache, or a pipeline's `part` in it.
 
