@@ -23,25 +23,29 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import cli
-import execution
-import methods
-import training_cost
-from files import check_writable, to_json, write_json
-from methods import Method
+from backbones.loading import load_model, pixels_of
+from benchmarks import training_cost
+from common import cli, registry
+from common.columns import print_columns
+from common.files import check_writable, to_json, write_json
+from common.pictures import branch_types
+from common.timing import copy_ceiling, in_turn, latency, matmul_ceiling, peak_memory, reset_peak_memory
+from execution import modes as execution
 from metrics.paired import mse
 from models import DiT
-from pictures import branch_types
-from sampling import Sample, load_model, pixels_of, require_finite
-from tables import print_columns
-from timing import copy_ceiling, in_turn, latency, matmul_ceiling, peak_memory, reset_peak_memory
+from sampling.decoding import require_finite
+from sampling.loop import Sample
+from schedules import methods
+from schedules.methods import Method
 
 LOOP = "loop"
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Latency, memory and ceilings of caching methods.")
-    parser.add_argument("--model", default="DiT-XL/2", help="DiT-XL/2 and its family, or DiT-digits/2")
+    parser.add_argument(
+        "--model", default="DiT-XL/2", help=f"DiT-XL/2 and its family, or {' or '.join(registry.presets())}"
+    )
     parser.add_argument("--image-size", type=cli.positive_int, help="pixels (default 256)")
     parser.add_argument("--methods", nargs="+", default=[], metavar="METHOD[:VALUE]", help="see above")
     parser.add_argument(

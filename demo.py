@@ -19,27 +19,29 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import cli
-import lifeline
-from baselines import full_schedule
+from backbones.loading import load_model
+from common import cli, lifeline
+from common.columns import print_columns
+from common.files import replacing, write_json
+from common.pictures import comparison, schedule_heat_map
+from common.timing import in_turn
 from diffusion import create_diffusion
-from digits.classifier import Judge
-from digits.measure import fidelity
-from files import replacing, write_json
+from examples.digits import MODEL
+from examples.digits.classifier import Judge
 from models import DiT
-from pictures import comparison, schedule_heat_map
 from router import Router, Schedule, load_router
-from sampling import DIGITS_MODEL, Trajectory, decode, generate_seeded, load_model
-from tables import print_columns
-from timing import in_turn
-from training import runs
+from sampling.decoding import decode
+from sampling.loop import Trajectory, generate_seeded
+from schedules.baselines import full_schedule
+from study.measure import fidelity
+from training.state import runs
 
 NUM_STEPS, THRESHOLD = 10, 0.1
 CFG_SCALE = 1.0  # no guidance: there the uncached model is closest to the data
 BATCH_SIZE, REPEATS = 64, 5  # of the latency
 SEED = 1234  # of the samples; the training has its own
 TRAINING = {
-    "--model": DIGITS_MODEL, "--num-sampling-steps": NUM_STEPS, "--cfg-scale": CFG_SCALE,
+    "--model": MODEL, "--num-sampling-steps": NUM_STEPS, "--cfg-scale": CFG_SCALE,
     "--ste-threshold": THRESHOLD, "--l1": 2e-7, "--lambda-c": 100, "--lr": 0.1, "--global-batch-size": 32,
     "--log-every": 50, "--ckpt-every": 200, "--resume": "auto",
 }  # fmt: skip
@@ -78,7 +80,7 @@ def train(args: argparse.Namespace) -> Router:
         raise ValueError(f"the training above ended with exit status {status}")
     logs = [run / "log.txt" for run in runs(args.results_dir)]
     newest = max(logs, key=lambda log: log.stat().st_mtime).parent  # new, or resumed and found finished
-    return load_router(newest, DIGITS_MODEL, NUM_STEPS)
+    return load_router(newest, MODEL, NUM_STEPS)
 
 
 def measure(
@@ -109,7 +111,7 @@ COLUMNS = [
 
 def main(args: argparse.Namespace) -> None:
     router = train(args)
-    model, judge = load_model(DIGITS_MODEL), Judge()
+    model, judge = load_model(MODEL), Judge()
     schedule = router.schedule(THRESHOLD)
     affordable = math.ceil(NUM_STEPS / schedule.speedup_macs(model))  # as many MACs, or a few more
     fewer_steps = min(affordable, NUM_STEPS - 1)
@@ -152,7 +154,7 @@ def write_results(
     }
     parts = [(caption, decode(samples[method][:40])) for method, caption in captions.items()]
     picture = comparison(parts, columns=10)
-    title = f"{DIGITS_MODEL}, T = {NUM_STEPS}, CUR {100 * cached['cur']:.1f} %"
+    title = f"{MODEL}, T = {NUM_STEPS}, CUR {100 * cached['cur']:.1f} %"
     heat_map = schedule_heat_map(router.scores(), THRESHOLD, model.branches, title)
     for name, image in (("comparison", picture), ("schedule", heat_map)):
         with replacing(folder / f"{name}.png") as temporary:

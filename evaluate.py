@@ -2,7 +2,7 @@
 
     python evaluate.py SAMPLES.npz --reference VIRTUAL_imagenet256_labeled.npz --inception-weights WEIGHTS.pth
     python evaluate.py CACHED.npz --paired UNCACHED.npz                  # MSE, PSNR, SSIM of the same noise
-    python evaluate.py DIGITS.npz --reference OTHER.npz --features digits
+    python evaluate.py SAMPLES.npz --reference OTHER.npz --features NAME    # of an example's judge
 
 Samples are `arr_0` (n, H, W, C) uint8, as sample_ddp.py and ADM write them, an .npy, or a folder of pictures
 with all its folders, in the natural order of their names (2.png before 10.png). A reference is the same, or
@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import cli
-from arrays import ArrayFile
-from cli import Unread
-from files import check_writable, replacing, to_json, write_json
-from images import Images, image_array
+from common import cli, registry
+from common.arrays import ArrayFile
+from common.cli import Unread
+from common.files import check_writable, replacing, to_json, write_json
+from common.images import Images, image_array
 from metrics.checks import require_finite
 from metrics.features import Extractor, Features, load_extractor
 from metrics.frechet import RunningStatistics, check_statistics, frechet_distance
@@ -45,7 +45,9 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--reference", type=Path, help="images likewise; .npz of statistics, or of both")
     parser.add_argument("--paired", type=Path, help="uncached samples of the same noise, in the same order")
-    parser.add_argument("--features", default="inception", help="inception (default) or digits")
+    parser.add_argument(
+        "--features", default="inception", help=f"inception (default) or {' or '.join(registry.features())}"
+    )
     parser.add_argument(
         "--inception-weights", help="local file; torch-fidelity's port of TensorFlow's Inception"
     )

@@ -21,7 +21,8 @@ from timm.layers import Mlp, PatchEmbed
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
-from backbone import Cache
+from backbones.contract import Cache
+from common import registry
 
 
 def compute_always(_branch: int, compute: Callable[[], Tensor]) -> Tensor:
@@ -165,7 +166,7 @@ class DiT(nn.Module):
     `branches` names every branch in order of execution (`"0.attn"`, `"0.mlp"`, `"1.attn"`, ...);
     `branch_macs` gives each one's multiply-accumulates for one sample, `other_macs` those of everything that
     is never cached; `branch_size` is the number of values of a branch output, `prepared_size` that of what
-    one sample's conditioning becomes in all layers. With these members a DiT is a `backbone.Backbone`. For
+    one sample's conditioning becomes in all layers. With these members a DiT is a `backbones.Backbone`. For
     whoever shows what it draws: `vae_factor`, pixels per latent and side (1 for a model of pixels), and
     `source`, a line on where the weights came from.
     """
@@ -385,7 +386,4 @@ DiT_models: dict[str, Callable[..., DiT]] = {
     for size, (depth, hidden_size, num_heads) in _SIZES.items()
     for patch_size in (2, 4, 8)
 }
-# The example that ships with the repository: 8 x 8 handwritten digits in pixel space (see digits/).
-DiT_models["DiT-digits/2"] = partial(
-    DiT, input_size=8, patch_size=2, in_channels=1, hidden_size=128, depth=12, num_heads=4, num_classes=10
-)
+DiT_models |= {name: partial(DiT, **preset.options) for name, preset in registry.presets().items()}

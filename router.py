@@ -18,12 +18,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import cli
-from contents import is_pickle, is_safetensors
-from files import load_pickle_safely, replacing
-from weights import DTYPES, unwrapped
+from common import cli, registry
+from common.contents import is_pickle, is_safetensors
+from common.files import load_pickle_safely, replacing
+from common.weights import DTYPES, unwrapped
 
 FORMAT_VERSION = 1
+MAX_TERMS = 3  # last outputs that a reused branch may combine, as many as TaylorSeer's second order
 LOGIT_LIMIT = 5.0
 
 
@@ -292,19 +293,19 @@ def _check(file: Path, logits: Tensor, weights: Tensor | None, info: dict) -> No
             raise ValueError(f"{file} says {fact} {info[fact]}, its logits are of {found}; it is damaged")
 
 
-SHIPPED = Path(__file__).parent / "digits" / "routers"
 _SUFFIXES = (".pth", ".ckpt", ".bin", "")  # of what may be a router in a folder, beside our own
 
 
 def find_router(path: str | Path) -> Path:
     """The router that `path` means: itself, one that ships under that name, or a folder's newest.
 
-    Of a folder, or its `checkpoints`, the one of most train steps. Names that ship: `digits-T20-1.96x`.
+    Of a folder, or its `checkpoints`, the one of most train steps. `registry.router_names` lists those that
+    ship with the examples.
     """
     path = Path(path)
     if path.is_file():
         return path
-    if (named := SHIPPED / f"{path}.safetensors").is_file():
+    if (named := registry.router_file(str(path))) is not None:
         return named
     for folder in (path, path / "checkpoints"):
         found = [file for file in folder.glob("*") if file.is_file() and _may_be_router(file)]
@@ -317,7 +318,7 @@ def find_router(path: str | Path) -> Path:
         )
     raise FileNotFoundError(
         f"router {path} does not exist; give a router file, a folder that holds one, or the name of one that "
-        "ships, such as digits-T20-1.96x"
+        f"ships: {', '.join(registry.router_names())}"
     )
 
 

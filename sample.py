@@ -3,8 +3,7 @@
     python sample.py --model DiT-XL/2 --vae ema --image-size 256 --num-classes 1000 --cfg-scale 4 \\
         --num-sampling-steps 10 --seed 42 --accelerate-method dynamiclayer --ddim-sample --path ROUTER \\
         --thres 0.1
-    python sample.py --model DiT-digits/2 --num-sampling-steps 10 --accelerate-method dynamiclayer \\
-        --path ROUTER --compare
+    python sample.py --num-sampling-steps 10 --accelerate-method dynamiclayer --path ROUTER --compare
 
 `--path` is a router file or a folder that holds one (a training's results folder); `methods.py` lists the
 other values of `--accelerate-method`. `--compare` draws the same noise with and without the method. Latency
@@ -22,19 +21,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import cli
-import execution
-import methods
-from denoiser import check_guidance
-from files import check_writable, replacing
-from methods import Method
+from backbones.denoiser import check_guidance
+from backbones.loading import is_latent, load_model
+from backbones.vae import read_vae_config
+from common import cli
+from common.files import check_writable, replacing
+from common.pictures import branch_types, comparison, sheet
+from common.timing import in_turn
+from execution import modes as execution
 from metrics.paired import mse, psnr
 from models import DiT
-from pictures import branch_types, comparison, sheet
 from router import Schedule
-from sampling import Trajectory, choose_vae, decode, generate_seeded, is_latent, load_model
-from timing import in_turn
-from vae import read_vae_config
+from sampling.decoding import choose_vae, decode
+from sampling.loop import Trajectory, generate_seeded
+from schedules import methods
+from schedules.methods import Method
 
 PUBLISHED_LABELS = [207, 992, 387, 974, 142, 979, 417, 279]  # HarmoniCa's; DiT's have 360 and 88
 

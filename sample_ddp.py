@@ -12,7 +12,7 @@ one thread: start as many as there are cores. A GPU may round otherwise for anot
 need a shared folder.
 """
 
-import lifeline  # isort: skip  # noqa: F401  # first: under torchrun this process ends with it
+from common import lifeline  # isort: skip  # noqa: F401  # first: under torchrun this process ends with it
 
 import argparse
 import contextlib
@@ -35,31 +35,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-import cli
-import distributed
-import execution
-import methods
-from denoiser import check_guidance
-from distributed import Processes
-from files import make_folder, read_json, remove_partials, replacing, write_json, writing
-from identity import differences, weights_fingerprint
-from methods import Method
+from backbones.denoiser import check_guidance
+from backbones.loading import find_checkpoint, load_model, pixels_of
+from backbones.vae import read_vae_config
+from common import cli, distributed
+from common.distributed import Processes
+from common.files import make_folder, read_json, remove_partials, replacing, write_json, writing
+from common.identity import differences, weights_fingerprint
+from execution import modes as execution
 from models import DiT
-from sampling import (
-    SAMPLING_STREAM,
-    Sample,
-    Trajectory,
-    choose_vae,
-    decode,
-    draw_labels,
-    find_checkpoint,
-    generate_seeded,
-    image_shape,
-    load_model,
-    pixels_of,
-    sample_generator,
-)
-from vae import read_vae_config
+from sampling.decoding import choose_vae, decode, image_shape
+from sampling.loop import Sample, Trajectory, generate_seeded
+from sampling.seeds import SAMPLING_STREAM, draw_labels, sample_generator
+from schedules import methods
+from schedules.methods import Method
 
 # Matrix products of other shapes may round otherwise: every forward takes a multiple of this many samples, at
 # the same places, so that the batch size changes nothing.

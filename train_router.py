@@ -18,7 +18,7 @@ Learning-to-Cache needs images: `--method l2c --data FOLDER` (one folder a class
 Training on the error of the final image, reuse included, is `--method end-to-end --target-speedup 2`.
 """
 
-import lifeline  # isort: skip  # noqa: F401  # first: under torchrun this process ends with it
+from common import lifeline  # isort: skip  # noqa: F401  # first: under torchrun this process ends with it
 
 import argparse
 import contextlib
@@ -32,25 +32,24 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import cli
-import distributed
-import execution
-from denoiser import check_guidance
+from backbones.denoiser import check_guidance
+from backbones.loading import find_checkpoint, load_model, pixels_of
+from backbones.vae import read_vae_config
+from common import cli, distributed
+from common.distributed import Processes
+from common.files import remove_partials, replacing, writing
+from common.identity import weights_fingerprint
+from common.pictures import schedule_heat_map
 from diffusion import GaussianDiffusion, create_diffusion
-from distributed import Processes
-from end_to_end import EndToEnd
-from files import remove_partials, replacing, writing
-from identity import weights_fingerprint
-from logs import RunLog
+from end_to_end.rounds import EndToEnd
+from execution import modes as execution
 from models import DiT
 from objectives import TrainStep
-from pictures import schedule_heat_map
-from rounds import Pairs, Trajectories, vae_spec
-from sampling import find_checkpoint, load_model, pixels_of
-from target import Target
-from train_arguments import parse_args
-from training import find_resumable, new_run_folder, resumed_state
-from vae import read_vae_config
+from training.arguments import parse_args
+from training.logs import RunLog
+from training.rounds import Pairs, Trajectories, vae_spec
+from training.state import find_resumable, new_run_folder, resumed_state
+from training.target import Target
 
 # The arguments that decide the numbers, where the method reads them: a resumed run must have the same.
 SETTINGS = (

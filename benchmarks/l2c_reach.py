@@ -9,12 +9,12 @@ CUR at the end is an upper bound, and it depends on `--groups`.
 
 import torch
 
+from common.columns import print_columns
 from objectives import update_rows
-from rounds import draw_steps, full_steps
 from router import Router
-from tables import print_columns
-from train_arguments import L2C_L1
-from training import RowTraining
+from training.arguments import L2C_L1
+from training.rounds import draw_steps, full_steps
+from training.state import RowTraining
 
 NUM_BRANCHES = 100 * 56  # a hundred routers side by side, so that their random starts hardly count
 TRAIN_STEPS, LR, THRESHOLD = 20_000, 1e-3, 0.1

@@ -1,1 +1,1 @@
-"""One folder an example: its data, trainings, weights, judge, routers and README."""
+"""One folder a data set: data, trainings, weights, judge, routers, README. `common.registry` lists them."""

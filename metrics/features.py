@@ -3,7 +3,7 @@
 | name | pool | spatial | probabilities |
 |---|---|---|---|
 | `inception` | 2048, last pool | first 7 channels of the mixed_6 convolution, 7 * 17 * 17 | 1008 classes |
-| `digits` | 64, penultimate layer of the digits classifier | - | 10 classes |
+| an example's, such as its judge's | of its own | - | its classes |
 """
 
 from collections.abc import Callable
@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from digits.classifier import DigitClassifier, load_classifier
-from files import load_pickle_safely
+from common import registry
+from common.files import load_pickle_safely
 from metrics.checks import require_finite_weights
 
 SPATIAL_CHANNELS = 7
@@ -33,12 +33,13 @@ Extractor = Callable[[Tensor], Features]
 
 
 def load_extractor(name: str, weights: str | None = None, device: torch.device | str = "cpu") -> Extractor:
-    """`inception` (with its weights file) or `digits`, as a function of uint8 images (n, H, W, C)."""
-    if name == "digits":
-        return DigitsFeatures()
+    """`inception` (with its weights file) or an example's, as a function of uint8 images (n, H, W, C)."""
     if name == "inception":
         return InceptionFeatures(weights, device)
-    raise ValueError(f"--features {name} is unknown; choose inception or digits")
+    own = registry.features()
+    if name not in own:
+        raise ValueError(f"--features {name} is unknown; choose inception or {' or '.join(own)}")
+    return own[name]()
 
 
 class InceptionFeatures:
@@ -80,18 +81,3 @@ class InceptionFeatures:
         # Rows, columns, channels: the order of the reference statistics.
         spatial = self._spatial.permute(0, 2, 3, 1).flatten(1)
         return Features(pool.cpu(), spatial.float().cpu(), logits.softmax(dim=1).cpu())
-
-
-class DigitsFeatures:
-    """The digits classifier that ships with the repository, for 8 x 8 grey images."""
-
-    def __init__(self):
-        self._classifier: DigitClassifier = load_classifier()
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> Features:
-        if images.shape[1:] != (8, 8, 1):
-            raise ValueError(f"--features digits reads 8 x 8 grey images, not {tuple(images.shape[1:])}")
-        x = images.permute(0, 3, 1, 2).float() / 127.5 - 1
-        pool = self._classifier.features(x)
-        return Features(pool, None, self._classifier.head(pool).softmax(dim=1))

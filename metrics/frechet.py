@@ -12,7 +12,7 @@ ROUNDING = 1e-5
 class RunningStatistics:
     """Mean and unbiased covariance of features that come in batches; memory (D, D), whatever their number.
 
-    Sums are of differences to the mean of the first batch, so that a large common offset costs no digits.
+    Sums are of differences to the mean of the first batch, so that a large common offset costs no precision.
     """
 
     def __init__(self):

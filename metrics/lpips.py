@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from files import load_pickle_safely
+from common.files import load_pickle_safely
 from metrics.checks import require_finite, require_finite_weights
 
 SMALLEST = 32  # pixels a side that AlexNet's pooling leaves something of

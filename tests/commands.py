@@ -19,7 +19,7 @@ from unittest import mock
 
 from safetensors.torch import load_file, save_file
 
-import cli
+from common import cli
 from router import load_router
 
 ROOT = Path(__file__).parents[1]

@@ -3,11 +3,11 @@ import copy
 import pytest
 import torch
 
-from baselines import forecast
+from backbones.denoiser import Denoiser
 from cache import FittingCache, GatedCache, SoftCache, StaticCache, combined
-from denoiser import Denoiser
 from router import Schedule
-from sampling import generate
+from sampling.loop import generate
+from schedules.baselines import forecast
 
 
 def random_schedule(num_steps: int, num_branches: int, seed: int = 0) -> Schedule:

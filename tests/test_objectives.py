@@ -5,24 +5,24 @@ import pytest
 import torch
 from conftest import relative_error
 
+from backbones.denoiser import Denoiser
+from backbones.loading import load_model
 from cache import GatedCache, SoftCache
-from denoiser import Denoiser
 from diffusion import create_diffusion
+from end_to_end.trajectory import Paired, toggle_effects
 from models import DiT
 from objectives import (
     PROXY_DEFINITIONS,
     Pair,
-    Paired,
     Variant,
     image_error_proxy,
     step_errors,
-    toggle_effects,
     train_pair,
     train_pairs,
     train_trajectory,
 )
 from router import Router, Schedule
-from sampling import generate, load_model
+from sampling.loop import generate
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +77,8 @@ def test_losses_and_logits_match_the_released_training(training, expected, traje
 
 def naive_proxy(model, diffusion, router, noise, labels, cfg_scale, threshold, definition):
     """Straight from the definition: T whole trajectories, nothing shared."""
+    from backbones.denoiser import Denoiser
     from cache import SoftCache
-    from denoiser import Denoiser
 
     def x0(routed: set[int]):
         scores = router.scores().detach().clone()

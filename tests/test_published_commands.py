@@ -9,8 +9,8 @@ import torch
 from commands import run, torchrun
 from safetensors.torch import save_file
 
+from backbones.loading import randomize
 from models import DiT_models
-from sampling import randomize
 
 TRAIN = (
     "train_router.py --results-dir results --model DiT-XL/2 --image-size 256 --num-classes 1000 "

@@ -23,15 +23,15 @@ from commands import run
 from PIL import Image
 from safetensors.torch import load_file
 
-import data
-import methods
 import objectives
-import sampling
-from baselines import fora_schedule
-from digits import measure
-from distributed import Processes
+from common.distributed import Processes
 from models import DiT
 from router import Router, load_router, save_router
+from sampling import loop as sampling
+from schedules import methods
+from schedules.baselines import fora_schedule
+from study import measure
+from training import data
 
 STEPS = 3
 NOT_FLAGS = ("help", "samples")
@@ -46,7 +46,7 @@ def flags_of(module: str, monkeypatch) -> dict[str, argparse.Action]:
         raise SystemExit
 
     with monkeypatch.context() as patch, contextlib.suppress(SystemExit):
-        patch.setattr("cli.parse", parse)
+        patch.setattr("common.cli.parse", parse)
         patch.setattr("sys.argv", [module])
         importlib.import_module(module).parse_args()
     return {action.dest: action for action in seen if action.dest not in NOT_FLAGS}
@@ -210,18 +210,18 @@ def watched(monkeypatch, tiny_model):
         for module in ("train_router", "rounds", "sample"):
             config = note("vae", lambda spec: None if spec == "none" else FakeConfig(spec))
             patch.setattr(f"{module}.read_vae_config", config)
-        patch.setattr("distributed.start", note("device", Processes(0, 1, torch.device("cpu"))))
-        patch.setattr("cli.choose_device", note("device", torch.device("cpu")))
+        patch.setattr("common.distributed.start", note("device", Processes(0, 1, torch.device("cpu"))))
+        patch.setattr("common.cli.choose_device", note("device", torch.device("cpu")))
         for name in ("compile_branches", "recompute_branches", "quantize"):
             patch.setattr(f"execution.{name}", noting(name))
         patch.setattr("torch.compile", lambda function, **_: function)
         patch.setattr("train_router.find_checkpoint", lambda *_, **__: "official")
         patch.setattr("train_router.schedule_heat_map", lambda *_: Image.new("L", (1, 1)))
-        patch.setattr("logs.start_wandb", note("wandb", mock.MagicMock()))
-        patch.setattr("objectives.Paired.rollout", noting_rollout)
-        patch.setattr("rounds.numbered_batches", noting_batches)
-        patch.setattr("end_to_end.GROWTHS", 1)  # a search of four steps
-        patch.setattr("end_to_end.EXCHANGES", 1)
+        patch.setattr("training.logs.start_wandb", note("wandb", mock.MagicMock()))
+        patch.setattr("end_to_end.trajectory.Paired.rollout", noting_rollout)
+        patch.setattr("training.rounds.numbered_batches", noting_batches)
+        patch.setattr("end_to_end.rounds.GROWTHS", 1)  # a search of four steps
+        patch.setattr("end_to_end.rounds.EXCHANGES", 1)
         yield asked
 
 
@@ -389,7 +389,7 @@ def noted_by(module: str, words: list[str], monkeypatch) -> list[str]:
 def test_all_sampling_commands_note_the_same(method, places, monkeypatch):
     """sample.py is run above; the others read the method's flags through the same function."""
     base = needed_by(method, places)
-    commands = ("sample", "sample_ddp", "digits.measure")
+    commands = ("sample", "sample_ddp", "study.measure")
     flags = [flags_of(module, monkeypatch) for module in commands]
     for dest in flags[0].keys() & flags[1].keys() & flags[2].keys() - {"accelerate_method", "p_sample"}:
         words = [*base, *words_for(flags[0][dest], SAMPLE_VALUES)]

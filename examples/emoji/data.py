@@ -24,8 +24,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-import cli
-from files import replacing
+from common import cli
+from common.files import replacing
 
 FOLDER = Path(__file__).parents[2] / "results" / "emoji"
 SIZE = 64

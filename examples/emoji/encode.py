@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import safe_open, save_file
 from torch import Tensor
 
-import cli
+from common import cli
+from common.files import replacing
 from examples.emoji import data, text
 from examples.emoji.train_vae import encode as encode_images
-from files import replacing
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from files import load_pickle_safely, replacing
+from common.files import load_pickle_safely, replacing
 
 
 def iteration_seed(seed: int, iteration: int) -> int:

@@ -21,13 +21,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import cli
-import pictures
+from common import cli, pictures
+from common.files import replacing
 from diffusion import GaussianDiffusion, create_diffusion
 from examples.emoji import data, encode, pipeline
 from examples.emoji.state import TrainingState, iteration_seed, write_folder
 from examples.emoji.text import CHANNELS
-from files import replacing
 
 ALIAS_SHARE = 0.2  # of the captions that use a concept's second name
 WARMUP, DECAY_SHARE = 500, 0.2

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import cli
+from common import cli
 from examples.emoji import data
 from examples.emoji.state import TrainingState, iteration_seed, write_folder
 

@@ -1,0 +1,116 @@
+"""One denoising step, and the loop over steps, as every part of this project takes them."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from backbones.contract import Backbone
+from diffusion import GaussianDiffusion, Sampler, State, as_sampler
+
+PREPARED_BYTES = 2**28  # of what is made ahead, at most, for as many steps as fit
+Place = TypeVar("Place")
+
+
+def check_guidance(model: Backbone, cfg_scale: float) -> None:
+    """Raise ValueError where guidance is asked of a model that has no null label."""
+    if cfg_scale != 1.0 and not model.has_null_label:
+        raise ValueError(
+            f"guidance {cfg_scale:g} needs a null label, this model was built without "
+            "(--class-dropout-prob 0); give --cfg-scale 1 (off)"
+        )
+
+
+class Denoiser:
+    """Backbone, sampler, labels and guidance scale as one function of (x_t, step, cache).
+
+    diffusion: a sampler, or a chain for deterministic DDIM. labels: (n,). A `cfg_scale` of 1 turns guidance
+    off and the batch is n; otherwise it is 2n and both halves start from the same noise. The state x_t keeps
+    its own dtype, whatever the model's. What depends on step and label alone is made for many steps at once,
+    and once for all trajectories that share a Denoiser. computed: a policy's `computed`, (T, B) bools, where
+    it leaves some branches out; None: every branch of every step may be computed.
+    """
+
+    def __init__(
+        self,
+        model: Backbone,
+        diffusion: GaussianDiffusion | Sampler,
+        labels: Tensor,
+        cfg_scale: float,
+        computed: Sequence[Sequence[bool]] | None = None,
+    ):
+        check_guidance(model, cfg_scale)
+        self.model, self.sampler, self.cfg_scale = model, as_sampler(diffusion), cfg_scale
+        self.guided, self.num_steps = cfg_scale != 1.0, self.sampler.num_steps
+        self.condition = model.condition(labels, self.guided)
+        self.device, self.dtype, self.computed = labels.device, model.dtype, computed
+        rows = len(labels) * (2 if self.guided else 1)
+        step_bytes = max(1, rows * model.prepared_size * self.dtype.itemsize)
+        # A model that is not frozen makes its part of every step in that step, with a gradient.
+        self._frozen = model.frozen  # looks at every parameter: once, not at every step
+        most = PREPARED_BYTES // step_bytes if self._frozen else 1
+        self.chunk_size = min(self.num_steps, max(1, most))
+        self._chunk, self._prepared, self._embedded = -1, [], None
+
+    def start(self, noise: Tensor) -> State:
+        """The state before the first step from noise (n, C, H, W); x is (2n, C, H, W) under guidance."""
+        return self.sampler.start(torch.cat([noise, noise]) if self.guided else noise)
+
+    def __call__(self, x_t: Tensor, step: int, cache=None) -> Tensor:
+        """The model's output (N, C or 2C, H, W) at `step`; tells `cache` the step."""
+        if cache is not None:
+            cache.step = step
+        x = x_t.to(self.dtype)
+        if self.guided:
+            x = x[: len(x) // 2].repeat(2, *[1] * (x.ndim - 1))  # both halves take the first one's state
+        out = self.model.predict(x, self._prepared_at(step), cache)
+        return (self.model.guide(out, self.cfg_scale) if self.guided else out).to(x_t.dtype)
+
+    def advance(self, state: State, step: int, cache=None, noise: Tensor | None = None) -> State:
+        """The state after `step`. noise: what a sampler that adds noise adds, of x's shape."""
+        return self.sampler.step(self(state.x, step, cache), state, step, noise)
+
+    def _prepared_at(self, step: int):
+        chunk, offset = divmod(step, self.chunk_size)
+        if chunk != self._chunk or not self._frozen:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self._frozen):
+                self._prepared = []  # freed before the next ones are made
+                self._prepared = self._prepare(chunk * self.chunk_size)
+            self._chunk = chunk
+        return self._prepared[offset]
+
+    def _prepare(self, first: int) -> list:
+        """For the steps of the chunk that begins with step `first`."""
+        if self._embedded is None or not self._frozen:  # all at once: fewer would round otherwise
+            # One scalar at a time, filled on the device: a list of numbers would be copied, and waited for.
+            steps = map(self.sampler.timestep, range(self.num_steps))
+            t = torch.cat([torch.full((1,), one, device=self.device) for one in steps])
+            self._embedded = self.model.embed_timesteps(t)
+        chosen = slice(first, min(first + self.chunk_size, self.num_steps))
+        computed = None if self.computed is None else self.computed[chosen]
+        return self.model.prepare(self._embedded[chosen], self.condition, computed)
+
+
+def walk(
+    advance: Callable[[Place, int], Place], place: Place, steps: Iterable[int]
+) -> Iterator[tuple[int, Place]]:
+    """The loop over denoising steps, the only one: yields (step, the place after it).
+
+    advance: what one step does; a place is a sampler's state, or a state with what else goes along.
+    """
+    for step in steps:
+        place = advance(place, step)
+        yield step, place
+
+
+def arrive(advance: Callable[[Place, int], Place], place: Place, steps: Iterable[int]) -> Place:
+    """The place after the last of `steps`, or `place` where there are none."""
+    for _, place in walk(advance, place, steps):  # noqa: B007, B020
+        pass
+    return place
+
+
+def executed(num_steps: int) -> range:
+    """All steps in the order of execution, T - 1 to 0."""
+    return range(num_steps - 1, -1, -1)

@@ -1,0 +1,232 @@
+"""The VAE between pixels and latents: its config, its weights, and the scale that models see.
+
+All that a command needs to know comes from the config, before the first step: what the VAE's own class makes
+of a latent is asked on the meta device, without a weight.
+"""
+
+import contextlib
+import inspect
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from backbones import downloads
+from common.weights import check_values, find_weights, folder_of, read_config, read_weights
+from models import DiT
+
+OFFICIAL = ("ema", "mse")
+VAE_SCALE = 0.18215  # theirs
+# diffusers' classes that decode latents (n, C, h, w) to images in [-1, 1] by `decode(latents).sample`.
+CLASSES = ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "VQModel")
+_PROBE = 8  # latents a side
+# Names of attention layers in files that diffusers wrote before version 0.14, such as the official ones.
+_OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+class Scaling(NamedTuple):
+    """A model's latents are scale * (z - shift) of the VAE's z; (C, 1, 1) where channels differ."""
+
+    scale: float | Tensor = VAE_SCALE
+    shift: float | Tensor = 0.0
+
+
+@dataclass(frozen=True)
+class VaeConfig:
+    """What is known of a VAE before its weights are read; by default what the official ones are.
+
+    factor: pixels per latent and side. latent_channels, image_channels: of a latent and of what is decoded.
+    encodes: whether it encodes to a distribution, as Learning-to-Cache draws from. folder, values: where its
+    config is and what it says; None for an official one, which is looked for, or fetched, when it is loaded.
+    """
+
+    spec: str
+    folder: Path | None = None
+    values: dict | None = None
+    class_name: str = "AutoencoderKL"
+    latent_channels: int = 4
+    image_channels: int = 3
+    factor: int = 8
+    encodes: bool = True
+
+    def check_model(self, model: DiT) -> None:
+        """Raise ValueError where the model's latents are not this VAE's."""
+        if model.in_channels != self.latent_channels:
+            raise ValueError(
+                f"--vae {self.spec} has latents of {self.latent_channels} channels, the model of "
+                f"{model.in_channels}; give the VAE that the model was trained with"
+            )
+
+    def check_encoder(self) -> None:
+        if not self.encodes:
+            raise ValueError(
+                f"--vae {self.spec} is of class {self.class_name} and encodes RGB images to no distribution "
+                "of latents; train with an AutoencoderKL"
+            )
+
+    def load(self, device: torch.device | str = "cpu", fetch: bool = True):
+        """diffusers' autoencoder with its weights, frozen, in float32. Raises ValueError in one line.
+
+        An absent official one is fetched, or with `fetch=False` (several processes would meet) a
+        FileNotFoundError.
+        """
+        if self.folder is None:
+            found = _read_config(self.spec, _official_folder(self.spec, fetch))
+            if (found.latent_channels, found.factor) != (self.latent_channels, self.factor):
+                raise ValueError(f"{found.folder} is not --vae {self.spec}; remove it, or give it as --vae")
+            return found.load(device)
+        file = find_weights(self.folder)
+        state = read_weights(file)
+        if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+            raise ValueError(f"{file} holds no state dict of a VAE; give the folder of one")
+        old = re.compile(rf"(?<=attentions\.0\.)({'|'.join(_OLD_NAMES)})(?=\.)")
+        state = {old.sub(lambda match: _OLD_NAMES[match[0]], name): value for name, value in state.items()}
+        with torch.random.fork_rng(devices=[]):
+            vae = _build(self.class_name, self.values)
+        expected = {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}
+        shapes = {name: tuple(getattr(value, "shape", ())) for name, value in state.items()}
+        faults = sorted(name for name in {**expected, **shapes} if expected.get(name) != shapes.get(name))
+        if faults:
+            raise ValueError(
+                f"{file} does not fit {self.folder / 'config.json'}: {len(faults)} tensors are missing, "
+                f"unknown or of another shape ({', '.join(faults[:3])}); fetch both again"
+            )
+        check_values(state, file)
+        vae.load_state_dict(state)
+        return vae.float().to(device).eval().requires_grad_(False)
+
+
+def read_vae_config(spec: str) -> VaeConfig | None:
+    """What `--vae` means, checked as far as its config goes. None for `none`.
+
+    spec: `ema`, `mse`, `none`, or a folder: a VAE's, a pipeline's, a model's in the Hub's cache. Raises
+    FileNotFoundError or ValueError in one line.
+    """
+    if spec == "none":
+        return None
+    if spec in OFFICIAL:
+        return VaeConfig(spec)
+    return _read_config(spec, folder_of(Path(spec), "vae") if Path(spec).is_dir() else Path(spec))
+
+
+def _read_config(spec: str, folder: Path) -> VaeConfig:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"--vae {spec}: {path} does not exist; use ema, mse, none, or the folder of a VAE or a pipeline"
+        )
+    values = read_config(path)
+    class_name = values.get("_class_name", CLASSES[0])
+    if class_name not in CLASSES:
+        raise ValueError(
+            f"--vae {spec} is of class {class_name}; those of diffusers that decode to images here are "
+            f"{', '.join(CLASSES)}"
+        )
+    for needed in ("block_out_channels", "latent_channels"):
+        if not any(name.endswith(needed) for name in values):
+            raise ValueError(f"--vae {spec}: {path} lacks {needed}, which tells what it decodes; add it")
+    _scaling(values, path)
+    return VaeConfig(spec, folder, values, class_name, **_probe(class_name, values, spec))
+
+
+def _official_folder(spec: str, fetch: bool) -> Path:
+    name = f"vae-{spec}"
+    folder = downloads.FOLDER / Path(downloads.DOWNLOADS[name][0].path).parent
+    if not fetch and not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} does not exist; fetch it with `python download.py {name}`, or give --vae FOLDER"
+        )
+    return downloads.fetch(name)
+
+
+def _build(class_name: str, values: dict):
+    """diffusers' autoencoder of a config, its weights as they come."""
+    import diffusers  # slow to import, and only latent models need it
+
+    cls = getattr(diffusers, class_name)
+    known = inspect.signature(cls.__init__).parameters
+    return cls(**{name: value for name, value in values.items() if name in known})
+
+
+def _probe(class_name: str, values: dict, spec: str) -> dict:
+    """What the class makes of a latent and of an image, in shapes alone."""
+    channels = values["latent_channels"]
+    try:
+        with torch.device("meta"), torch.no_grad():
+            vae = _build(class_name, values).eval()
+            shape = tuple(vae.decode(torch.empty(1, channels, _PROBE, _PROBE)).sample.shape)
+    except Exception as error:  # a config can be wrong in as many ways as it has entries
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(
+            f"--vae {spec}: its config.json makes no {class_name} that decodes ({reason})"
+        ) from None
+    _, image_channels, height, width = shape
+    if height != width or height % _PROBE or image_channels not in (1, 3):
+        raise ValueError(
+            f"--vae {spec} decodes {_PROBE} x {_PROBE} latents to {image_channels} x {height} x {width}; "
+            "squares of whole multiples in one or three channels are needed"
+        )
+    encodes = False
+    with contextlib.suppress(Exception), torch.device("meta"), torch.no_grad():
+        mean = vae.encode(torch.empty(1, 3, height, width)).latent_dist.mean
+        encodes = tuple(mean.shape) == (1, channels, _PROBE, _PROBE)
+    facts = {"latent_channels": channels, "image_channels": image_channels, "encodes": encodes}
+    return facts | {"factor": height // _PROBE}
+
+
+def _scaling(config: dict, where: Path | str = "the VAE's config") -> Scaling:
+    """The scale and shift of a config, by its class's convention. Raises ValueError for what is none."""
+
+    def number(name: str, default: float) -> float:
+        value = config.get(name, default)
+        value = default if value is None and name == "shift_factor" else value
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value) or (name == "scaling_factor" and value <= 0):
+            raise ValueError(f"{where}: {name} {value!r} is no scale; give the VAE's own")
+        return float(value)
+
+    plain = VAE_SCALE if config.get("_class_name", CLASSES[0]) in _SCALED else 1.0
+    scale, shift = number("scaling_factor", plain), number("shift_factor", 0.0)
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is None and std is None:
+        return Scaling(scale, shift)
+    channels = config.get("latent_channels")
+    try:
+        mean, std = (torch.tensor(values, dtype=torch.float32) for values in (mean, std))
+        fits = mean.shape == std.shape == (channels,) and bool(mean.isfinite().all() and (std > 0).all())
+    except (TypeError, ValueError, RuntimeError):
+        fits = False
+    if not fits or not bool(torch.as_tensor(std).isfinite().all()) or shift:
+        raise ValueError(
+            f"{where}: latents_mean and latents_std must be {channels} finite numbers each, std above 0, and "
+            "stand without a shift_factor"
+        )
+    return Scaling(scale / std[:, None, None], mean[:, None, None])
+
+
+_SCALED = ("AutoencoderKL", "AsymmetricAutoencoderKL", "VQModel")  # by VAE_SCALE where a config says nothing
+
+
+def scaling_of(vae) -> Scaling:
+    """A loaded VAE's; one without a config counts as the official ones."""
+    config = getattr(vae, "config", None)
+    return Scaling() if config is None else _scaling(dict(config))
+
+
+def to_latents(z: Tensor, vae) -> Tensor:
+    """What a model denoises, of what the VAE encodes to, (n, C, h, w)."""
+    scale, shift = (value.to(z) if isinstance(value, Tensor) else value for value in scaling_of(vae))
+    return scale * (z - shift)
+
+
+def from_latents(x_0: Tensor, vae) -> Tensor:
+    """What the VAE decodes, of what a model draws, (n, C, h, w). Raises ValueError for another C."""
+    channels = getattr(getattr(vae, "config", None), "latent_channels", x_0.shape[1])
+    if channels != x_0.shape[1]:
+        raise ValueError(f"the VAE decodes latents of {channels} channels, not of {x_0.shape[1]}")
+    scale, shift = (value.to(x_0) if isinstance(value, Tensor) else value for value in scaling_of(vae))
+    return x_0 / scale + shift

@@ -1,0 +1,1 @@
+"""What things cost; `benchmarks/results/` holds what was measured on which hardware."""

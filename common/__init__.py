@@ -1,0 +1,1 @@
+"""What knows nothing of diffusion: command lines, files, processes, timing, pictures, the examples' names."""

@@ -1,0 +1,338 @@
+"""What every command shares: how it fails, and on which device in which precision it runs."""
+
+import argparse
+import contextlib
+import ctypes
+import importlib
+import os
+import platform
+import re
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from fractions import Fraction
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+from common import registry
+from common.lifeline import RUN_ID
+
+PRECISIONS = ("fp32", "tf32", "bf16")
+
+
+class OneProcessError(ValueError):
+    """What one process alone meets, such as a sample of its own: it says so, whatever its rank."""
+
+    of_one_rank = True
+
+
+def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+    """Call a command; what its user got wrong (ValueError, OSError) ends in one line and exit status 2.
+
+    Set HARMONICA_TRACEBACK=1 to see where such an error was raised.
+    """
+    if getattr(args, "local_rank", None) is not None:
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    keep_freed_memory()
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    command = os.path.basename(sys.argv[0])
+    try:
+        with orderly_end():
+            main(args)
+    except (ValueError, OSError) as error:
+        if os.environ.get("HARMONICA_TRACEBACK"):
+            raise
+        if speaks_for_all() or isinstance(error, OSError) or getattr(error, "of_one_rank", False):
+            print(f"{command}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        if os.environ.get("HARMONICA_TRACEBACK") or error.name is None:
+            raise
+        if speaks_for_all():
+            print(f"{command}: error: {error}; pip install -r requirements.txt installs it", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if (reason := _explained(error)) is None:
+            raise
+        print(f"{command}: {reason}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        if speaks_for_all():
+            print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _explained(error: Exception) -> str | None:
+    """What an error means that is raised deep inside of torch; None for one of the program's own faults."""
+    message = str(error)
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return f"error: {message.partition('. ')[0]}; take a smaller batch size or model"
+    if isinstance(error, MemoryError) or _NO_MEMORY in message:
+        return "error: out of memory; take a smaller batch size or model"
+    return None
+
+
+_NO_MEMORY = "can't allocate memory"  # what torch says of RAM
+
+
+def speaks_for_all() -> bool:
+    """Whether this process tells what all that torchrun started on a machine meet alike."""
+    return RUN_ID not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+@contextlib.contextmanager
+def orderly_end() -> Iterator[None]:
+    """SIGTERM ends the command as Ctrl-C does, so that no half-written file stays.
+
+    Not under torchrun, where a process may be waiting for another and would hear it late: it ends at once,
+    and the next run clears up.
+    """
+    if RUN_ID in os.environ or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what tensors leave: else it gives large blocks back and faults them in at every step."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26)):
+            mallopt(parameter, value)
+
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
+
+RANDOM_WEIGHTS = "RANDOM WEIGHTS: no checkpoint is loaded, the pictures are noise; only speed means anything"
+
+
+class Unread(NamedTuple):
+    """Flags that a command accepts but does not read: their names, when, and what leaves them without effect.
+
+    reason: for people, such as "with --method {method}"; its braces are filled with the flags' values.
+    """
+
+    names: Iterable[str]
+    when: Callable[[argparse.Namespace], bool]
+    reason: str
+
+
+UNREAD_MODEL = Unread(("ckpt",), lambda args: args.random_weights, "with --random-weights")
+
+
+def parse(parser: argparse.ArgumentParser, arguments: list[str] | None = None) -> argparse.Namespace:
+    """What `parser.parse_args` returns, and in `given` the names of the flags that were written out.
+
+    A flag that was given its default value counts too. `notes` and `unread` are empty: `note_unread` fills
+    them.
+    """
+    args, absent = parser.parse_args(arguments), object()
+    given = parser.parse_args(arguments, argparse.Namespace(**dict.fromkeys(vars(args), absent)))
+    args.given = {name for name, value in vars(given).items() if value is not absent}
+    args.notes, args.unread = [], set()
+    return args
+
+
+def note_unread(parser: argparse.ArgumentParser, args: argparse.Namespace, table: Iterable[Unread]) -> None:
+    """Put the flags that have no effect under the others into `args.unread`, and note those that were given.
+
+    All are set back to their defaults. The table is read from top to bottom: a flag that decides about others
+    stands above them.
+    """
+    args.unread = set()
+    for names, when, reason in table:
+        for name in sorted(set(names) & vars(args).keys() - args.unread):
+            if when(args):
+                args.unread.add(name)
+                if name in args.given:
+                    flag = name.replace("_", "-")
+                    args.notes.append(f"--{flag} has no effect {reason.format_map(vars(args))}")
+                setattr(args, name, parser.get_default(name))
+
+
+def show_notes(args: argparse.Namespace) -> None:
+    """Warn of flags that have no effect."""
+    for note in args.notes:
+        warnings.warn(note, stacklevel=2)
+
+
+def require(package: str, what: str, install: str | None = None) -> ModuleType:
+    """Import a package before the work that needs it. Raises ValueError where it is not there.
+
+    what: needs it, a flag or in words. install: what pip calls it, where it has another name.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ValueError(
+            f"{what} needs {package} ({error}); install it with `pip install {install or package}`"
+            + (f" or leave {what} out" if what.startswith("--") else "")
+        ) from None
+
+
+LARGEST_FLOAT = torch.finfo(torch.float32).max
+LARGEST_COUNT = 2**31 - 1
+LARGEST_SEED = 2**64 - 1  # what torch's generators take
+
+
+def finite(text: str) -> float:
+    """An argparse type: a number that is neither NaN nor infinite, in float32 either."""
+    value = float(text)
+    if not abs(value) <= LARGEST_FLOAT:
+        raise argparse.ArgumentTypeError(f"{text} is no finite number")
+    return value
+
+
+def positive(text: str) -> float:
+    """An argparse type: a finite number above 0, such as a learning rate."""
+    value = finite(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def non_negative(text: str) -> float:
+    """An argparse type: a finite number of at least 0, such as a weight."""
+    value = finite(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is no weight; give 0 or more")
+    return value
+
+
+def non_negative_int(text: str) -> int:
+    """An argparse type: a count, 0 included."""
+    return _int_within(text, 0, LARGEST_COUNT)
+
+
+def seed(text: str) -> int:
+    """An argparse type: a seed, of 64 bits."""
+    return _int_within(text, 0, LARGEST_SEED)
+
+
+def _int_within(text: str, least: int, most: int) -> int:
+    value = int(text)
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{value} is " + (f"not at least {least}" if least else "negative"))
+    if value > most:
+        raise argparse.ArgumentTypeError(f"{text} is too large; give {most} or less")
+    return value
+
+
+def threshold(text: str) -> float:
+    """An argparse type: a score's threshold in [0, 1)."""
+    return below_one(text, "; the published one is 0.1")
+
+
+def below_one(text: str, hint: str = "") -> float:
+    """An argparse type: a number in [0, 1)."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is outside [0, 1){hint}")
+    return value
+
+
+def interval(text: str) -> Fraction:
+    """An argparse type: FORA's interval, such as 2, 1.5 or 4/3."""
+    try:
+        value = Fraction(text)
+    except ZeroDivisionError:
+        value = Fraction(0)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is below 1; 1 computes every step, 2 every other")
+    return value
+
+
+def positive_int(text: str) -> int:
+    """An argparse type: a count of at least 1."""
+    return _int_within(text, 1, LARGEST_COUNT)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, with_vae: bool = False) -> None:
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model", default="DiT-XL/2", help=f"DiT-XL/2 and its family, or {' or '.join(registry.presets())}"
+    )
+    model.add_argument(
+        "--ckpt", help="checkpoint file, index of shards or folder (default: the official one)"
+    )
+    model.add_argument("--random-weights", action="store_true", help="no checkpoint: real speed, no meaning")
+    model.add_argument("--image-size", type=positive_int, help="pixels (default 256)")
+    model.add_argument("--num-classes", type=positive_int, help="default 1000")
+    model.add_argument(
+        "--class-dropout-prob", type=below_one, default=0.1, metavar="P",
+        help="what the model was trained with; 0: it has no null label (no guidance), else P changes nothing",
+    )  # fmt: skip
+    model.add_argument(
+        "--no-learn-sigma", dest="learn_sigma", action="store_false",
+        help="a model that predicts no variance; DDPM then takes the posterior's (fixed, the smaller one)",
+    )  # fmt: skip
+    if with_vae:
+        model.add_argument(
+            "--vae",
+            help="ema, mse, none or a VAE's or pipeline's folder (default ema; pixel models have none)",
+        )
+
+
+def model_options(args: argparse.Namespace) -> dict:
+    """The flags above as the arguments of `sampling.load_model`, but for the VAE."""
+    names = ("ckpt", "image_size", "num_classes", "random_weights", "class_dropout_prob", "learn_sigma")
+    return {"name": args.model} | {name: getattr(args, name) for name in names}
+
+
+def add_device_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--precision", choices=PRECISIONS, help="default: tf32 on a GPU, fp32 on a CPU")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
+    # What `python -m torch.distributed.launch` and DeepSpeed's launcher add; torchrun says it in LOCAL_RANK.
+    parser.add_argument("--local-rank", "--local_rank", type=non_negative_int, help=argparse.SUPPRESS)
+
+
+def set_precision(precision: str | None, device: torch.device) -> tuple[str, torch.dtype]:
+    """Apply a precision to `device`; returns its name and the dtype of the model's weights.
+
+    tf32: float32 weights, matrix products in TF32 (GPU only). bf16: bfloat16 weights; x_t and the sampler
+    stay float32.
+    """
+    precision = precision or ("tf32" if device.type == "cuda" else "fp32")
+    if precision == "tf32" and device.type != "cuda":
+        warnings.warn("--precision tf32 has no effect on a CPU, fp32 is used", stacklevel=2)
+        precision = "fp32"
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    return precision, torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def hardware(device: torch.device) -> str:
+    """What a figure was measured on: the GPU's name, or the CPU's with the number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists() and (found := re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())):
+        name = found[1]
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The named device, or a GPU where there is one. Raises ValueError for a device that is not there."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name} cannot be used ({reason}); use cpu or leave it out") from None
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # streams and graphs are made on the current one
+    return device

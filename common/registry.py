@@ -1,0 +1,77 @@
+"""What the examples bring along: models, weights, data, features and routers, by name.
+
+An example is a folder of `examples/` whose `__init__.py` holds a record EXAMPLE. The record is plain values,
+so reading it costs nothing; code is named as "module:function" and imported when it is called for.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+PACKAGE = "examples"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A DiT of an example. options: arguments of `models.DiT`; weights: its file; in_pixels: without VAE."""
+
+    options: Mapping[str, int]
+    weights: Path
+    in_pixels: bool = False
+
+
+@dataclass(frozen=True)
+class Example:
+    """One folder of `examples/`.
+
+    presets: by the value of `--model`. data: by the value of `--data`, a function without arguments that
+    returns samples (n, C, H, W) as the model denoises them and labels (n,). features: by the value of
+    `--features`, a function without arguments that returns a `metrics.features.Extractor`. routers: a folder
+    of router files; their names are values of `--path`.
+    """
+
+    presets: Mapping[str, Preset] = field(default_factory=dict)
+    data: Mapping[str, str] = field(default_factory=dict)
+    features: Mapping[str, str] = field(default_factory=dict)
+    routers: Path | None = None
+
+
+@cache
+def examples() -> tuple[Example, ...]:
+    """The records of all examples, in the order of their folders' names."""
+    folders = importlib.import_module(PACKAGE).__path__
+    modules = [importlib.import_module(f"{PACKAGE}.{found.name}") for found in pkgutil.iter_modules(folders)]
+    return tuple(module.EXAMPLE for module in modules)
+
+
+def presets() -> dict[str, Preset]:
+    return {name: preset for example in examples() for name, preset in example.presets.items()}
+
+
+def data() -> dict[str, Callable]:
+    return {name: _calling(place) for example in examples() for name, place in example.data.items()}
+
+
+def features() -> dict[str, Callable]:
+    return {name: _calling(place) for example in examples() for name, place in example.features.items()}
+
+
+def router_file(name: str) -> Path | None:
+    """The file of a router that ships with an example, by its name without a suffix."""
+    files = [example.routers / f"{name}.safetensors" for example in examples() if example.routers]
+    return next((file for file in files if file.is_file()), None)
+
+
+def router_names() -> list[str]:
+    """The names of all routers that ship with the examples."""
+    folders = [example.routers for example in examples() if example.routers]
+    return sorted(file.stem for folder in folders for file in folder.glob("*.safetensors"))
+
+
+def _calling(place: str) -> Callable:
+    """The function that "module:function" names, imported at its first call."""
+    module, _, name = place.partition(":")
+    return lambda: getattr(importlib.import_module(module), name)()

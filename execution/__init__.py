@@ -1,0 +1,1 @@
+"""The same numbers, faster: compiled branches, CUDA graphs, quantised weights, kernels."""

@@ -1,0 +1,67 @@
+"""From x_0 to pictures: through a VAE, or as they are where the model works on pixels."""
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from backbones.loading import is_latent
+from backbones.vae import VaeConfig, from_latents, read_vae_config
+from common import cli
+from models import DiT
+
+
+def choose_vae(given: str | None, model: DiT | str, random_weights: bool) -> str:
+    """The spec for `load_vae`: what `--vae` gave, or its default; `none` for a model of pixels."""
+    if is_latent(model):
+        return given or ("none" if random_weights else "ema")
+    if given not in (None, "none"):
+        warnings.warn(f"--vae {given} has no effect: this model works on pixels", stacklevel=2)
+    return "none"
+
+
+def load_vae(spec: str, device: torch.device | str = "cpu", fetch: bool = True):
+    """diffusers' autoencoder for a spec, as `vae.read_vae_config` reads it. None for `none`."""
+    config = read_vae_config(spec)
+    return None if config is None else config.load(device, fetch)
+
+
+def image_shape(model: DiT, vae: VaeConfig | None) -> tuple[int, int, int]:
+    """(H, W, C) of what `decode` returns."""
+    if vae is not None:
+        return (model.input_size * vae.factor, model.input_size * vae.factor, vae.image_channels)
+    return (model.input_size, model.input_size, min(model.in_channels, 3))
+
+
+def require_finite(x: Tensor, first: int = 0, what: str = "x_0") -> None:
+    """Raise ValueError where a sample of x (n, ...) holds NaN or infinity; the samples count from `first`.
+
+    Waits for the device: for after the loop.
+    """
+    if bool(x.isfinite().all()):
+        return
+    bad = (~x.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
+    others = f" (and {len(bad) - 1} more of {len(x)})" if len(bad) > 1 else ""
+    raise cli.OneProcessError(
+        f"sample {first + bad[0]}{others}: {what} is not finite (NaN or infinite), so nothing of it is kept; "
+        "try --precision fp32, a --cfg-scale nearer to 1, or another checkpoint"
+    )
+
+
+@torch.no_grad()
+def decode(x_0: Tensor, vae=None, batch_size: int = 8, first: int = 0) -> Tensor:
+    """uint8 images (n, H, W, 3 or 1) of x_0 (n, C, H, W), the samples `first` and on.
+
+    With a VAE, latents are decoded; pixels (C < 4) are only scaled from [-1, 1]; latents without a VAE are
+    previewed by their first three channels, the range -3 .. 3 shown from black to white. Raises ValueError
+    where x_0 or an image is not finite, naming the sample.
+    """
+    require_finite(x_0, first)
+    if vae is not None:
+        parts = from_latents(x_0, vae).split(batch_size)
+        x_0 = torch.cat([vae.decode(part).sample for part in parts])
+        require_finite(x_0, first, "the decoded image")
+    elif x_0.shape[1] > 3:
+        x_0 = x_0[:, :3] / 3.0
+    pixels = ((x_0.float() + 1) * 127.5).round().clamp(0, 255)
+    return pixels.to(torch.uint8).permute(0, 2, 3, 1).cpu()

@@ -1,0 +1,1 @@
+"""Schedules without a training: baselines, calibrated reuse, and what `--accelerate-method` names."""

@@ -1,0 +1,1 @@
+"""Comparing methods on an example: plan, run, measure, tables, charts; `study/results/` is the evidence."""

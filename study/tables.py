@@ -1,0 +1,285 @@
+"""A study's rows as tables: seeds taken together, methods side by side, published numbers beside ours.
+
+A row is what study/measure.py finds of one method, and what study/run.py adds to it.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from common.files import read_json
+
+MAIN_SPEED = "1.96"
+TOLERANCE = 0.04  # rows are matched in MACs within this; the others are marked
+# DiT-XL/2 on ImageNet 256 px, guidance 1.5, 50,000 samples, H800, as the HarmoniCa paper reports it:
+# T, method, CUR in %, latency in s at batch 8, FID. Steps of DDIM are its own number.
+PUBLISHED = [
+    (50, "uncached", 0, 1.767, 2.27), (50, "fewer-steps", 0, 1.379, 2.37),
+    (50, "l2c", 23.39, 1.419, 2.62), (50, "harmonica", 23.68, 1.361, 2.36),
+    (20, "uncached", 0, 0.658, 3.52), (20, "fewer-steps", 0, 0.466, 5.77),
+    (20, "l2c", 35.60, 0.468, 5.34), (20, "harmonica", 37.50, 0.456, 4.88),
+    (10, "uncached", 0, 0.332, 12.16), (10, "fewer-steps", 0, 0.299, 16.54),
+    (10, "l2c", 19.11, 0.279, 14.59), (10, "harmonica", 22.86, 0.270, 13.35),
+]  # fmt: skip
+FIGURES = (
+    "cur",
+    "speedup_macs",
+    "speedup_latency",
+    "digits_fid",
+    "fd_uncached",
+    "accuracy",
+    "mse",
+    "psnr",
+    "ssim",
+)
+# Head of a column, the figure it shows, and how.
+COLUMNS = [
+    ("CUR", "cur", lambda v: f"{100 * v:.1f} %"),
+    ("by MACs", "speedup_macs", lambda v: f"{v:.2f}x"),
+    ("measured", "speedup_latency", lambda v: f"{v:.2f}x"),
+    ("digits-FID", "digits_fid", lambda v: f"{v:.3f}"),
+    ("/ uncached", "fid_ratio", lambda v: f"{v:.2f}"),  # of as many samples: FID falls with their number
+    ("FD to uncached", "fd_uncached", lambda v: f"{v:.3f}"),
+    ("recognised", "accuracy", lambda v: f"{100 * v:.2f} %"),
+    ("PSNR", "psnr", lambda v: f"{v:.1f} dB"),
+    ("MSE", "mse", lambda v: f"{v:.2e}"),
+]
+
+
+def is_main(row: dict) -> bool:
+    """Whether a row belongs to the comparison rather than to an ablation."""
+    return not row.get("group") and row["sampler"] == "ddim" and row["cfg_scale"] == 1
+
+
+def grouped(rows: list[dict]) -> list[dict]:
+    """Rows that differ in their training seed alone, as one: mean, least and greatest of every figure."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        key = ("method", "num_steps", "speed", "cfg_scale", "sampler", "group", "variant")
+        groups.setdefault(tuple(row.get(name) for name in key), []).append(row)
+    result = []
+    for members in groups.values():
+        values = {name: [m[name] for m in members if m.get(name) is not None] for name in FIGURES}
+        values = {name: found for name, found in values.items() if found}
+        values["fid_ratio"] = [m["digits_fid"] / m["digits_fid_uncached"] for m in members]
+        group = {
+            k: members[0].get(k) for k in ("method", "num_steps", "speed", "cfg_scale", "group", "variant")
+        }
+        group |= {"sampler": members[0]["sampler"], "seeds": len(members), "rows": members}
+        for name, function in (("mean", np.mean), ("least", min), ("greatest", max)):
+            group[name] = {figure: float(function(found)) for figure, found in values.items()}
+        result.append(group)
+    return result
+
+
+def deviation(group: dict) -> float:
+    """How far the speed-up by MACs of a group's worst row is from the speed asked, as a share of it."""
+    if not group["speed"]:
+        return 0.0
+    return max(abs(row["speedup_macs"] / float(group["speed"]) - 1) for row in group["rows"])
+
+
+def cells(group: dict) -> list[str]:
+    """The figures of a group as text; MSE with its range where there are several seeds."""
+    shown = []
+    for _, figure, show in COLUMNS:
+        text = show(group["mean"][figure]) if figure in group["mean"] else "-"
+        if figure == "speedup_macs" and deviation(group) > TOLERANCE:
+            text += " *"
+        if figure == "mse" and group["seeds"] > 1:
+            text += f" ({show(group['least'][figure])} to {show(group['greatest'][figure])})"
+        shown.append(text)
+    return shown
+
+
+HEADS = [head for head, _, _ in COLUMNS]
+
+
+def comparison_table(rows: list[dict], num_steps: int, speed: str | None = None) -> list[list[str]]:
+    groups = [g for g in grouped([row for row in rows if is_main(row)]) if g["num_steps"] == num_steps]
+    groups = [g for g in groups if speed is None or g["speed"] in (None, speed)]
+    groups.sort(key=lambda g: (float(g["speed"] or 0), g["mean"]["mse"]))
+    table = [["method", "speed asked", "seeds", "samples", *HEADS]]
+    for group in groups:
+        asked = f"{group['speed']}x" if group["speed"] else "-"
+        samples = f"{group['rows'][0]['samples']:,}"
+        table.append([group["method"], asked, str(group["seeds"]), samples, *cells(group)])
+    return table
+
+
+BEYOND = "end-to-end+forecast"
+UNIFORM, NO_MOMENTS = f"{BEYOND}-uniform", f"{BEYOND}-no-moments"  # without what T = 20 is trained with
+OURS = ("end-to-end", "calibrated")
+FRESH, SECOND = "fresh-seed", "second-seed"  # of samples apart from those of the comparison
+
+
+def beyond_table(rows: list[dict], group: str | None = None, method: str = BEYOND) -> list[list[str]]:
+    """A method of ours beside the best of all others, at each T and speed; group: FRESH, SECOND or None."""
+    table = [["steps", "asked", "seeds", "by MACs", "MSE", "best of the others", "ratio", "/ HarmoniCa"]]
+    table[0] += ["FD", "lowest of the others", "digits-FID / uncached"]
+    chosen = [row for row in rows if (row.get("group") == group if group else is_main(row))]
+    every = [g for g in grouped(chosen) if g["speed"]]
+    for own in sorted(every, key=lambda g: (-g["num_steps"], float(g["speed"]))):
+        if own["method"] != method:
+            continue
+        beside = [g for g in every if (g["num_steps"], g["speed"]) == (own["num_steps"], own["speed"])]
+        others = {g["method"]: g["mean"] for g in beside if not g["method"].startswith(OURS)}
+        if not others:
+            continue
+        mean, best = own["mean"], min(others, key=lambda name: others[name]["mse"])
+        closest = min(others, key=lambda name: others[name]["fd_uncached"])
+        harmonica = others.get("harmonica")
+        table.append([
+            str(own["num_steps"]), f"{own['speed']}x", str(own["seeds"]), f"{mean['speedup_macs']:.3f}x",
+            f"{mean['mse']:.2e} ({own['least']['mse']:.2e} to {own['greatest']['mse']:.2e})",
+            f"{others[best]['mse']:.2e} ({best})", f"{mean['mse'] / others[best]['mse']:.2f}",
+            f"{mean['mse'] / harmonica['mse']:.3f}" if harmonica else "-", f"{mean['fd_uncached']:.2e}",
+            f"{others[closest]['fd_uncached']:.2e} ({closest})", f"{mean['fid_ratio']:.3f}",
+        ])  # fmt: skip
+    return table
+
+
+def ablation_table(rows: list[dict]) -> list[list[str]]:
+    table = [["of", "method", "variant", "steps", "guidance", "sampler", "seeds", *HEADS]]
+    apart = ("target-cur", "objective")
+    for group in grouped([row for row in rows if not is_main(row) and row.get("group") not in apart]):
+        of = group["group"] or ("guidance" if group["cfg_scale"] != 1 else "sampler")
+        variant = "-" if group["variant"] is None else str(group["variant"])
+        name = [of, group["method"], variant, str(group["num_steps"]), f"{group['cfg_scale']:g}"]
+        table.append([*name, group["sampler"].upper(), str(group["seeds"]), *cells(group)])
+    return table
+
+
+def target_table(rows: list[dict]) -> list[list[str]]:
+    table = [["asked CUR", "train seed", "reached CUR", "by MACs", "MSE"]]
+    for row in (row for row in rows if row.get("group") == "target-cur"):
+        reached = [f"{100 * row['cur']:.2f} %", f"{row['speedup_macs']:.2f}x", f"{row['mse']:.2e}"]
+        table.append([f"{100 * row['variant']:.0f} %", str(row["train_seed"]), *reached])
+    return table
+
+
+def objective_table(rows: list[dict]) -> list[list[str]]:
+    """How well schedules do on what SDT minimises (the mean error of a step), and on the image."""
+    table = [["method", "train seed", "by MACs", "step error", "but the last", "MSE of x_0"]]
+    rows = [row for row in rows if row.get("group") == "objective"]
+    for row in sorted(rows, key=lambda row: row["step_error"]):
+        seed = "-" if row.get("train_seed") is None else str(row["train_seed"])
+        found = [f"{row['speedup_macs']:.2f}x", f"{row['step_error']:.2e}"]
+        found += [f"{np.mean(row['step_errors'][1:]):.2e}", f"{row['mse']:.2e}"]  # step 0 is executed last
+        table.append([row["method"], seed, *found])
+    return table
+
+
+def published_table(rows: list[dict]) -> list[list[str]]:
+    """The paper's DiT-XL/2 beside our digits, as ratios to uncached: those can be put side by side."""
+    table = [
+        [
+            "steps",
+            "method",
+            "paper: CUR",
+            "by latency",
+            "FID / uncached",
+            "ours: CUR",
+            "by MACs",
+            "digits-FID / uncached",
+        ]
+    ]
+    groups = grouped([row for row in rows if is_main(row)])
+    for num_steps, method, cur, latency, fid in PUBLISHED:
+        base = next(row for row in PUBLISHED if row[0] == num_steps)
+        ours = [g for g in groups if g["num_steps"] == num_steps]
+        candidates = [g for g in ours if g["method"] == method]
+        line = [str(num_steps), method, f"{cur:.2f} %" if cur else "-"]
+        line += [f"{base[3] / latency:.2f}x", f"{fid / base[4]:.3f}"]
+        if candidates:
+            near = min(candidates, key=lambda g: abs(g["mean"]["speedup_macs"] - base[3] / latency))
+            mean = near["mean"]
+            line += [f"{100 * mean['cur']:.1f} %", f"{mean['speedup_macs']:.2f}x", f"{mean['fid_ratio']:.3f}"]
+        else:
+            line += ["-"] * 3
+        table.append(line)
+    return table
+
+
+def evaluation_table(files: list[Path]) -> list[list[str]]:
+    """What evaluate.py found of files of samples, a row each. Raises ValueError for another kind of file."""
+    heads = [
+        "samples",
+        "n",
+        "fid",
+        "sfid",
+        "inception_score",
+        "precision",
+        "recall",
+        "mse",
+        "psnr",
+        "ssim",
+        "lpips",
+    ]
+    table = [heads]
+    for file in files:
+        try:
+            found = read_json(file)
+            table.append([Path(found["samples"]).name])
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{file} is not what evaluate.py --output writes") from None
+        for head in heads[1:]:
+            value = found.get(head)
+            table[-1].append(
+                "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+            )
+    return table
+
+
+def further_tables(rows: list[dict]) -> list[tuple[str, str, list[list[str]]]]:
+    """Title, a line on it and the table, of all that is beside the comparison; those with rows."""
+    found = [
+        (
+            "Beyond the paper",
+            "Schedule and reuse trained on the error of the image (`--method end-to-end`), the mean over "
+            "training seeds, beside the best of all other methods at the same speed.",
+            beyond_table(rows),
+        ),
+        (
+            "Beyond the paper, fresh samples",
+            "The same routers beside HarmoniCa and the best of the others (these of training seed 0), on "
+            "samples of a seed kept for this: 2,000, at T = 20 6,000.",
+            beyond_table(rows, FRESH),
+        ),
+        (
+            "Beyond the paper, a second seed",
+            "The same on 6,000 samples of a seed that an earlier setting was measured on.",
+            beyond_table(rows, SECOND),
+        ),
+        (
+            "Batches drawn evenly, fresh samples",
+            "The same training without `--pool` and `--moments-weight`.",
+            beyond_table(rows, FRESH, UNIFORM),
+        ),
+        (
+            "Batches drawn evenly, a second seed",
+            "The same training without `--pool` and `--moments-weight`.",
+            beyond_table(rows, SECOND, UNIFORM),
+        ),
+        (
+            "Without moments, fresh samples",
+            "The same training without `--moments-weight`.",
+            beyond_table(rows, FRESH, NO_MOMENTS),
+        ),
+        ("Asking for a speed", "train_router.py --target-cur, HarmoniCa at T = 10.", target_table(rows)),
+        (
+            "The objective and the image",
+            "T = 10: what step-wise training minimises, the mean error of a step (of all, and of all but "
+            "the last), measured on schedules as they are sampled, beside the error of the image.",
+            objective_table(rows),
+        ),
+        ("Ablations", "One thing changed at a time.", ablation_table(rows)),
+        (
+            "Published numbers beside ours",
+            "DiT-XL/2 on ImageNet 256 px as the paper reports it (guidance 1.5, 50,000 samples, H800) beside "
+            "the digits at the nearest speed: other models and data, so only ratios to the uncached model "
+            "stand side by side.",
+            published_table(rows),
+        ),
+    ]
+    return [one for one in found if len(one[2]) > 1]

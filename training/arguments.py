@@ -1,0 +1,274 @@
+"""The flags of `train_router.py`: their defaults by method, and what does not go together."""
+
+import argparse
+import math
+from pathlib import Path
+
+from backbones.loading import is_latent
+from common import cli, registry
+from common.cli import Unread
+from diffusion import NUM_TIMESTEPS, space_timesteps
+from objectives import PROXY_DEFINITIONS
+from router import MAX_TERMS
+
+# Published, but for end-to-end, which is ours.
+DEFAULTS = {
+    "harmonica": {"lr": 0.01, "l1": 7e-8, "max_steps": 20000, "log_every": 100, "ckpt_every": 1000},
+    "l2c": {"lr": 0.001, "max_steps": 20000, "log_every": 100, "ckpt_every": 1000},
+    "end-to-end": {
+        "lr": 0.1, "max_steps": 100, "log_every": 5, "ckpt_every": 10, "terms": 3, "open_share": 1.0,
+        "moments_weight": 0.0,
+    },
+}  # fmt: skip
+BATCH_SIZE, GROUPS = 64, 8
+THRESHOLD, L2C_THRESHOLD_512 = 0.1, 0.9
+# Learning-to-Cache's beta by (T, pixels) where it was published; all others take the weaker of the two.
+L2C_L1 = {(50, 256): 1e-6, (20, 256): 5e-6, (10, 256): 1e-6, (50, 512): 5e-6}
+L2C_L1_ELSEWHERE = 1e-6
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train a caching router for a frozen DiT.")
+    cli.add_model_arguments(parser)
+    method = parser.add_argument_group("method (defaults: the published ones for T = 10)")
+    method.add_argument("--method", choices=DEFAULTS, default="harmonica", help="default harmonica")
+    method.add_argument("--num-sampling-steps", default="10", help="T, or a respacing such as ddim50")
+    method.add_argument("--cfg-scale", type=cli.finite, help="guidance, 1 = off (default 1.5); not l2c")
+    method.add_argument(
+        "--ste-threshold", type=cli.threshold,
+        help="compute where score > threshold (default 0.1; l2c at 512 px 0.9)",
+    )  # fmt: skip
+    method.add_argument(
+        "--lambda-c", type=cli.positive_int, default=500, help="train steps between proxy refreshes"
+    )
+    method.add_argument(
+        "--proxy", choices=(*PROXY_DEFINITIONS, "none"), default="released",
+        help="lambda (none: all ones); a mean per element where the paper writes a sum, so --l1 differs too",
+    )  # fmt: skip
+    method.add_argument(
+        "--data-loss", choices=("all", "eps"), default="all", help="compare all channels, or eps alone"
+    )
+    method.add_argument(
+        "--router-train", choices=("soft", "ste"), default="soft",
+        help="blend by the scores, or threshold them and pass the gradient straight through",
+    )  # fmt: skip
+    method.add_argument(
+        "--rollout", choices=("sdt", "one-step"), default="sdt",
+        help="train along the routed trajectory, or each step from an uncached one",
+    )  # fmt: skip
+    speed = parser.add_argument_group("speed: a weight, or the target that it is adjusted to")
+    speed.add_argument(
+        "--l1", type=cli.non_negative,
+        help="regularization weight beta, or its start with a target (default 7e-8; l2c by T and pixels as "
+        "published: 5e-6 for 20 steps, 50 at 512 px too, else 1e-6)",
+    )  # fmt: skip
+    target = speed.add_mutually_exclusive_group()
+    target.add_argument("--target-cur", type=cli.finite, metavar="X", help="share of branches reused, 0 .. 1")
+    target.add_argument(
+        "--target-speedup",
+        type=cli.finite,
+        metavar="X",
+        help="speed-up by MACs; a run may go on for a quarter of its steps to meet it",
+    )
+    speed.add_argument(
+        "--cost", choices=("count", "macs"), default="count", help="what beta weighs a branch by"
+    )
+    add_single_method_arguments(parser)
+    add_run_arguments(parser)
+    cli.add_device_arguments(parser)
+    args = cli.parse(parser, arguments)
+    complete_arguments(parser, args)
+    return args
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """How long and how a run trains, and what it leaves."""
+    training = parser.add_argument_group("training")
+    training.add_argument("--lr", type=cli.positive, help="default 0.01, l2c 0.001, end-to-end 0.1")
+    training.add_argument(
+        "--epochs",
+        type=cli.positive_int,
+        default=2000,
+        help="trajectories; l2c: passes of the data; not end-to-end",
+    )
+    training.add_argument(
+        "--max-steps", type=cli.positive_int, help="train steps; ends the run (default 20000, end-to-end 100)"
+    )
+    batch = training.add_mutually_exclusive_group()
+    batch.add_argument(
+        "--global-batch-size", type=cli.positive_int, metavar="N",
+        help="rows of a forward pass, of all processes: under guidance conditional and unconditional ones "
+        "together, so N / 2 trajectories; without it N; l2c: images (default 64)",
+    )  # fmt: skip
+    batch.add_argument(
+        "--trajectories", type=cli.positive_int, metavar="N",
+        help="trajectories of all processes instead; under guidance 2 N rows; not l2c",
+    )  # fmt: skip
+    training.add_argument("--compile", action="store_true", help="compile the branches (torch.compile)")
+    training.add_argument(
+        "--recompute-branches", action="store_true",
+        help="activation checkpointing by branch, for large images: less memory, a third more time",
+    )  # fmt: skip
+    training.add_argument("--global-seed", type=cli.seed, default=42)
+    output = parser.add_argument_group("output")
+    output.add_argument("--results-dir", type=Path, default=Path("results"))
+    output.add_argument("--log-every", type=cli.positive_int, help="default 100, end-to-end 5")
+    output.add_argument("--ckpt-every", type=cli.positive_int, help="default 1000, end-to-end 10")
+    output.add_argument(
+        "--resume", metavar="PATH|auto", help="a run's folder or checkpoint; auto: the newest like this"
+    )
+    output.add_argument("--wandb", action="store_true", help="log to Weights & Biases too")
+
+
+def add_single_method_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags that one method alone reads."""
+    beyond = parser.add_argument_group("end-to-end")
+    beyond.add_argument(
+        "--terms", type=int, choices=range(MAX_TERMS + 1),
+        help="last outputs that a reused branch combines (default 3); 0: it takes the last one as it is",
+    )  # fmt: skip
+    beyond.add_argument("--init", metavar="ROUTER", help="start from its schedule, of any number of steps")
+    beyond.add_argument(
+        "--pool",
+        type=cli.positive_int,
+        metavar="N",
+        help="draw batches from N samples by importance: more of those that errors lead astray; and search "
+        "among schedules that compute noisy steps often enough for them",
+    )
+    beyond.add_argument(
+        "--moments-weight",
+        type=cli.non_negative,
+        metavar="W",
+        help="count what reuse does to the images' mean and variance too, W times, while weights are trained "
+        "(default 0)",
+    )
+    beyond.add_argument(
+        "--window", type=cli.positive_int, help="steps that gradients of the weights pass (default: all)"
+    )
+    beyond.add_argument(
+        "--open-share",
+        type=cli.finite,
+        help="share of the cells that a step of the search asks about (default 1)",
+    )
+    beyond.add_argument(
+        "--keep-activations", action="store_true", help="of all steps: a third faster, T times the memory"
+    )
+    data = parser.add_argument_group("data (l2c)")
+    data.add_argument(
+        "--data",
+        "--data-path",
+        help=f"an image folder, an .npz of latents and labels, or {' or '.join(registry.data())}",
+    )
+    data.add_argument(
+        "--groups", type=cli.positive_int, metavar="N",
+        help="equal parts of the batch, each with a pair of steps of its own: a train step updates the rows "
+        "that they draw (default 8, or what of it divides the batch; the released code: one per rank)",
+    )  # fmt: skip
+    data.add_argument(
+        "--every-row", action="store_true", help="train all rows, not the even ones alone (not in the paper)"
+    )
+    data.add_argument(
+        "--vae", help="encodes an image folder (default ema); of a VAE's folder every method reads the factor"
+    )
+    data.add_argument("--num-works", "--num-workers", type=cli.non_negative_int, help="loading processes")
+
+
+def complete_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Fill in what the method decides, refuse what it cannot do, note what it does not read."""
+    cli.note_unread(parser, args, UNREAD)
+    if args.method == "l2c" and not args.data:
+        names = " or ".join(registry.data())
+        parser.error(f"--method l2c needs --data, an image folder, an .npz of latents or {names}")
+    has_target = args.target_cur is not None or args.target_speedup is not None
+    if args.method == "end-to-end" and not has_target:
+        parser.error("--method end-to-end needs --target-speedup or --target-cur, such as --target-speedup 2")
+    try:
+        defaults = DEFAULTS[args.method] | _more_defaults(args)
+    except ValueError as error:  # of the respacing
+        parser.error(str(error))
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.l1 == 0 and has_target:
+        parser.error("--l1 0 cannot be adjusted to a target; leave it out")
+    if args.open_share is not None and not 0 < args.open_share <= 1:
+        parser.error(f"--open-share {args.open_share:g} is outside (0, 1]")
+    _count_samples(parser, args)
+    if args.pool is not None and args.pool < args.trajectories:
+        parser.error(f"--pool {args.pool} is less than a batch ({args.trajectories}); give as many or more")
+
+
+def _more_defaults(args: argparse.Namespace) -> dict:
+    """Those that depend on more than the method. Raises ValueError for an unknown respacing."""
+    if args.method != "l2c":
+        return {"ste_threshold": THRESHOLD, "cfg_scale": 1.5}
+    num_steps = len(space_timesteps(NUM_TIMESTEPS, args.num_sampling_steps))
+    pixels = (args.image_size or 256) if is_latent(args.model) else None
+    return {
+        "l1": L2C_L1.get((num_steps, pixels), L2C_L1_ELSEWHERE),
+        "ste_threshold": L2C_THRESHOLD_512 if pixels == 512 else THRESHOLD,
+        "cfg_scale": 1.0,
+        "vae": "ema",
+        "num_works": 0,
+    }
+
+
+def _count_samples(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Settle `global_batch_size`, rows or images, and `trajectories` or Learning-to-Cache's `groups`."""
+    rows = 1 if args.cfg_scale == 1 else 2  # of a trajectory in a forward pass
+    if args.trajectories is not None:
+        args.global_batch_size = rows * args.trajectories
+    size = args.global_batch_size = args.global_batch_size or BATCH_SIZE
+    if size % rows:
+        parser.error(
+            f"--global-batch-size {size} is odd: under guidance a trajectory is two rows, conditional and "
+            "unconditional; give an even number, or --trajectories"
+        )
+    if args.method != "l2c":
+        args.trajectories = size // rows
+        return
+    if args.groups is None:
+        args.groups = math.gcd(size, GROUPS)
+        if args.groups < GROUPS:
+            args.notes.append(f"{GROUPS} groups do not share --global-batch-size {size}: {args.groups} do")
+    if size % args.groups:
+        parser.error(
+            f"--global-batch-size {size} is no multiple of --groups {args.groups}; groups are of one size"
+        )
+
+
+def _names_a_folder(args: argparse.Namespace) -> bool:
+    """Whether --vae is a VAE's folder: whatever is trained, its factor says what --image-size means."""
+    return args.vae is not None and Path(args.vae).is_dir()
+
+
+# Flags that are not read, and what of the others decides it.
+_OF_L2C = ("data", "every_row", "groups", "num_works")
+_OF_HARMONICA = ("proxy", "lambda_c", "rollout")
+_OF_BEYOND = ("terms", "init", "pool", "moments_weight", "window", "open_share", "keep_activations")
+_OF_ROWS = ("epochs", "l1", "cost", "data_loss", "router_train", "ste_threshold")
+_OF_TRAJECTORIES = ("cfg_scale", "trajectories")
+UNREAD = (
+    Unread(_OF_L2C, lambda args: args.method != "l2c", "with --method {method}"),
+    Unread(_OF_HARMONICA, lambda args: args.method != "harmonica", "with --method {method}"),
+    Unread(_OF_BEYOND, lambda args: args.method != "end-to-end", "with --method {method}"),
+    Unread(_OF_ROWS, lambda args: args.method == "end-to-end", "with --method {method}"),
+    Unread(_OF_TRAJECTORIES, lambda args: args.method == "l2c", "with --method {method}"),
+    Unread(("lambda_c",), lambda args: args.proxy == "none", "with --proxy none: lambda stays at 1"),
+    Unread(("cost",), lambda args: args.l1 == 0, "with --l1 0"),
+    Unread(
+        ("window", "lr", "moments_weight"),
+        lambda args: args.terms == 0,
+        "with --terms 0: there are no weights to train",
+    ),
+    Unread(
+        ("vae",), lambda args: args.method != "l2c" and not _names_a_folder(args), "with --method {method}"
+    ),
+    Unread(
+        ("vae",),
+        lambda args: args.data and not Path(args.data).is_dir() and not _names_a_folder(args),
+        "with --data {data}",
+    ),
+    Unread(("results_dir",), lambda args: args.resume not in (None, "auto"), "with --resume {resume}"),
+    cli.UNREAD_MODEL,
+)
