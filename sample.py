@@ -21,9 +21,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from backbones import settings as model_settings
 from backbones.denoiser import check_guidance
-from backbones.loading import is_latent, load_model
-from backbones.vae import read_vae_config
+from backbones.loading import is_latent
+from backbones.settings import ModelSettings
 from common import cli
 from common.files import check_writable, replacing
 from common.pictures import branch_types, comparison, sheet
@@ -32,7 +33,7 @@ from execution import modes as execution
 from metrics.paired import mse, psnr
 from models import DiT
 from router import Schedule
-from sampling.decoding import choose_vae, decode
+from sampling.decoding import decode
 from sampling.loop import Trajectory, generate_seeded
 from schedules import methods
 from schedules.methods import Method
@@ -42,7 +43,7 @@ PUBLISHED_LABELS = [207, 992, 387, 974, 142, 979, 417, 279]  # HarmoniCa's; DiT'
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Sample images from a DiT, uncached or with a router.")
-    cli.add_model_arguments(parser, with_vae=True)
+    model_settings.add_arguments(parser, with_vae=True)
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--cfg-scale", type=cli.finite, default=4.0, help="guidance, 1 = off (default 4)")
     sampling.add_argument(
@@ -140,8 +141,7 @@ def main(args: argparse.Namespace) -> None:
     execution.check_available(args, device)
     if args.random_weights:
         print(cli.RANDOM_WEIGHTS)
-    vae_config = read_vae_config(choose_vae(args.vae, args.model, args.random_weights))
-    model = load_model(**cli.model_options(args), device=device, dtype=dtype, vae=vae_config)
+    model, vae_config = ModelSettings.from_arguments(args).load(device, dtype)
     if model.source:
         print(f"weights: {model.source}")
     check_guidance(model, args.cfg_scale)

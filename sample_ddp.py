@@ -12,6 +12,9 @@ one thread: start as many as there are cores. A GPU may round otherwise for anot
 need a shared folder.
 """
 
+from backbones import settings as model_settings
+from backbones.settings import ModelSettings
+
 from common import lifeline  # isort: skip  # noqa: F401  # first: under torchrun this process ends with it
 
 import argparse
@@ -36,15 +39,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from backbones.denoiser import check_guidance
-from backbones.loading import find_checkpoint, load_model, pixels_of
-from backbones.vae import read_vae_config
+from backbones.loading import pixels_of
 from common import cli, distributed
 from common.distributed import Processes
 from common.files import make_folder, read_json, remove_partials, replacing, write_json, writing
 from common.identity import differences, weights_fingerprint
 from execution import modes as execution
 from models import DiT
-from sampling.decoding import choose_vae, decode, image_shape
+from sampling.decoding import decode, image_shape
 from sampling.loop import Sample, Trajectory, generate_seeded
 from sampling.seeds import SAMPLING_STREAM, draw_labels, sample_generator
 from schedules import methods
@@ -58,7 +60,7 @@ _LABEL_KEY = 1  # (seed, stream, k, this) draws sample k's random label; its noi
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Sample many images into one .npz.")
-    cli.add_model_arguments(parser, with_vae=True)
+    model_settings.add_arguments(parser, with_vae=True)
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--num-samples", "--num-fid-samples", type=cli.positive_int, default=50000)
     sampling.add_argument("--cfg-scale", type=cli.finite, default=1.5, help="guidance, 1 = off (default 1.5)")
@@ -407,18 +409,15 @@ def prepare(args: argparse.Namespace, processes: Processes) -> tuple[Parts, DiT,
     """All that can be refused before a file is written: the parts to come, the model, the VAE, the method."""
     precision, dtype = cli.set_precision(args.precision, processes.device)
     execution.check_available(args, processes.device)
-    if not args.ckpt and not args.random_weights:
-        args.ckpt = find_checkpoint(args.model, args.image_size, fetch=processes.world_size == 1)
-    spec = choose_vae(args.vae, args.model, args.random_weights)
-    vae_config = read_vae_config(spec)
-    model = load_model(**cli.model_options(args), device=processes.device, dtype=dtype, vae=vae_config)
+    settings, alone = ModelSettings.from_arguments(args), processes.world_size == 1
+    model, vae_config = settings.load(processes.device, dtype, fetch=alone)
     if model.source:
         say(processes, f"weights: {model.source}")
     check_guidance(model, args.cfg_scale)
     vae = vae_config and vae_config.load(processes.device, fetch=processes.world_size == 1)
     with contextlib.nullcontext() if processes.is_main else contextlib.redirect_stdout(None):
         method = methods.load_method(args, model, solve=False)
-    settings = settings_of(args, model, method, precision, spec, vae)
+    settings = settings_of(args, model, method, precision, vae_config.spec if vae_config else "none", vae)
     parts = Parts(args.output, settings, image_shape(model, vae_config), args.num_samples)
     return parts, model, vae, method, precision
 

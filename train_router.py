@@ -22,6 +22,7 @@ from common import lifeline  # isort: skip  # noqa: F401  # first: under torchru
 
 import argparse
 import contextlib
+import dataclasses
 import math
 import os
 import time
@@ -33,8 +34,8 @@ import torch
 from tqdm import tqdm
 
 from backbones.denoiser import check_guidance
-from backbones.loading import find_checkpoint, load_model, pixels_of
-from backbones.vae import read_vae_config
+from backbones.loading import pixels_of
+from backbones.settings import ModelSettings
 from common import cli, distributed
 from common.distributed import Processes
 from common.files import remove_partials, replacing, writing
@@ -306,11 +307,9 @@ def prepare(args: argparse.Namespace, processes: Processes) -> Run:
     if processes.device.type == "cuda":  # or a resumed run would not repeat its bits
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-    if not args.ckpt and not args.random_weights:
-        args.ckpt = find_checkpoint(args.model, args.image_size, fetch=False)
     args.precision, dtype = cli.set_precision(args.precision, processes.device)
-    vae = read_vae_config(vae_spec(args))
-    model = load_model(**cli.model_options(args), device=processes.device, dtype=dtype, vae=vae)
+    settings = dataclasses.replace(ModelSettings.from_arguments(args), vae=vae_spec(args))
+    model, _ = settings.load(processes.device, dtype, fetch=False)
     check_guidance(model, args.cfg_scale)
     weights = weights_fingerprint(model)
     if args.data_loss == "eps" and not model.learn_sigma and processes.is_main:

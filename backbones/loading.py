@@ -133,3 +133,12 @@ def is_latent(model: DiT | str) -> bool:
 def pixels_of(model: DiT) -> int:
     """Side of the images in pixels."""
     return model.input_size * model.vae_factor
+
+
+def choose_vae(given: str | None, model: DiT | str, random_weights: bool) -> str:
+    """The spec for `load_vae`: what `--vae` gave, or its default; `none` for a model of pixels."""
+    if is_latent(model):
+        return given or ("none" if random_weights else "ema")
+    if given not in (None, "none"):
+        warnings.warn(f"--vae {given} has no effect: this model works on pixels", stacklevel=2)
+    return "none"

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import ctypes
+import dataclasses
 import importlib
 import os
 import platform
@@ -19,7 +20,6 @@ from typing import NamedTuple
 
 import torch
 
-from common import registry
 from common.lifeline import RUN_ID
 
 PRECISIONS = ("fp32", "tf32", "bf16")
@@ -128,9 +128,6 @@ class Unread(NamedTuple):
     names: Iterable[str]
     when: Callable[[argparse.Namespace], bool]
     reason: str
-
-
-UNREAD_MODEL = Unread(("ckpt",), lambda args: args.random_weights, "with --random-weights")
 
 
 def parse(parser: argparse.ArgumentParser, arguments: list[str] | None = None) -> argparse.Namespace:
@@ -260,36 +257,10 @@ def positive_int(text: str) -> int:
     return _int_within(text, 1, LARGEST_COUNT)
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, with_vae: bool = False) -> None:
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--model", default="DiT-XL/2", help=f"DiT-XL/2 and its family, or {' or '.join(registry.presets())}"
-    )
-    model.add_argument(
-        "--ckpt", help="checkpoint file, index of shards or folder (default: the official one)"
-    )
-    model.add_argument("--random-weights", action="store_true", help="no checkpoint: real speed, no meaning")
-    model.add_argument("--image-size", type=positive_int, help="pixels (default 256)")
-    model.add_argument("--num-classes", type=positive_int, help="default 1000")
-    model.add_argument(
-        "--class-dropout-prob", type=below_one, default=0.1, metavar="P",
-        help="what the model was trained with; 0: it has no null label (no guidance), else P changes nothing",
-    )  # fmt: skip
-    model.add_argument(
-        "--no-learn-sigma", dest="learn_sigma", action="store_false",
-        help="a model that predicts no variance; DDPM then takes the posterior's (fixed, the smaller one)",
-    )  # fmt: skip
-    if with_vae:
-        model.add_argument(
-            "--vae",
-            help="ema, mse, none or a VAE's or pipeline's folder (default ema; pixel models have none)",
-        )
-
-
-def model_options(args: argparse.Namespace) -> dict:
-    """The flags above as the arguments of `sampling.load_model`, but for the VAE."""
-    names = ("ckpt", "image_size", "num_classes", "random_weights", "class_dropout_prob", "learn_sigma")
-    return {"name": args.model} | {name: getattr(args, name) for name in names}
+def settings_from(cls, args: argparse.Namespace):
+    """A dataclass of settings from the flags of the same names; its defaults where there is no such flag."""
+    names = [field.name for field in dataclasses.fields(cls)]
+    return cls(**{name: getattr(args, name) for name in names if hasattr(args, name)})
 
 
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,23 +1,11 @@
 """From x_0 to pictures: through a VAE, or as they are where the model works on pixels."""
 
-import warnings
-
 import torch
 from torch import Tensor
 
-from backbones.loading import is_latent
 from backbones.vae import VaeConfig, from_latents, read_vae_config
 from common import cli
 from models import DiT
-
-
-def choose_vae(given: str | None, model: DiT | str, random_weights: bool) -> str:
-    """The spec for `load_vae`: what `--vae` gave, or its default; `none` for a model of pixels."""
-    if is_latent(model):
-        return given or ("none" if random_weights else "ema")
-    if given not in (None, "none"):
-        warnings.warn(f"--vae {given} has no effect: this model works on pixels", stacklevel=2)
-    return "none"
 
 
 def load_vae(spec: str, device: torch.device | str = "cpu", fetch: bool = True):

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from backbones import settings as model_settings
 from backbones.loading import pixels_of
 from common import cli
 from common.cli import Unread
@@ -124,7 +125,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     every = {flag for flags in (*_FLAGS.values(), *_REUSE.values(), _OF_CACHING) for flag in flags}
     read += _OF_CACHING if base in _CACHING else ()
     unread = Unread(every.difference(read), lambda _: True, "with --accelerate-method {accelerate_method}")
-    cli.note_unread(parser, args, [unread, cli.UNREAD_MODEL])
+    cli.note_unread(parser, args, [unread, model_settings.UNREAD])
 
 
 def spec_flags(spec: str) -> dict[str, str]:

@@ -4,6 +4,7 @@ import argparse
 import math
 from pathlib import Path
 
+from backbones import settings as model_settings
 from backbones.loading import is_latent
 from common import cli, registry
 from common.cli import Unread
@@ -29,7 +30,7 @@ L2C_L1_ELSEWHERE = 1e-6
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train a caching router for a frozen DiT.")
-    cli.add_model_arguments(parser)
+    model_settings.add_arguments(parser)
     method = parser.add_argument_group("method (defaults: the published ones for T = 10)")
     method.add_argument("--method", choices=DEFAULTS, default="harmonica", help="default harmonica")
     method.add_argument("--num-sampling-steps", default="10", help="T, or a respacing such as ddim50")
@@ -270,5 +271,5 @@ UNREAD = (
         "with --data {data}",
     ),
     Unread(("results_dir",), lambda args: args.resume not in (None, "auto"), "with --resume {resume}"),
-    cli.UNREAD_MODEL,
+    model_settings.UNREAD,
 )
