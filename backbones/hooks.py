@@ -7,8 +7,8 @@
     remove_schedule(pipeline)
 
 Every branch (`families.py` lists them) asks a policy of `cache.py` for its output, as the branches of our DiT
-do; a reused branch runs none of its layers, nor the norm that feeds it alone. With a pipeline the step comes from
-its scheduler. A bare transformer needs `session.start()` before each trajectory.
+do; a reused branch runs none of its layers, nor the norm that feeds it alone. With a pipeline the step comes
+from its scheduler. A bare transformer needs `session.start()` before each trajectory.
 """
 
 import contextlib
@@ -44,16 +44,14 @@ class _BranchHook(ModelHook):
     def __init__(self, hooks: "Hooks", index: int):
         super().__init__()
         self.hooks, self.index = hooks, index
-        self.wrap: Callable[[Callable], Callable] | None = None  # torch.compile, activation checkpointing
-        self._wrapped: Callable | None = None
+        self._wrapped: Callable | None = None  # compiled, or with activation checkpointing
 
     def compute(self, *args, **kwargs) -> Any:
         """The module's own output."""
-        if self.wrap is None:
-            return self.fn_ref.original_forward(*args, **kwargs)
-        if self._wrapped is None:
-            self._wrapped = self.wrap(self.fn_ref.original_forward)
-        return self._wrapped(*args, **kwargs)
+        return (self._wrapped or self.fn_ref.original_forward)(*args, **kwargs)
+
+    def wrap(self, wrap: Callable[[Callable], Callable]) -> None:
+        self._wrapped = wrap(self._wrapped or self.fn_ref.original_forward)
 
     def new_forward(self, _module: nn.Module, *args, **kwargs) -> Any:
         if self.hooks.policy is None:
@@ -125,6 +123,11 @@ class Hooks:
 
         output = self.policy(index, joined)
         return output.split(self.splits[index], dim=1) if index in self.splits else output
+
+    def wrap(self, wrap: Callable[[Callable], Callable]) -> None:
+        """Let `wrap` of a branch's function run in its place; a wrapper around an earlier one."""
+        for hook in self.branch_hooks:
+            hook.wrap(wrap)
 
     def verify(self) -> None:
         """Raise ValueError where the transformer is not as it was when the hooks were registered."""

@@ -58,8 +58,8 @@ def flux(**config) -> nn.Module:
 def sana(**config) -> nn.Module:
     return seeded(
         "SanaTransformer2DModel", patch_size=1, in_channels=4, out_channels=4, num_layers=2,
-        attention_head_dim=4, num_attention_heads=2, num_cross_attention_heads=2, cross_attention_head_dim=4, cross_attention_dim=8,
-        caption_channels=8, sample_size=LATENT, **config,
+        attention_head_dim=4, num_attention_heads=2, num_cross_attention_heads=2, cross_attention_head_dim=4,
+        cross_attention_dim=8, caption_channels=8, sample_size=LATENT, **config,
     )  # fmt: skip
 
 

@@ -1,0 +1,338 @@
+"""Schedules in diffusers' real pipelines with tiny components."""
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import count
+
+import accelerate
+import diffusers
+import pytest
+import torch
+from tiny_transformers import TEXT, dit, flux, pixart, sd3, seeded
+from torch import Tensor, nn
+
+from backbones import apply_schedule, remove_schedule, scheduled, summary
+from backbones.families import find_branches
+from router import Schedule
+
+T = 6
+
+
+def vae(latent_channels: int = 4) -> nn.Module:
+    return seeded(
+        "AutoencoderKL", block_out_channels=(8,), down_block_types=("DownEncoderBlock2D",),
+        up_block_types=("UpDecoderBlock2D",), latent_channels=latent_channels, norm_num_groups=4,
+        shift_factor=0.0, scaling_factor=1.0,
+    )  # fmt: skip
+
+
+def draw(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def masked(n: int) -> dict:
+    ones = torch.ones(n, TEXT, dtype=torch.long)
+    return {"prompt_attention_mask": ones, "negative_prompt_attention_mask": ones}
+
+
+def request(pipe, n: int = 1, steps: int = T, seed: int = 0, side: int = 8, **more) -> Tensor:
+    """The final latents of a request for n images, its prompt and noise from `seed`."""
+    kind = type(pipe).__name__
+    common = {"num_inference_steps": steps, "guidance_scale": 4.0}
+    common["generator"] = torch.Generator().manual_seed(seed)
+    if kind.startswith("DiT"):
+        images = pipe(class_labels=list(range(n)), output_type="np", **common, **more).images
+        return torch.from_numpy(images)
+    common |= {"output_type": "latent", "height": side, "width": side}
+    if kind.startswith("PixArt"):
+        prompts = {"prompt_embeds": draw(n, TEXT, 16, seed=seed), "use_resolution_binning": False}
+        prompts |= {"negative_prompt": None, "negative_prompt_embeds": draw(n, TEXT, 16, seed=99)} | masked(n)
+    elif kind.startswith("StableDiffusion3"):
+        prompts = {
+            "prompt_embeds": draw(n, TEXT, 32, seed=seed),
+            "pooled_prompt_embeds": draw(n, 16, seed=seed),
+        }
+        prompts["negative_prompt_embeds"] = draw(n, TEXT, 32, seed=98)
+        prompts["negative_pooled_prompt_embeds"] = draw(n, 16, seed=97)
+    else:
+        prompts = {
+            "prompt_embeds": draw(n, TEXT, 32, seed=seed),
+            "pooled_prompt_embeds": draw(n, 32, seed=seed),
+        }
+    return pipe(**prompts, **common, **more).images
+
+
+def pixart_alpha():
+    parts = {"tokenizer": None, "text_encoder": None, "vae": vae(), "transformer": pixart()}
+    return diffusers.PixArtAlphaPipeline(**parts, scheduler=diffusers.DPMSolverMultistepScheduler())
+
+
+def pixart_sigma():
+    parts = {"tokenizer": None, "text_encoder": None, "vae": vae(), "transformer": pixart()}
+    return diffusers.PixArtSigmaPipeline(**parts, scheduler=diffusers.DDIMScheduler(clip_sample=False))
+
+
+def dit_pipeline():
+    return diffusers.DiTPipeline(
+        transformer=dit(num_embeds_ada_norm=1000), vae=vae(), scheduler=diffusers.DDIMScheduler()
+    )
+
+
+def sd3_pipeline():
+    names = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
+    return diffusers.StableDiffusion3Pipeline(
+        transformer=sd3(),
+        vae=vae(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        **dict.fromkeys(names),
+    )
+
+
+def flux_pipeline():
+    names = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    return diffusers.FluxPipeline(
+        transformer=flux(),
+        vae=vae(4),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        **dict.fromkeys(names),
+    )
+
+
+PIPELINES = {
+    "pixart-alpha": pixart_alpha, "pixart-sigma": pixart_sigma, "dit": dit_pipeline, "sd3": sd3_pipeline,
+    "flux": flux_pipeline,
+}  # fmt: skip
+
+
+def quiet(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(params=PIPELINES)
+def pipe(request):
+    return quiet(PIPELINES[request.param]())
+
+
+def random_schedule(pipe, steps: int = T) -> Schedule:
+    shape = (steps, len(find_branches(pipe.transformer)))
+    return Schedule(torch.rand(shape, generator=torch.Generator().manual_seed(3)) > 0.4)
+
+
+def test_the_step_comes_from_the_scheduler(pipe):
+    schedule = random_schedule(pipe)
+    plain = request(pipe)
+    with scheduled(pipe, schedule):
+        first = request(pipe)
+        found = summary(pipe)["all"]
+        assert torch.equal(request(pipe), first)
+    assert found["computed"] == int(schedule.compute.sum())
+    assert found["reused"] == schedule.compute.numel() - int(schedule.compute.sum())
+    assert not torch.equal(first, plain)
+    assert torch.equal(request(pipe), plain)  # removed
+
+
+def test_all_computed_is_plain(pipe):
+    plain = request(pipe)
+    with scheduled(pipe, Schedule(torch.ones(T, len(find_branches(pipe.transformer)), dtype=torch.bool))):
+        assert torch.equal(request(pipe), plain)
+
+
+def test_requests_do_not_touch_each_other(pipe):
+    """Another prompt, batch or size after a first request: as from a fresh session."""
+    schedule, wanted = random_schedule(pipe), []
+    others = [{"seed": 5}, {"n": 2}] + ([] if isinstance(pipe, diffusers.DiTPipeline) else [{"side": 16}])
+    if isinstance(pipe, diffusers.StableDiffusion3Pipeline):
+        others.pop()  # the tiny model has positions for 8 x 8 alone
+    for one in others:
+        with scheduled(pipe, schedule):
+            wanted.append(request(pipe, **one))
+    with scheduled(pipe, schedule):
+        request(pipe)
+        for one, expected in zip(others, wanted, strict=True):
+            assert torch.equal(request(pipe, **one), expected), one
+
+
+def test_a_request_that_was_broken_off_leaves_no_trace(pipe):
+    schedule = random_schedule(pipe)
+    with scheduled(pipe, schedule):
+        wanted = request(pipe)
+
+        block = find_branches(pipe.transformer)[-1].block
+        for after in (1, 3):
+            handle = block.register_forward_pre_hook(partial(interrupt_at, after, count()))
+            with pytest.raises(KeyboardInterrupt):
+                request(pipe, seed=8)
+            handle.remove()
+            assert torch.equal(request(pipe), wanted)
+
+
+def test_another_number_of_steps_is_refused(pipe):
+    with scheduled(pipe, random_schedule(pipe)):
+        with pytest.raises(
+            ValueError, match="is for 6 steps, the pipeline takes 5; use num_inference_steps=6"
+        ):
+            request(pipe, steps=5)
+        assert request(pipe).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "words"),
+    [
+        ("HeunDiscreteScheduler", "more than once a step"),
+        ("KDPM2DiscreteScheduler", "more than once a step"),
+        ("PNDMScheduler", "PNDMScheduler repeats"),
+    ],
+)
+def test_schedulers_of_more_calls_a_step_are_refused(scheduler, words):
+    pipe = quiet(pixart_alpha())
+    pipe.scheduler = getattr(diffusers, scheduler)()
+    with scheduled(pipe, random_schedule(pipe)), pytest.raises(ValueError, match=words):
+        request(pipe)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    ["DPMSolverMultistepScheduler", "SASolverScheduler", "DDIMScheduler", "DDPMScheduler",
+     "UniPCMultistepScheduler", "EulerDiscreteScheduler", "LCMScheduler"],
+)  # fmt: skip
+def test_schedulers_of_one_call_a_step_work(scheduler):
+    pipe = quiet(pixart_alpha())
+    pipe.scheduler = getattr(diffusers, scheduler)()
+    schedule = random_schedule(pipe)
+    with scheduled(pipe, schedule):
+        first = request(pipe)
+        assert torch.equal(request(pipe), first)
+        assert summary(pipe)["all"]["computed"] == 2 * int(schedule.compute.sum())
+
+
+def test_sequential_guidance_has_a_store_for_each_half():
+    """Flux's true guidance calls the model twice a step."""
+    pipe = quiet(flux_pipeline())
+    schedule = random_schedule(pipe)
+    negative = {"negative_prompt_embeds": draw(1, TEXT, 32, seed=9), "true_cfg_scale": 3.0}
+    negative["negative_pooled_prompt_embeds"] = draw(1, 32, seed=9)
+    everything = Schedule(torch.ones_like(schedule.compute))
+    plain = request(pipe, **negative)
+    with scheduled(pipe, everything):
+        assert torch.equal(request(pipe, **negative), plain)
+    with scheduled(pipe, schedule):
+        guided = request(pipe, **negative)
+        assert summary(pipe)["all"]["computed"] == 2 * int(schedule.compute.sum())
+        assert guided.isfinite().all()
+
+
+def test_two_pipelines_on_one_transformer_are_two_sessions():
+    one = quiet(pixart_alpha())
+    other = quiet(diffusers.PixArtSigmaPipeline(
+        None, None, one.vae, one.transformer, diffusers.DDIMScheduler(clip_sample=False)
+    ))  # fmt: skip
+    schedules = {one: random_schedule(one), other: Schedule(~random_schedule(other).compute)}
+    wanted = {}
+    for pipe, schedule in schedules.items():
+        with scheduled(pipe, schedule):
+            wanted[pipe] = request(pipe)
+    for pipe, schedule in schedules.items():
+        apply_schedule(pipe, schedule)
+    for pipe in (one, other, one):
+        assert torch.equal(request(pipe), wanted[pipe])
+    remove_schedule(one)
+    assert torch.equal(request(other), wanted[other])
+    remove_schedule(other)
+    assert not any("_diffusers_hook" in vars(module) for module in one.transformer.modules())
+
+
+def test_image_to_image_begins_later():
+    """The first steps are left out: what was never stored is computed."""
+    pipe = quiet(sd3_pipeline())
+    later = quiet(diffusers.StableDiffusion3Img2ImgPipeline(**pipe.components))
+    schedule = random_schedule(later)
+    more = {"image": draw(1, 3, 8, 8, seed=1).clamp(-1, 1), "strength": 0.5}
+    with scheduled(later, schedule):
+        latents = request(later, side=8, **more)
+        found = summary(later)["all"]
+    assert latents.isfinite().all()
+    assert found["computed"] + found["reused"] == schedule.compute.numel() // 2
+    branches = schedule.num_branches
+    assert branches <= found["computed"] < branches + int(schedule.compute[:3].sum())
+
+
+def interrupt_at(call: int, calls: Iterator[int], *_) -> None:
+    if next(calls) == call:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("hooks_first", [True, False])
+@pytest.mark.parametrize("kind", ["model", "sequential", "group"])
+def test_offloading_in_either_order(kind, hooks_first):
+    def offload(transformer: nn.Module) -> None:
+        if kind == "model":
+            accelerate.cpu_offload_with_hook(transformer, "cpu")
+        elif kind == "sequential":
+            for part in (transformer, pipe.vae):
+                accelerate.cpu_offload(part, "cpu")
+        else:
+            diffusers.hooks.apply_group_offloading(
+                transformer, torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1
+            )
+
+    pipe = quiet(pixart_alpha())
+    schedule = random_schedule(pipe)
+    with scheduled(pipe, schedule):
+        wanted = request(pipe)
+    actions = [
+        partial(apply_schedule, pipe, schedule),
+        partial(offload, pipe.transformer),
+    ]
+    for action in actions if hooks_first else actions[::-1]:
+        action()
+    assert torch.equal(request(pipe), wanted)
+    assert summary(pipe)["all"]["computed"] == int(schedule.compute.sum())
+    remove_schedule(pipe)
+    assert torch.isfinite(request(pipe)).all()
+
+
+def test_saving_while_hooked(tmp_path):
+    pipe = quiet(pixart_alpha())
+    plain = request(pipe)
+    with scheduled(pipe, random_schedule(pipe)):
+        pipe.transformer.save_pretrained(tmp_path)
+    loaded = diffusers.PixArtTransformer2DModel.from_pretrained(tmp_path).eval()
+    pipe.transformer = loaded
+    assert torch.equal(request(pipe), plain)
+
+
+def test_lora_is_loaded_and_unloaded_while_hooked():
+    peft = pytest.importorskip("peft")
+    pipe = quiet(flux_pipeline())
+    schedule = random_schedule(pipe)
+    apply_schedule(pipe, schedule)
+    wanted = request(pipe)
+    inside = peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False)
+    pipe.transformer.add_adapter(inside, "inside")  # within a branch: goes on
+    adapted = request(pipe)
+    assert not torch.equal(adapted, wanted)
+    pipe.transformer.delete_adapters("inside")
+    assert torch.equal(request(pipe), wanted)
+    pipe.transformer.add_adapter(peft.LoraConfig(r=2, target_modules=["proj_out"]), "output")
+    with pytest.raises(ValueError, match="was replaced since the schedule was applied"):
+        request(pipe)
+    apply_schedule(pipe, schedule)
+    assert request(pipe).isfinite().all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["model", "blocks"])
+def test_compiled_outputs_are_the_same(how):
+    pipe = quiet(pixart_alpha())
+    schedule = random_schedule(pipe)
+    with scheduled(pipe, schedule):
+        wanted = request(pipe)
+    apply_schedule(pipe, schedule)
+    if how == "model":
+        pipe.transformer.compile()
+    else:
+        for block in pipe.transformer.transformer_blocks:
+            block.compile()
+    assert torch.allclose(request(pipe), wanted, atol=1e-4)
+    assert summary(pipe)["all"]["computed"] == int(schedule.compute.sum())

@@ -1,0 +1,112 @@
+"""Prompts as embeddings on disk: encoded once, resumed, read without the encoder."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from backbones import prompts as module
+from backbones.prompts import encode_prompts, open_prompts, read_prompts
+
+transformers = pytest.importorskip("transformers")
+
+WORDS = ["[PAD]", "[UNK]", "</s>", "a", "green", "heart", "red", "apple", "style"]
+TEXTS = ["a green heart", "Red apple ", "style"]
+L = 6
+
+
+@pytest.fixture(scope="module", params=["t5", "bert"])
+def encoder(request, tmp_path_factory) -> str:
+    """A tiny seeded encoder of the real class, with a tokenizer of a few words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    folder = tmp_path_factory.mktemp(request.param)
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", eos_token="</s>"
+    )
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    if request.param == "t5":
+        config = transformers.T5Config(vocab_size=9, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4)
+        transformers.T5Model(config).save_pretrained(folder)
+    else:
+        config = transformers.BertConfig(
+            vocab_size=9, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32
+        )
+        transformers.BertModel(config).save_pretrained(folder)
+    return str(folder)
+
+
+def test_states_are_the_encoders(encoder, tmp_path):
+    found = encode_prompts(TEXTS, encoder, L, tmp_path, batch_size=2)
+    assert (len(found), found.num_tokens, found.channels) == (3, L, 16)
+    assert isinstance(found.states, np.memmap)
+    tokenizer, model = module.load_encoder(encoder)
+    for number, text in enumerate(["a green heart", "red apple", "style", ""]):
+        tokens = tokenizer(text, padding="max_length", max_length=L, return_tensors="pt")
+        with torch.no_grad():
+            wanted = model(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
+        states, mask = found.batch([number])
+        assert torch.equal(mask, tokens.attention_mask.bool())
+        assert torch.allclose(states, wanted.half().float(), atol=2e-3)
+
+
+def test_the_second_time_nothing_is_encoded(encoder, tmp_path, monkeypatch):
+    first = encode_prompts(TEXTS, encoder, L, tmp_path)
+    monkeypatch.setattr(module, "load_encoder", None)  # calling it would fail
+    again = encode_prompts(TEXTS, encoder, L, tmp_path)
+    assert np.array_equal(first.states, again.states)
+
+
+def test_other_texts_or_lengths_lie_elsewhere(encoder, tmp_path):
+    encode_prompts(TEXTS, encoder, L, tmp_path)
+    encode_prompts(TEXTS[:2], encoder, L, tmp_path)
+    encode_prompts(TEXTS, encoder, L + 1, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_an_interrupted_encoding_goes_on(encoder, tmp_path, monkeypatch):
+    whole = encode_prompts(TEXTS, encoder, L, tmp_path / "whole", batch_size=1)
+    calls, load = [], module.load_encoder
+
+    def breaking(source):
+        tokenizer, model = load(source)
+
+        def count(*_):
+            calls.append(1)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+
+        model.register_forward_pre_hook(count)
+        return tokenizer, model
+
+    monkeypatch.setattr(module, "load_encoder", breaking)
+    with pytest.raises(KeyboardInterrupt):
+        encode_prompts(TEXTS, encoder, L, tmp_path / "parts", batch_size=1)
+    (place,) = (tmp_path / "parts").iterdir()
+    with pytest.raises(ValueError, match="is not complete"):
+        open_prompts(place)
+    assert json.loads((place / "info.json").read_text())["done"] == 2
+    parts = encode_prompts(TEXTS, encoder, L, tmp_path / "parts", batch_size=1)
+    assert len(calls) == 3 + 2
+    assert np.array_equal(parts.states, whole.states)
+    assert np.array_equal(parts.lengths, whole.lengths)
+
+
+def test_an_absent_encoder_is_one_line(tmp_path):
+    with pytest.raises(OSError, match="the text encoder nowhere cannot be had"):
+        encode_prompts(TEXTS, "nowhere", L, tmp_path)
+
+
+def test_prompt_files(tmp_path):
+    (tmp_path / "prompts.txt").write_text("one\n\n two \n", encoding="utf-8")
+    assert read_prompts(tmp_path / "prompts.txt") == ["one", "two"]
+    (tmp_path / "empty.txt").write_text("\n\n")
+    with pytest.raises(ValueError, match="holds no prompt"):
+        read_prompts(tmp_path / "empty.txt")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(ValueError, match="is not text in UTF-8"):
+        read_prompts(tmp_path / "binary.txt")
