@@ -76,9 +76,9 @@ class Condition(NamedTuple):
 class PixArt(HookedTransformer):
     """diffusers' `PixArtTransformer2DModel` as a backbone; its labels are numbers of prompts.
 
-    transformer: frozen, in any dtype. prompts: what `labels` count. pixels: those of the images, by default what
-    the transformer was trained for; other sides are the multiples of 16. Under guidance a batch is [null prompt;
-    prompt], each with its own mask, as in diffusers' pipelines.
+    transformer: frozen, in any dtype. prompts: what `labels` count. pixels: those of the images, by default
+    what the transformer was trained for; other sides are the multiples of 16. Under guidance a batch is [null
+    prompt; prompt], each with its own mask, as in diffusers' pipelines.
     """
 
     has_null_label = True
