@@ -1,7 +1,7 @@
 """diffusers' `DiTTransformer2DModel` as a backbone: the same function as our DiT, from another library.
 
-Two of its constants differ from the official model's: the spacing of timestep frequencies, and the epsilon of a
-norm. `as_official` sets them as the official weights were trained with.
+Two of its constants differ from the official model's: the spacing of timestep frequencies, and a norm's
+epsilon. `as_official` sets them as the official weights were trained with.
 """
 
 from typing import Any, NamedTuple

@@ -24,7 +24,7 @@ def pair() -> tuple[DiT, DiffusersDiT]:
 
 
 def translated(state: dict, ours: DiT) -> dict:
-    """diffusers' names in official ones; every block of diffusers has embedders of its own, here all alike."""
+    """diffusers' names in official ones; its blocks have an embedder each, here all alike."""
     renamed = {"x_embedder.proj": "pos_embed.proj", "final_layer.linear": "proj_out_2"}
     renamed["final_layer.adaLN_modulation.1"] = "proj_out_1"
     first = "transformer_blocks.0.norm1.emb"
