@@ -99,7 +99,7 @@ class Runs:
     @contextmanager
     def cache_dit(self, executed: list[bool]) -> Iterator[None]:
         """executed: the steps that compute all blocks, in the order of execution; the others one."""
-        import cache_dit
+        import cache_dit  # noqa: F401
 
         config = cache_dit.DBCacheConfig(
             Fn_compute_blocks=1, Bn_compute_blocks=0, residual_diff_threshold=1e9, max_warmup_steps=1,
@@ -155,7 +155,7 @@ def main(args: argparse.Namespace) -> None:
         calls[name] = under(lambda schedule=schedule: runs.scheduled(schedule))
         promised[name] = runs.speedup_macs(schedule)
     try:
-        import cache_dit
+        import cache_dit  # noqa: F401
     except ImportError:
         print("cache-dit is not installed and left out: pip install cache-dit")
     else:
