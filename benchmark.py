@@ -25,11 +25,18 @@ from torch import Tensor
 
 from backbones.loading import load_model, pixels_of
 from benchmarks import training_cost
-from common import cli, registry
+from common import cli, devices, registry
 from common.columns import print_columns
 from common.files import check_writable, to_json, write_json
 from common.pictures import branch_types
-from common.timing import copy_ceiling, in_turn, latency, matmul_ceiling, peak_memory, reset_peak_memory
+from common.timing import (
+    alternating,
+    copy_ceiling,
+    latency,
+    matmul_ceiling,
+    peak_memory,
+    reset_peak_memory,
+)
 from execution import modes as execution
 from metrics.paired import mse
 from models import DiT
@@ -62,7 +69,7 @@ def parse_args() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="the last line, indented")
     execution.add_arguments(parser)
-    cli.add_device_arguments(parser)
+    devices.add_arguments(parser)
     args = cli.parse(parser)
     for spec in args.methods:
         try:
@@ -152,7 +159,7 @@ def sampling_rows(
         x_0[name] = run()
         require_finite(x_0[name], what=f"x_0 of {name}")
         peaks[name] = peak_memory(device)
-    times = dict(zip(runs, in_turn(list(runs.values()), args.repeats, device, warm_up=0), strict=True))
+    times = dict(zip(runs, alternating(list(runs.values()), args.repeats, device, warm_up=0), strict=True))
     passes, rows = 1 if args.cfg_scale == 1 else 2, []
     weights = torch.tensor(execution.branch_weight_bytes(model, args.quantize), dtype=torch.float64)
     for name in runs:
@@ -217,8 +224,8 @@ def print_card(facts: dict, title: str) -> None:
 
 def main(args: argparse.Namespace) -> None:
     cli.show_notes(args)
-    device = cli.choose_device(args.device)
-    precision, dtype = cli.set_precision(args.precision, device)
+    device = devices.choose_device(args.device)
+    precision, dtype = devices.set_precision(args.precision, device)
     if args.output:
         check_writable(args.output, [".json"])
     model = load_model(
@@ -226,7 +233,7 @@ def main(args: argparse.Namespace) -> None:
     )
     result = {name: getattr(args, name) for name in ("model", "cfg_scale", "repeats")}
     result["image_size"] = pixels_of(model)
-    result |= {"precision": precision, "hardware": cli.hardware(device), "torch": torch.__version__}
+    result |= {"precision": precision, "hardware": devices.hardware(device), "torch": torch.__version__}
     title = f"{args.model}, {pixels_of(model)} px, {precision} on {result['hardware']}, batch "
     result["cards"] = {batch: card(args, model, device, dtype, batch) for batch in args.batch_size}
     for batch, facts in result["cards"].items():

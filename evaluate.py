@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common import cli, registry
+from common import cli, devices, registry
 from common.arrays import ArrayFile
 from common.cli import Unread
 from common.files import check_writable, replacing, to_json, write_json
@@ -282,7 +282,7 @@ def _drawn_from(samples: Path) -> dict:
 
 def main(args: argparse.Namespace) -> None:
     cli.show_notes(args)
-    device = cli.choose_device(args.device)
+    device = devices.choose_device(args.device)
     for path, suffix in ((args.output, ".json"), (args.save_statistics, ".npz")):
         if path:
             check_writable(path, [suffix])

@@ -25,10 +25,10 @@ from backbones import settings as model_settings
 from backbones.denoiser import check_guidance
 from backbones.loading import is_latent
 from backbones.settings import ModelSettings
-from common import cli
+from common import cli, devices
 from common.files import check_writable, replacing
 from common.pictures import branch_types, comparison, sheet
-from common.timing import in_turn
+from common.timing import alternating
 from execution import modes as execution
 from metrics.paired import mse, psnr
 from models import DiT
@@ -68,7 +68,7 @@ def parse_args() -> argparse.Namespace:
         help="timed runs after the warm-up; 0: no timing (default 3)",
     )
     execution.add_arguments(parser)
-    cli.add_device_arguments(parser)
+    devices.add_arguments(parser)
     args = cli.parse(parser)
     if args.ddim_sample and args.p_sample:
         parser.error("--ddim-sample and --p-sample exclude each other; give one")
@@ -114,7 +114,7 @@ def report_latency(
 ) -> None:
     """Time one batch of every method in turn (A B A B); drawing the images has been the warm-up."""
     batches = [partial(draw, trajectory, labels) for trajectory in chosen.values()]
-    seconds = dict(zip(chosen, in_turn(batches, repeats, device, warm_up=0), strict=True))
+    seconds = dict(zip(chosen, alternating(batches, repeats, device, warm_up=0), strict=True))
     for name, times in seconds.items():
         middle, low, high = (1000 * f(times) for f in (statistics.median, min, max))
         print(
@@ -133,8 +133,8 @@ def picture_suffixes() -> list[str]:
 
 def main(args: argparse.Namespace) -> None:
     cli.show_notes(args)
-    device = cli.choose_device(args.device)
-    precision, dtype = cli.set_precision(args.precision, device)
+    device = devices.choose_device(args.device)
+    precision, dtype = devices.set_precision(args.precision, device)
     check_writable(args.output, picture_suffixes())
     if args.save_latents:
         check_writable(args.save_latents, [".npz"])
@@ -153,7 +153,7 @@ def main(args: argparse.Namespace) -> None:
     sampler = "ddpm" if args.p_sample else "ddim"
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     default = "" if args.ddim_sample or args.p_sample else " (the default)"
-    print(f"{args.model}, {parameters:,.2f} M parameters, {precision} on {cli.hardware(device)}")
+    print(f"{args.model}, {parameters:,.2f} M parameters, {precision} on {devices.hardware(device)}")
     print(
         f"{sampler.upper()}{default}, {method.diffusion.num_timesteps} steps, guidance {args.cfg_scale:g}, "
         f"seed {args.seed}"

@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from backbones.denoiser import check_guidance
 from backbones.loading import pixels_of
-from common import cli, distributed
+from common import cli, devices, distributed
 from common.distributed import Processes
 from common.files import make_folder, read_json, remove_partials, replacing, write_json, writing
 from common.identity import differences, weights_fingerprint
@@ -82,7 +82,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("samples.npz"))
     parser.add_argument("--sample-dir", type=Path, help="folder for --output (default: the current one)")
     execution.add_arguments(parser)
-    cli.add_device_arguments(parser)
+    devices.add_arguments(parser)
     args = cli.parse(parser)
     if args.ddim_sample and args.p_sample:
         parser.error("--ddim-sample and --p-sample exclude each other; give one")
@@ -407,7 +407,7 @@ def run(args: argparse.Namespace, processes: Processes) -> None:
 
 def prepare(args: argparse.Namespace, processes: Processes) -> tuple[Parts, DiT, object, Method, str]:
     """All that can be refused before a file is written: the parts to come, the model, the VAE, the method."""
-    precision, dtype = cli.set_precision(args.precision, processes.device)
+    precision, dtype = devices.set_precision(args.precision, processes.device)
     execution.check_available(args, processes.device)
     settings, alone = ModelSettings.from_arguments(args), processes.world_size == 1
     model, vae_config = settings.load(processes.device, dtype, fetch=alone)
@@ -442,7 +442,7 @@ def draw_all(
         processes,
         f"{args.num_samples} samples of {args.model}, {method.diffusion.num_timesteps} steps, guidance "
         f"{args.cfg_scale:g}, {args.accelerate_method}; {sum(map(len, todo))} to draw on "
-        f"{processes.world_size} processes, {precision} on {cli.hardware(processes.device)}",
+        f"{processes.world_size} processes, {precision} on {devices.hardware(processes.device)}",
     )
     mine = todo[processes.rank :: processes.world_size]
     bar = tqdm(total=sum(map(len, mine)), unit="image", disable=None if processes.is_main else True)

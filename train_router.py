@@ -36,7 +36,7 @@ from tqdm import tqdm
 from backbones.denoiser import check_guidance
 from backbones.loading import pixels_of
 from backbones.settings import ModelSettings
-from common import cli, distributed
+from common import cli, devices, distributed
 from common.distributed import Processes
 from common.files import remove_partials, replacing, writing
 from common.identity import weights_fingerprint
@@ -307,7 +307,7 @@ def prepare(args: argparse.Namespace, processes: Processes) -> Run:
     if processes.device.type == "cuda":  # or a resumed run would not repeat its bits
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-    args.precision, dtype = cli.set_precision(args.precision, processes.device)
+    args.precision, dtype = devices.set_precision(args.precision, processes.device)
     settings = dataclasses.replace(ModelSettings.from_arguments(args), vae=vae_spec(args))
     model, _ = settings.load(processes.device, dtype, fetch=False)
     check_guidance(model, args.cfg_scale)

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from backbones.loading import load_model
-from common import cli
+from common import cli, devices
 from common.files import to_json
 from common.identity import weights_fingerprint
-from common.timing import in_turn
+from common.timing import alternating
 from examples.digits import MODEL
 from examples.digits.classifier import Judge
 from execution import modes as execution
@@ -90,7 +90,7 @@ def timed_batch(args: argparse.Namespace, *setting) -> Callable[[], Tensor]:
 
 def latencies(batches: list[Callable[[], Tensor]], repeats: int = REPEATS) -> list[float]:
     """Median milliseconds of every batch, taken in turn after a warm-up."""
-    return [1000 * statistics.median(own) for own in in_turn(batches, repeats, torch.device("cpu"))]
+    return [1000 * statistics.median(own) for own in alternating(batches, repeats, torch.device("cpu"))]
 
 
 def fidelity(judge: Judge, x_0: Tensor, uncached: Tensor, labels: Tensor) -> dict[str, float]:
@@ -128,7 +128,7 @@ def compare(
         "batch_size": args.batch_size,
         "weights": weights_fingerprint(model),
         "dtype": "float32",
-        "hardware": cli.hardware(torch.device("cpu")),
+        "hardware": devices.hardware(torch.device("cpu")),
     }
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 from backbones.loading import load_model
-from common import cli
+from common import cli, devices
 from common.columns import print_columns
 from common.files import check_writable, to_json, write_json
-from common.timing import in_turn, latency
+from common.timing import alternating, latency
 from examples.digits import MODEL
 from examples.digits.classifier import Judge
 from execution import modes as execution
@@ -81,8 +81,8 @@ def variant(plain: DiT, weights: str, compiled: bool, device: torch.device) -> t
 def main(args: argparse.Namespace) -> None:
     if args.output:
         check_writable(args.output, [".json"])
-    device = cli.choose_device(args.device)
-    cli.set_precision("fp32", device)
+    device = devices.choose_device(args.device)
+    devices.set_precision("fp32", device)
     plain, name = load_model(MODEL), Path(args.path).name.removesuffix(".safetensors")
     num_steps = len(load_router(args.path, MODEL, num_branches=plain.num_branches).logits)
     setting = {"model": MODEL, "cfg_scale": args.cfg_scale, "num_sampling_steps": num_steps}
@@ -98,7 +98,7 @@ def main(args: argparse.Namespace) -> None:
     one_batch = argparse.Namespace(**vars(args) | {"samples": args.batch_size})
     x_0 = {key: draw(args, *run).float().cpu() for key, run in runs.items()}
     batches = [lambda run=run: draw(one_batch, *run) for run in runs.values()]
-    times = dict(zip(runs, in_turn(batches, args.repeats, device), strict=True))
+    times = dict(zip(runs, alternating(batches, args.repeats, device), strict=True))
     judge, labels, rows = Judge(), torch.arange(args.samples) % plain.num_classes, []
     for key, own in times.items():
         weights, name = key
@@ -111,7 +111,7 @@ def main(args: argparse.Namespace) -> None:
 
     asked = ("path", "cfg_scale", "samples", "seed", "batch_size", "repeats", "compile")
     result = {name: getattr(args, name) for name in asked} | {"num_steps": num_steps}
-    result |= {"hardware": cli.hardware(device), "torch": torch.__version__, "rows": rows}
+    result |= {"hardware": devices.hardware(device), "torch": torch.__version__, "rows": rows}
     if args.output:
         write_json(args.output, result)
     print(to_json(result))

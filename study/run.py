@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 import train_router
-from common import cli, lifeline
+from common import cli, devices, lifeline
 from common.arrays import ArrayFile
 from common.files import read_json, replacing, write_json
 from common.identity import same_weights, weights_fingerprint
@@ -225,7 +225,7 @@ def measure_latencies(folder: Path, tasks: list[Task], repeats: int) -> None:
                 "speedup_latency": plain_ms / ms,
                 "latency_batch": measure.LATENCY_BATCH,
                 "latency_repeats": repeats,
-                "latency_hardware": cli.hardware(torch.device("cpu")),
+                "latency_hardware": devices.hardware(torch.device("cpu")),
                 "router_hash": router_hash,
             }
             for id, (ms, router_hash) in measured.items()

@@ -211,7 +211,7 @@ def watched(monkeypatch, tiny_model):
             config = note("vae", lambda spec: None if spec == "none" else FakeConfig(spec))
             patch.setattr(f"{module}.read_vae_config", config)
         patch.setattr("common.distributed.start", note("device", Processes(0, 1, torch.device("cpu"))))
-        patch.setattr("common.cli.choose_device", note("device", torch.device("cpu")))
+        patch.setattr("common.devices.choose_device", note("device", torch.device("cpu")))
         for name in ("compile_branches", "recompute_branches", "quantize"):
             patch.setattr(f"execution.{name}", noting(name))
         patch.setattr("torch.compile", lambda function, **_: function)
