@@ -21,7 +21,7 @@ from torch import Tensor
 
 from backbones.loading import load_model
 from common import cli, devices, lifeline
-from common.columns import print_columns
+from common.columns import aligned
 from common.files import replacing, write_json
 from common.pictures import comparison, schedule_heat_map
 from common.timing import alternating
@@ -134,7 +134,7 @@ def main(args: argparse.Namespace) -> None:
         rows.append(measure(model, judge, x_0, labels, samples["uncached"], method, methods[method]))
         rows[-1]["latency_ms"] = 1000 * statistics.median(seconds[method])
     print()
-    print_columns(rows, COLUMNS)
+    print(aligned(rows, COLUMNS), flush=True)
     write_results(args.results_dir, rows, router, samples, model)
 
 

@@ -33,6 +33,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import execution
 from backbones.denoiser import check_guidance
 from backbones.loading import pixels_of
 from backbones.settings import ModelSettings
@@ -43,7 +44,6 @@ from common.identity import weights_fingerprint
 from common.pictures import schedule_heat_map
 from diffusion import GaussianDiffusion, create_diffusion
 from end_to_end.rounds import EndToEnd
-from execution import modes as execution
 from models import DiT
 from objectives import TrainStep
 from training.arguments import parse_args

@@ -25,6 +25,7 @@ class Backbone(Protocol):
     num_classes: int  # conditions to draw from: labels, or prompts by their number
     has_null_label: bool  # whether it can be guided
     prepared_size: int  # values that `prepare` makes for one step and sample
+    learn_sigma: bool  # whether an output (N, 2C, H, W) holds a variance beside the noise
 
     @property
     def num_branches(self) -> int: ...
@@ -68,3 +69,6 @@ class Backbone(Protocol):
 
     def wrap_branches(self, wrap: Callable[[Callable], Callable]) -> None:
         """Replace every function that computes a branch output by `wrap` of it."""
+
+    def wrap_additions(self, wrap: Callable[[Callable], Callable]) -> None:
+        """Replace every function that adds a branch output to the residual stream by `wrap` of it."""

@@ -30,7 +30,7 @@ from cache import GatedCache
 from common.timing import alternating, peak_memory, reset_peak_memory
 from diffusion import GaussianDiffusion, create_diffusion
 from end_to_end.trajectory import Paired, toggle_effects
-from execution.modes import compile_branches, recompute_branches
+from execution import compile_branches, recompute_branches
 from models import DiT
 from objectives import image_error_proxy, train_trajectory
 from router import Router

@@ -141,10 +141,9 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str] | None = None) -
 def note_unread(parser: argparse.ArgumentParser, args: argparse.Namespace, table: Iterable[Unread]) -> None:
     """Put the flags that have no effect under the others into `args.unread`, and note those that were given.
 
-    All are set back to their defaults. The table is read from top to bottom: a flag that decides about others
-    stands above them.
+    All of them are set back to their defaults. The table is read from top to bottom: a flag that decides
+    about others stands above them. A command may call this several times, with one table each time.
     """
-    args.unread = set()
     for names, when, reason in table:
         for name in sorted(set(names) & vars(args).keys() - args.unread):
             if when(args):
