@@ -6,8 +6,8 @@
     python sample.py --num-sampling-steps 10 --accelerate-method dynamiclayer --path ROUTER --compare
 
 `--path` is a router file or a folder that holds one (a training's results folder); `schedules/table.py`
-lists the other values of `--accelerate-method`. `--compare` draws the same noise with and without the method. Latency
-is that of the denoising loop of one batch, without decoding.
+lists the other values of `--accelerate-method`. `--compare` draws the same noise with and without the method.
+The latency is that of the denoising loop of one batch, without decoding.
 """
 
 import argparse

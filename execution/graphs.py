@@ -27,13 +27,10 @@ class Captured:
         inputs = [labels, noise]
         if (step_noise := draw_step_noise(trajectory, noise, generator)) is not None:
             inputs.append(step_noise)
-        key = (
-            id(trajectory),
-            noise.shape,
-            noise.dtype,
-        )  # the graph holds the trajectory: its id stays its own
+        # The graph holds the trajectory, so no other one takes its id.
+        key = (id(trajectory), noise.shape, noise.dtype)
         if key not in self._captured:
-            # Made outside of the capture, since its weights come from the host. Its store is empty after a run.
+            # Made outside of the capture: its weights come from the host. Its store is empty after a run.
             cache = trajectory.cache(**self._store)
 
             def run(labels: Tensor, noise: Tensor, step_noise: Tensor | None = None) -> Tensor:

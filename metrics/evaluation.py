@@ -1,4 +1,4 @@
-"""What `evaluate.py` computes of files: statistics of features, and figures against a reference or uncached samples."""
+"""The figures of `evaluate.py`: samples in files against a reference, and against uncached samples."""
 
 import json
 import math

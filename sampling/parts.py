@@ -1,4 +1,4 @@
-"""The parts of a large sampling: batches on disk that any later run goes on with, and the .npz made of them."""
+"""The parts of a large sampling: batches on disk, with which any later run goes on, and the .npz of them."""
 
 import contextlib
 import os
@@ -25,15 +25,15 @@ from sampling.decoding import decode
 from sampling.loop import Sample, Trajectory, generate_seeded, sample
 from sampling.seeds import SAMPLING_STREAM, draw_labels, sample_generator
 
-# Matrix products of other shapes may round otherwise. Every forward pass takes a multiple of this many samples,
-# at the same places, so that the batch size changes nothing.
+# Matrix products of other shapes may round otherwise. Every forward pass takes a multiple of this many
+# samples, at the same places, so that the batch size changes nothing.
 BLOCK = 16
 _LABEL_KEY = 1  # (seed, stream, k, this) draws sample k's random label; its noise is drawn without it
 
 
 @dataclass
 class Parts:
-    """The finished batches of an .npz that is not complete: FIRST-COUNT.npy, samples FIRST .. FIRST + COUNT - 1.
+    """The finished batches of an .npz to come: FIRST-COUNT.npy holds samples FIRST .. FIRST + COUNT - 1.
 
     They lie in a folder beside the .npz, which one process at a time opens. settings: all that the images
     depend on, except for the weights of reuse (T, B, K) that a calibrated method solves; those lie beside the

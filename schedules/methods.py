@@ -1,4 +1,4 @@
-"""What `MethodSettings` mean for a model: the chain, which branches are computed, and how the others are reused.
+"""A method for a model: its chain, which branches it computes, how it reuses the others.
 
 `schedules/table.py` lists the methods.
 """

@@ -9,12 +9,12 @@
 | `dynamiclayer` | a router's, however it was trained | `--path ROUTER`, `--thres X` |
 | `l2c` | a Learning-to-Cache router's | `--path ROUTER`, `--thres X` |
 | `taylor-` and one of the last four | the same; reused branches are extrapolated | also `--order 1` or `2` |
-| `calibrated-` and one of those | the same; the weights of reuse are solved here | also `--calibrate N`, `--terms K` |
+| `calibrated-` and one of those | the same; weights of reuse are solved | also `--calibrate N`, `--terms K` |
 
-A router of `train_router.py --method end-to-end` holds its own weights of reuse, and `dynamiclayer` uses them.
+A router of `train_router.py --method end-to-end` holds its own weights of reuse; `dynamiclayer` uses them.
 
-A new static schedule is one file with a function (num_steps, num_branches, flags...) -> Schedule, and one row:
-its flags have the names of the function's parameters.
+A new static schedule is one file with a function (num_steps, num_branches, flags...) -> Schedule, and one
+row: its flags have the names of the function's parameters.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ from schedules.routed import routed_schedule
 
 @dataclass(frozen=True)
 class Flag:
-    """One flag of a method. name: `first_steps` is `--first-steps`. needed: what must be given; "": optional."""
+    """One flag of a method. needed: what a flag takes that must be given, in words; "": it is optional."""
 
     name: str
     help: str
