@@ -20,6 +20,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
+from torch import Tensor
 from tqdm import tqdm
 
 import execution
@@ -142,11 +143,11 @@ def run(args: argparse.Namespace, processes: Processes) -> None:
     with job.parts as parts:
         solve = None
         if methods.calibration(job.method_settings):
-            solve = lambda: (
-                methods.solved(  # noqa: E731
-                    job.method_settings, job.model, job.sampling, job.method
-                ).schedule.weights
-            )
+
+            def solve() -> Tensor:
+                asked = job.method_settings, job.model, job.sampling, job.method
+                return methods.solved(*asked).schedule.weights
+
         is_done = distributed.together(lambda: processes.is_main and parts.open(solve))
         for note in parts.notes:
             print(note, flush=True)

@@ -55,7 +55,10 @@ class Backbone(Protocol):
         """
 
     def predict(self, x: Tensor, prepared: Any, cache: Cache | None = None) -> Tensor:
-        """The model's output at x (N, C, H, W). Every branch asks `cache(index, compute)` for its output."""
+        """The model's output at x (N, C, H, W).
+
+        Every branch asks `cache(index, run)` for its output, where `run()` computes it.
+        """
 
     def guide(self, output: Tensor, cfg_scale: float) -> Tensor:
         """The guided output of an output for both halves, of the same shape."""

@@ -57,7 +57,7 @@ def card(
 
 
 def floor_seconds(facts: dict, macs: float, weights_read: float) -> float:
-    """A lower bound on a run's time: all products at the ceiling, or the weights (bytes) read by every step."""
+    """A lower bound on a run's time: all products at the ceiling, or all weights (bytes) once."""
     products = macs / (facts["matmul_gmacs_per_second"] * 1e9)
     return max(products, weights_read / (facts["copy_gb_per_second"] * 1e9))
 

@@ -1,4 +1,4 @@
-"""A whole trajectory as one CUDA graph: a schedule does not depend on the input, so neither does the graph."""
+"""A whole trajectory as one CUDA graph, which is possible since a schedule does not depend on the input."""
 
 from collections.abc import Callable
 

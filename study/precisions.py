@@ -4,9 +4,9 @@
     python -m study.precisions --path digits-T20-1.96x --weights int8wo int8 --compile
 
 Rows are weights (fp32, then bf16 or 8 bits, see `execution/quantization.py`), uncached and under a router.
-All figures are relative to fp32 uncached: quality is that of samples of the same noise, latencies are those of
-one batch, timed alternately. int8 needs torchao, fp8 a GPU. The last line is JSON, `--output` writes it to a
-file.
+All figures are relative to fp32 uncached: quality is that of samples of the same noise, latencies are those
+of one batch, timed alternately. int8 needs torchao, fp8 a GPU. The last line is JSON, `--output` writes it to
+a file.
 """
 
 import argparse
