@@ -39,7 +39,7 @@ def combined(outputs: Outputs, weights: Sequence[float] | Tensor) -> Tensor:
 
 
 def _times(output: Tensor, weight: float | Tensor) -> Tensor:
-    """The product, rounded once: torch would round a weight without dimensions to the output's dtype first."""
+    """The product, rounded once; torch would round a 0-d weight to the dtype of the output first."""
     if isinstance(weight, Tensor) and weight.dtype != output.dtype:
         return (output * weight.view([1] * output.ndim)).to(output.dtype)
     return output * weight
