@@ -30,7 +30,7 @@ from objectives import TrainStep
 from router import Router, Schedule, load_router, weights_read
 from sampling.seeds import TRAINING_STREAM, sample_generator
 from training.rounds import Rounds
-from training.state import Training, fresh_moments, set_moments
+from training.state import Training
 from training.target import Target
 
 LEAST_ERROR = 1e-12
@@ -59,7 +59,9 @@ class EndToEndTraining(Training):
         self.moves = nn.Parameter(torch.zeros(*size, terms, device=device))
         self.optimizer = torch.optim.Adam([self.moves], lr=lr, betas=(0.9, 0.99), fused=True)
         distributed.average_gradients(self.optimizer)
-        self.mark_boundary()
+        for name in ("tables", "current", "part", "fitted", "scale", "moves"):
+            self.state.add_attribute(self, name)
+        self.state.add_adam(self.optimizer, self.moves)
 
     @property
     def table(self) -> Tensor:
@@ -92,25 +94,6 @@ class EndToEndTraining(Training):
     def router_to_save(self) -> Router:
         return Router.from_schedule(self.schedule)
 
-    def state(self) -> dict[str, Tensor]:
-        moments = self.optimizer.state.get(self.moves) or fresh_moments(self.moves)
-        own = {"current": torch.tensor(self.current), "part": torch.tensor(self.part, dtype=torch.float64)}
-        own |= {"tables": self.tables.to(torch.uint8), "fitted": self.fitted, "scale": self.scale}
-        return own | {"moves": self.moves} | moments
-
-    def set_state(self, state: dict[str, Tensor]) -> None:
-        if len(state["tables"]) != len(self.tables):
-            raise ValueError(
-                f"--resume: the run searched {len(state['tables'])} candidates, this version takes "
-                f"{len(self.tables)}; start a new one"
-            )
-        self.tables, self.current = state["tables"].bool(), int(state["current"])
-        self.part = state["part"].item()
-        self.fitted, self.scale = state["fitted"].to(self.device), state["scale"].to(self.device)
-        with torch.no_grad():
-            self.moves.copy_(state["moves"])
-        set_moments(self.optimizer, self.moves, {key: state[key] for key in fresh_moments(self.moves)})
-
 
 class EndToEnd(Rounds):
     """Needs no images."""
@@ -118,12 +101,13 @@ class EndToEnd(Rounds):
     steps_per_round = 1
     extra_steps = 0.0  # the budget is met by construction
 
-    def __init__(self, args, processes, model, diffusion, target):
-        super().__init__(args, processes, model, diffusion, target)
+    def __init__(self, settings, processes, model, diffusion, target):
+        super().__init__(settings, processes, model, diffusion, target)
+        args = self.args = settings.method
         self.budget = search.Budget.of(target, args.terms)
         self.warm_start = self._pool = None
         if args.init:
-            router = load_router(args.init, args.model, num_branches=model.num_branches)
+            router = load_router(args.init, settings.model.model, num_branches=model.num_branches)
             source = router.schedule(router.info.get("threshold", 0.1))
             self.warm_start = search.interpolated(source.compute, diffusion.num_timesteps)
         num_steps = diffusion.num_timesteps
@@ -176,13 +160,13 @@ class EndToEnd(Rounds):
         first = number - number % POOL_ROUNDS
         if self._pool is None or self._pool[0] != first:
             self._pool = first, self._inclusion(first)
-        args, processes = self.args, self.processes
-        generator = sample_generator(args.global_seed, TRAINING_STREAM, number)
+        processes = self.processes
+        generator = sample_generator(self.settings.global_seed, TRAINING_STREAM, number)
         indices, importance = systematic_sample(self._pool[1], generator)
         local = len(indices) // processes.world_size
         own = slice(processes.rank * local, (processes.rank + 1) * local)
         keys = ((TRAINING_STREAM, first, index) for index in indices[own].tolist())
-        paired = self._paired([sample_generator(args.global_seed, *key) for key in keys])
+        paired = self._paired([sample_generator(self.settings.global_seed, *key) for key in keys])
         return dataclasses.replace(paired, importance=importance[own].to(processes.device))
 
     def _inclusion(self, first: int) -> Tensor:
@@ -193,15 +177,15 @@ class EndToEnd(Rounds):
         args, rank, world_size = self.args, self.processes.rank, self.processes.world_size
         table = self.budget.skeletons(self.diffusion.num_timesteps, 1.0, warps=(1.0,))[0]
         weights, errors = None, torch.zeros(args.pool, device=self.processes.device)
-        batches = torch.arange(rank, args.pool, world_size).split(self.num_samples // world_size)
+        batches = torch.arange(rank, args.pool, world_size).split(self.settings.num_samples // world_size)
         for part in tqdm(batches, desc="pool", leave=False, disable=True if rank else None):
             keys = ((TRAINING_STREAM, first, index) for index in part.tolist())
-            paired = self._paired([sample_generator(args.global_seed, *key) for key in keys])
+            paired = self._paired([sample_generator(self.settings.global_seed, *key) for key in keys])
             if weights is None:
                 weights = self._fit(paired, table).weights.to(paired.noise)
             with torch.no_grad():
                 (errors[part],) = paired.errors(GatedCache(table.to(paired.noise), weights))
-        return inclusion(distributed.mean(errors).cpu(), self.num_samples)
+        return inclusion(distributed.mean(errors).cpu(), self.settings.num_samples)
 
     def _grow(self, training: EndToEndTraining, paired: Paired, generators: list) -> TrainStep:
         """One growth of one candidate: the first builds its skeleton, the last meets the budget."""
@@ -246,7 +230,7 @@ class EndToEnd(Rounds):
         deviations = paired.deviations(cache, not args.keep_activations, args.window)
         losses = errors = torch.stack([one.square().mean(1).mean() for one in deviations])
         if args.moments_weight:
-            in_pixels, count = not is_latent(self.model), self.num_samples
+            in_pixels, count = not is_latent(self.model), self.settings.num_samples
             moments = paired.moments(deviations[0], in_pixels, count, distributed.mean)
             losses = torch.cat([errors[:1] + args.moments_weight * moments, errors[1:]])
         # The loss is the logarithm of the mean over all ranks: the mean of their own logarithms is another.
@@ -268,7 +252,7 @@ class EndToEnd(Rounds):
         fitted = self._fit(paired, table)
         soft = None
         if args.open_share < 1:
-            generator = sample_generator(args.global_seed, TRAINING_STREAM, training.round)
+            generator = sample_generator(self.settings.global_seed, TRAINING_STREAM, training.round)
             soft = torch.rand(table.shape, generator=generator) < args.open_share
             soft[-1] = False
         effects = toggle_effects(
@@ -290,3 +274,6 @@ class EndToEnd(Rounds):
             training.start_moving(fitted)
         error = torch.tensor(fitted.error, device=training.device)
         return TrainStep(0, error.clamp(min=LEAST_ERROR).log(), error, training.table.sum().to(error))
+
+
+ROUNDS: dict[str, type[Rounds]] = {"end-to-end": EndToEnd}

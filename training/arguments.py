@@ -1,6 +1,7 @@
 """The flags of `train_router.py`: their defaults by method, and what does not go together."""
 
 import argparse
+import dataclasses
 import math
 from pathlib import Path
 
@@ -11,28 +12,20 @@ from common.cli import Unread
 from diffusion import NUM_TIMESTEPS, space_timesteps
 from objectives import PROXY_DEFINITIONS
 from router import MAX_TERMS
+from training.settings import METHODS, L2CSettings, OutputSettings, TrainSettings
 
-# Published, but for end-to-end, which is ours.
-DEFAULTS = {
-    "harmonica": {"lr": 0.01, "l1": 7e-8, "max_steps": 20000, "log_every": 100, "ckpt_every": 1000},
-    "l2c": {"lr": 0.001, "max_steps": 20000, "log_every": 100, "ckpt_every": 1000},
-    "end-to-end": {
-        "lr": 0.1, "max_steps": 100, "log_every": 5, "ckpt_every": 10, "terms": 3, "open_share": 1.0,
-        "moments_weight": 0.0,
-    },
-}  # fmt: skip
-BATCH_SIZE, GROUPS = 64, 8
-THRESHOLD, L2C_THRESHOLD_512 = 0.1, 0.9
-# Learning-to-Cache's beta by (T, pixels) where it was published; all others take the weaker of the two.
+# Train steps between lines of the log and between checkpoints where the usual ones are too many.
+INTERVALS = {"end-to-end": {"log_every": 5, "ckpt_every": 10}}
+L2C_THRESHOLD_512 = 0.9
+# Learning-to-Cache's beta by (T, pixels) where it was published; all others take `L2CSettings.l1`.
 L2C_L1 = {(50, 256): 1e-6, (20, 256): 5e-6, (10, 256): 1e-6, (50, 512): 5e-6}
-L2C_L1_ELSEWHERE = 1e-6
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train a caching router for a frozen DiT.")
     model_settings.add_arguments(parser)
     method = parser.add_argument_group("method (defaults: the published ones for T = 10)")
-    method.add_argument("--method", choices=DEFAULTS, default="harmonica", help="default harmonica")
+    method.add_argument("--method", choices=METHODS, default="harmonica", help="default harmonica")
     method.add_argument("--num-sampling-steps", default="10", help="T, or a respacing such as ddim50")
     method.add_argument("--cfg-scale", type=cli.finite, help="guidance, 1 = off (default 1.5); not l2c")
     method.add_argument(
@@ -184,11 +177,11 @@ def complete_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace
     if args.method == "end-to-end" and not has_target:
         parser.error("--method end-to-end needs --target-speedup or --target-cur, such as --target-speedup 2")
     try:
-        defaults = DEFAULTS[args.method] | _more_defaults(args)
-    except ValueError as error:  # of the respacing
+        defaults = _defaults(args)
+    except ValueError as error:  # an unknown respacing
         parser.error(str(error))
     for name, value in defaults.items():
-        if getattr(args, name) is None:
+        if getattr(args, name, value) is None:
             setattr(args, name, value)
     if args.l1 == 0 and has_target:
         parser.error("--l1 0 cannot be adjusted to a target; leave it out")
@@ -199,19 +192,23 @@ def complete_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace
         parser.error(f"--pool {args.pool} is less than a batch ({args.trajectories}); give as many or more")
 
 
-def _more_defaults(args: argparse.Namespace) -> dict:
-    """Those that depend on more than the method. Raises ValueError for an unknown respacing."""
-    if args.method != "l2c":
-        return {"ste_threshold": THRESHOLD, "cfg_scale": 1.5}
-    num_steps = len(space_timesteps(NUM_TIMESTEPS, args.num_sampling_steps))
-    pixels = (args.image_size or 256) if is_latent(args.model) else None
-    return {
-        "l1": L2C_L1.get((num_steps, pixels), L2C_L1_ELSEWHERE),
-        "ste_threshold": L2C_THRESHOLD_512 if pixels == 512 else THRESHOLD,
-        "cfg_scale": 1.0,
-        "vae": "ema",
-        "num_works": 0,
+def _defaults(args: argparse.Namespace) -> dict[str, object]:
+    """What flags that are not given mean for this method. Raises ValueError for an unknown respacing."""
+    method = METHODS[args.method]
+    own = {field.name: field.default for field in dataclasses.fields(method)}
+    own = {
+        name: value for name, value in own.items() if value is not dataclasses.MISSING and name != "groups"
     }
+    output = {"log_every": OutputSettings.log_every, "ckpt_every": OutputSettings.ckpt_every}
+    defaults = own | output | INTERVALS.get(args.method, {})
+    defaults |= {"cfg_scale": method.cfg_scale, "ste_threshold": method.ste_threshold}
+    if method is L2CSettings:
+        num_steps = len(space_timesteps(NUM_TIMESTEPS, args.num_sampling_steps))
+        pixels = (args.image_size or 256) if is_latent(args.model) else None
+        defaults["l1"] = L2C_L1.get((num_steps, pixels), L2CSettings.l1)
+        if pixels == 512:
+            defaults["ste_threshold"] = L2C_THRESHOLD_512
+    return defaults
 
 
 def _count_samples(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -219,7 +216,7 @@ def _count_samples(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
     rows = 1 if args.cfg_scale == 1 else 2  # of a trajectory in a forward pass
     if args.trajectories is not None:
         args.global_batch_size = rows * args.trajectories
-    size = args.global_batch_size = args.global_batch_size or BATCH_SIZE
+    size = args.global_batch_size = args.global_batch_size or TrainSettings.global_batch_size
     if size % rows:
         parser.error(
             f"--global-batch-size {size} is odd: under guidance a trajectory is two rows, conditional and "
@@ -229,9 +226,11 @@ def _count_samples(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
         args.trajectories = size // rows
         return
     if args.groups is None:
-        args.groups = math.gcd(size, GROUPS)
-        if args.groups < GROUPS:
-            args.notes.append(f"{GROUPS} groups do not share --global-batch-size {size}: {args.groups} do")
+        args.groups = math.gcd(size, L2CSettings.groups)
+        if args.groups < L2CSettings.groups:
+            args.notes.append(
+                f"{L2CSettings.groups} groups do not share --global-batch-size {size}: {args.groups} do"
+            )
     if size % args.groups:
         parser.error(
             f"--global-batch-size {size} is no multiple of --groups {args.groups}; groups are of one size"
