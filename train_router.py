@@ -9,13 +9,13 @@ The published HarmoniCa run (no images are needed):
         --lambda-c 500
 
 Plain `python train_router.py ...` is the same on one process. Everything lands in RESULTS_DIR/NNN-MODEL-...:
-checkpoints (each a router that sample.py reads), log.txt, metrics.jsonl, schedule.png. To go on after an
+checkpoints (each is a router that sample.py reads), log.txt, metrics.jsonl, schedule.png. To go on after an
 interruption, run the same command with `--resume auto`: the logits come out the same, bit for bit.
-`--global-batch-size` counts rows of a forward pass: under guidance 64 are 32 trajectories.
+`--global-batch-size` counts rows of a forward pass: under guidance 64 rows are 32 trajectories.
 
-Instead of a regularization weight one can ask for a speed: `--target-cur 0.4` or `--target-speedup 1.6`.
-Learning-to-Cache needs images: `--method l2c --data FOLDER` (one folder a class, encoded by the VAE).
-Training on the error of the final image, reuse included, is `--method end-to-end --target-speedup 2`.
+You may ask for a speed instead of a regularization weight: `--target-cur 0.4` or `--target-speedup 1.6`.
+Learning-to-Cache needs images: `--method l2c --data FOLDER` (one folder per class, encoded by the VAE).
+`--method end-to-end --target-speedup 2` trains a schedule and its reuse on the error of the final image.
 """
 
 from common import lifeline  # isort: skip  # noqa: F401  # first: under torchrun this process ends with it
