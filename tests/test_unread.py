@@ -23,8 +23,8 @@ from commands import run
 from PIL import Image
 from safetensors.torch import load_file
 
-import objectives
 from common.distributed import Processes
+from end_to_end.trajectory import ReferenceTrajectory
 from models import DiT
 from router import Router, load_router, save_router
 from sampling import loop as sampling
@@ -187,7 +187,7 @@ def watched(monkeypatch, tiny_model):
     def load(*_, **__):
         return copy.deepcopy(tiny_model)
 
-    rollout, batches = objectives.Paired.rollout, data.numbered_batches
+    rollout, batches = ReferenceTrajectory.rollout, data.numbered_batches
 
     def noting_rollout(self, cache, recompute=False, window=None):
         asked.setdefault("recompute", []).append(str(recompute))
@@ -216,9 +216,9 @@ def watched(monkeypatch, tiny_model):
             patch.setattr(f"execution.{name}", noting(name))
         patch.setattr("torch.compile", lambda function, **_: function)
         patch.setattr("backbones.settings.find_checkpoint", lambda *_, **__: "official")
-        patch.setattr("train_router.schedule_heat_map", lambda *_: Image.new("L", (1, 1)))
+        patch.setattr("training.run.schedule_heat_map", lambda *_: Image.new("L", (1, 1)))
         patch.setattr("training.logs.start_wandb", note("wandb", mock.MagicMock()))
-        patch.setattr("end_to_end.trajectory.Paired.rollout", noting_rollout)
+        patch.setattr("end_to_end.trajectory.ReferenceTrajectory.rollout", noting_rollout)
         patch.setattr("training.rounds.numbered_batches", noting_batches)
         patch.setattr("end_to_end.rounds.GROWTHS", 1)  # a search of four steps
         patch.setattr("end_to_end.rounds.EXCHANGES", 1)
