@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from backbones.denoiser import Denoiser, executed, walk
 from cache import GatedCache, SoftCache
 from diffusion import State
-from end_to_end.trajectory import Paired, toggle_effects
+from end_to_end.trajectory import ReferenceTrajectory, toggle_effects
 from objectives import (
     PROXY_DEFINITIONS,
     Variant,
@@ -35,14 +35,14 @@ class Sequences(nn.Module):
     branches = tuple(f"{layer}.{kind}" for layer in range(NUM_LAYERS) for kind in ("self", "cross", "ff"))
     num_branches = len(branches)
     branch_macs, other_macs, branch_size, prepared_size = (3, 5, 7) * NUM_LAYERS, 11, 7 * WIDTH, 1
-    sample_shape, num_classes, has_null_label = (2, 7), 4, True
+    sample_shape, num_classes, has_null_label, learn_sigma = (2, 7), 4, True, False
 
     def __init__(self):
         super().__init__()
         self.table = nn.Embedding(self.num_classes + 1, WIDTH)
         self.into, self.out = nn.Linear(2, WIDTH), nn.Linear(WIDTH, 2)
         self.branch_modules = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in self.branches)
-        self.functions = [self.run] * self.num_branches
+        self.functions, self.add = [self.run] * self.num_branches, torch.add
 
     dtype = property(lambda self: self.out.weight.dtype)
     device = property(lambda self: self.out.weight.device)
@@ -67,7 +67,7 @@ class Sequences(nn.Module):
         x = self.into(x.mT)  # (N, 7, WIDTH)
         for index, module in enumerate(self.branch_modules):
             compute = partial(self.functions[index], x, prepared, module)
-            x = x + (compute() if cache is None else cache(index, compute))
+            x = self.add(x, compute() if cache is None else cache(index, compute))
         return self.out(x).mT
 
     def guide(self, output: Tensor, cfg_scale: float) -> Tensor:
@@ -80,6 +80,9 @@ class Sequences(nn.Module):
 
     def wrap_branches(self, wrap) -> None:
         self.functions = list(map(wrap, self.functions))
+
+    def wrap_additions(self, wrap) -> None:
+        self.add = wrap(self.add)
 
 
 class TwoStep:
@@ -216,14 +219,14 @@ def test_pairs_and_step_errors(backbone, batch):
 def test_errors_of_the_image_are_differentiable(backbone, batch, recompute):
     """The gradient with respect to a gate and to a weight, against finite differences."""
     noise, labels = batch
-    paired = Paired.draw(backbone, TwoStep(), noise, labels, 3.0)
-    torch.testing.assert_close(paired.states[0], by_hand(backbone, noise, labels, 3.0)[-1])
+    reference = ReferenceTrajectory.draw(backbone, TwoStep(), noise, labels, 3.0)
+    torch.testing.assert_close(reference.states[0], by_hand(backbone, noise, labels, 3.0)[-1])
     generator = torch.Generator().manual_seed(0)
     gates = torch.rand(NUM_STEPS, 9, generator=generator, dtype=torch.float64)
     weights = torch.randn(NUM_STEPS, 9, 2, generator=generator, dtype=torch.float64)
 
     def error(gates: Tensor, weights: Tensor) -> Tensor:
-        return paired.errors(GatedCache(gates, weights), recompute)[0].mean()
+        return reference.errors(GatedCache(gates, weights), recompute)[0].mean()
 
     tensors = gates.requires_grad_(), weights.requires_grad_()
     gradients = torch.autograd.grad(error(*tensors), tensors)
@@ -238,15 +241,15 @@ def test_errors_of_the_image_are_differentiable(backbone, batch, recompute):
 
 def test_toggles_and_windows(backbone, batch):
     noise, labels = batch
-    paired = Paired.draw(backbone, TwoStep(), noise, labels, 1.0)
+    reference = ReferenceTrajectory.draw(backbone, TwoStep(), noise, labels, 1.0)
     table = fora_schedule(NUM_STEPS, 9, 2).compute
     weights = torch.tensor([1.0, 0.0], dtype=torch.float64).repeat(NUM_STEPS, 9, 1)
     generators = [torch.Generator().manual_seed(k) for k in range(3)]
-    effects = toggle_effects(paired, table, weights, True, generators)
+    effects = toggle_effects(reference, table, weights, True, generators)
     assert effects.shape == table.shape
     assert effects[:-1].isfinite().all()
     gated = GatedCache(table.double(), weights.requires_grad_())
-    assert len(paired.errors(gated, window=2)) == NUM_STEPS // 2
+    assert len(reference.errors(gated, window=2)) == NUM_STEPS // 2
 
 
 def test_branches_are_wrapped_by_the_contract(backbone, batch):
