@@ -193,7 +193,7 @@ class DiT(nn.Module):
         self.input_size, self.patch_size = input_size, patch_size
         self.in_channels, self.out_channels = in_channels, in_channels * (2 if learn_sigma else 1)
         self.num_classes, self.has_null_label = num_classes, class_dropout_prob > 0
-        self.learn_sigma = learn_sigma
+        self.learn_sigma, self.predicts = learn_sigma, "noise"
         self.vae_factor, self.source = 8 if in_channels > 3 else 1, ""
 
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size, bias=True)
@@ -272,14 +272,14 @@ class DiT(nn.Module):
         half = x[: len(x) // 2]
         return self.guide(self.forward(torch.cat([half, half]), t, y, cache), cfg_scale)
 
-    def guide(self, out: Tensor, cfg_scale: float) -> Tensor:
+    def guide(self, out: Tensor, cfg_scale: float, channels: int = 3) -> Tensor:
         """The guided output (N, C_out, H, W) of an output [cond; uncond] (N, C_out, H, W).
 
         As in the official model, guidance is applied to the first three channels (all of eps where there are
         fewer); the other channels keep their own half's output.
         """
         out = out.to(torch.promote_types(out.dtype, torch.float32))  # guidance would amplify bf16's rounding
-        guided_channels = min(3, self.in_channels)
+        guided_channels = min(channels, self.in_channels)
         cond, uncond = out[:, :guided_channels].chunk(2)
         guided = uncond + cfg_scale * (cond - uncond)  # (N/2, guided_channels, H, W)
         return torch.cat([torch.cat([guided, guided]), out[:, guided_channels:]], dim=1)

@@ -22,6 +22,7 @@ class Backbone(Protocol):
     other_macs: int  # those of everything that is never cached
     branch_size: int  # values of a branch output of one sample
     sample_shape: tuple[int, ...]  # of x without its batch, (C, H, W)
+    predicts: str  # "noise", or "velocity" where it was trained by flow matching
     num_classes: int  # conditions to draw from: labels, or prompts by their number
     has_null_label: bool  # whether it can be guided
     prepared_size: int  # values that `prepare` makes for one step and sample
@@ -60,8 +61,11 @@ class Backbone(Protocol):
         Every branch asks `cache(index, run)` for its output, where `run()` computes it.
         """
 
-    def guide(self, output: Tensor, cfg_scale: float) -> Tensor:
-        """The guided output of an output for both halves, of the same shape."""
+    def guide(self, output: Tensor, cfg_scale: float, channels: int = ...) -> Tensor:
+        """The guided output of an output for both halves, of the same shape.
+
+        channels: how many channels guidance reaches; a backbone has a default.
+        """
 
     def predicted_noise(self, output: Tensor) -> Tensor:
         """The channels of an output that a deterministic sampler reads: without those of a variance."""

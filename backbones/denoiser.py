@@ -22,6 +22,16 @@ def check_guidance(model: Backbone, cfg_scale: float) -> None:
         )
 
 
+def check_prediction(model: Backbone, sampler: Sampler) -> None:
+    """Raise ValueError where a sampler needs what the model does not predict, noise or velocity."""
+    predicted, needed = (getattr(one, "predicts", "noise") for one in (model, sampler))
+    if predicted != needed:
+        raise ValueError(
+            f"{type(sampler).__name__} needs a model that predicts {needed}, this one predicts {predicted}; "
+            "take another --sampler"
+        )
+
+
 class Denoiser:
     """Backbone, sampler, labels and guidance scale as one function of (x_t, step, cache).
 
@@ -41,6 +51,7 @@ class Denoiser:
         computed: Sequence[Sequence[bool]] | None = None,
     ):
         check_guidance(model, cfg_scale)
+        check_prediction(model, as_sampler(diffusion))
         self.model, self.sampler, self.cfg_scale = model, as_sampler(diffusion), cfg_scale
         self.guided, self.num_steps = cfg_scale != 1.0, self.sampler.num_steps
         self.condition = model.condition(labels, self.guided)
@@ -65,7 +76,13 @@ class Denoiser:
         if self.guided:
             x = x[: len(x) // 2].repeat(2, *[1] * (x.ndim - 1))  # both halves take the first one's state
         out = self.model.predict(x, self._prepared_at(step), cache)
-        return (self.model.guide(out, self.cfg_scale) if self.guided else out).to(x_t.dtype)
+        return (self._guide(out) if self.guided else out).to(x_t.dtype)
+
+    def _guide(self, out: Tensor) -> Tensor:
+        channels = getattr(self.sampler, "guided_channels", None)
+        if channels is None:
+            return self.model.guide(out, self.cfg_scale)
+        return self.model.guide(out, self.cfg_scale, channels)
 
     def advance(self, state: State, step: int, cache=None, noise: Tensor | None = None) -> State:
         """The state after `step`. noise: what a sampler that adds noise adds, of x's shape."""

@@ -22,7 +22,6 @@ class DiffusersDiT(HookedTransformer):
     """Class-conditional; under guidance a batch is [conditional; unconditional], guided in three channels."""
 
     has_null_label = True
-    guided_channels = 3
 
     def __init__(self, transformer: nn.Module):
         config = transformer.config
@@ -42,11 +41,11 @@ class DiffusersDiT(HookedTransformer):
     def _arguments(self, x: Tensor, timestep: Tensor, condition: Labels) -> dict[str, Any]:
         return {"hidden_states": x, "timestep": timestep.expand(len(x)), "class_labels": condition.labels}
 
-    def guide(self, output: Tensor, cfg_scale: float) -> Tensor:
+    def guide(self, output: Tensor, cfg_scale: float, channels: int = 3) -> Tensor:
         output = output.to(torch.promote_types(output.dtype, torch.float32))
-        cond, uncond = output[:, : self.guided_channels].chunk(2)
+        cond, uncond = output[:, :channels].chunk(2)
         guided = uncond + cfg_scale * (cond - uncond)
-        return torch.cat([torch.cat([guided, guided]), output[:, self.guided_channels :]], dim=1)
+        return torch.cat([torch.cat([guided, guided]), output[:, channels:]], dim=1)
 
 
 def as_official(transformer: nn.Module) -> nn.Module:

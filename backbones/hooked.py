@@ -23,8 +23,6 @@ class HookedTransformer(ABC):
     stay in float32.
     """
 
-    guided_channels: int | None = None  # how many channels guidance reaches; None: all of the noise
-
     def __init__(self, transformer: nn.Module, sample_shape: tuple[int, ...]):
         check_supported(transformer)
         self.transformer, self.sample_shape = transformer.eval(), sample_shape
@@ -34,7 +32,7 @@ class HookedTransformer(ABC):
             example = self._arguments(torch.zeros(1, *sample_shape), torch.zeros(()), self._example())
         self.branch_macs, self.other_macs = count_macs(transformer, example)
         self.prepared_size = 1  # nothing of size is made ahead
-        self.source = ""
+        self.source, self.predicts = "", "noise"
 
     def close(self) -> None:
         """Take the hooks away; the transformer is as it was before."""
@@ -112,10 +110,10 @@ class HookedTransformer(ABC):
         finally:
             hooks.policy = hooks.computing = None
 
-    def guide(self, output: Tensor, cfg_scale: float) -> Tensor:
-        """The halves are [unconditional; conditional], as diffusers' pipelines have them."""
+    def guide(self, output: Tensor, cfg_scale: float, channels: int | None = None) -> Tensor:
+        """The halves are [unconditional; conditional], as in diffusers' pipelines. channels: None is all."""
         output = output.to(torch.promote_types(output.dtype, torch.float32))
-        channels = self.guided_channels or self.sample_shape[0]
+        channels = min(channels or self.sample_shape[0], self.sample_shape[0])
         uncond, cond = output[:, :channels].chunk(2)
         guided = uncond + cfg_scale * (cond - uncond)
         return torch.cat([torch.cat([guided, guided]), output[:, channels:]], dim=1)

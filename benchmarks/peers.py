@@ -30,10 +30,10 @@ from torch import Tensor
 
 from backbones.hooks import apply_schedule, remove_schedule
 from backbones.pixart import PIXART, PixArt, random_pixart, random_prompts
-from common import cli
+from common import cli, devices
 from common.columns import print_columns
 from common.files import check_writable, to_json, write_json
-from common.timing import in_turn, latency
+from common.timing import alternating, latency
 from router import Schedule
 from schedules.baselines import fora_schedule, random_schedule
 
@@ -48,7 +48,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=cli.positive_int, default=1, help="images (default 1)")
     parser.add_argument("--repeats", type=cli.positive_int, default=5)
     parser.add_argument("--output", type=Path, metavar="FILE.json")
-    cli.add_device_arguments(parser)
+    devices.add_arguments(parser)
     return parser.parse_args()
 
 
@@ -135,8 +135,8 @@ COLUMNS = (
 
 
 def main(args: argparse.Namespace) -> None:
-    device = cli.choose_device(args.device)
-    precision, dtype = cli.set_precision(args.precision, device)
+    device = devices.choose_device(args.device)
+    precision, dtype = devices.set_precision(args.precision, device)
     if args.output:
         check_writable(args.output, [".json"])
     runs, num_steps = Runs(args, device, dtype), args.num_sampling_steps
@@ -170,7 +170,9 @@ def main(args: argparse.Namespace) -> None:
         promised["cache-dit"] = promised["as cache-dit"] = runs.speedup_macs(own)
     for run in calls.values():
         run()  # the warm-up
-    seconds = dict(zip(calls, in_turn(list(calls.values()), args.repeats, device, warm_up=0), strict=True))
+    seconds = dict(
+        zip(calls, alternating(list(calls.values()), args.repeats, device, warm_up=0), strict=True)
+    )
     total = int(runs.branch_macs.sum()) + runs.other_macs
     rows = []
     for name, times in seconds.items():
@@ -182,7 +184,7 @@ def main(args: argparse.Namespace) -> None:
     result = {
         "model": args.model, "blocks": args.blocks, "num_steps": num_steps, "batch_size": args.batch_size,
         "cfg_scale": CFG_SCALE, "repeats": args.repeats, "precision": precision,
-        "hardware": cli.hardware(device), "torch": torch.__version__,
+        "hardware": devices.hardware(device), "torch": torch.__version__,
         "median_ms": statistics.median(1000 * one for one in seconds["diffusers"]), "rows": rows,
     }  # fmt: skip
     if args.output:

@@ -4,7 +4,7 @@ from diffusion.ddim import DDIM
 from diffusion.ddpm import DDPM
 from diffusion.gaussian_diffusion import GaussianDiffusion
 from diffusion.respace import space_timesteps
-from diffusion.sampler import ChainSampler, Sampler, State
+from diffusion.sampler import ChainSampler, Sampler, State, WithNoise
 from diffusion.samplers import SAMPLERS, as_sampler, create_sampler
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "GaussianDiffusion",
     "Sampler",
     "State",
+    "WithNoise",
     "as_sampler",
     "create_diffusion",
     "create_sampler",

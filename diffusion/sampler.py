@@ -24,6 +24,9 @@ class State(NamedTuple):
 class Sampler(Protocol):
     """What every loop over denoising steps asks of a solver. Steps run from num_steps - 1 down to 0."""
 
+    guided_channels: int | None  # how many channels guidance reaches; None: as many as the backbone says
+    predicts: str  # what a model must predict for it: "noise" or "velocity"
+
     @property
     def num_steps(self) -> int: ...
 
@@ -44,6 +47,30 @@ class Sampler(Protocol):
         """The state after `step`, from the model's output (N, C or 2C, H, W) at state.x."""
 
 
+def check_eta(eta: float) -> None:
+    """Raise ValueError for a share of DDPM's noise outside [0, 1]."""
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta {eta} is outside [0, 1]; 0 adds no noise, 1 as much as DDPM")
+
+
+class WithNoise:
+    """A sampler with its noise drawn beforehand, (T, N, C, H, W): its steps are functions of the state.
+
+    It serves loops that hand no noise to a step, such as those of training.
+    """
+
+    adds_noise = False
+
+    def __init__(self, sampler: Sampler, noise: Tensor):
+        self.sampler, self.noise = sampler, noise
+        self.guided_channels, self.predicts = sampler.guided_channels, sampler.predicts
+        self.num_steps, self.timestep = sampler.num_steps, sampler.timestep
+        self.start, self.add_noise = sampler.start, sampler.add_noise
+
+    def step(self, output: Tensor, state: State, step: int, noise: Tensor | None = None) -> State:
+        return self.sampler.step(output, state, step, self.noise[step] if noise is None else noise)
+
+
 class ChainSampler:
     """Base of the samplers on a `GaussianDiffusion` chain: all of the contract but `step`.
 
@@ -51,11 +78,10 @@ class ChainSampler:
     outside [0, 1].
     """
 
-    adds_noise = False
+    adds_noise, guided_channels, predicts = False, None, "noise"
 
     def __init__(self, chain: GaussianDiffusion, eta: float = 0.0):
-        if not 0 <= eta <= 1:
-            raise ValueError(f"eta {eta} is outside [0, 1]; 0 adds no noise, 1 as much as DDPM")
+        check_eta(eta)
         self.chain, self.eta = chain, eta
 
     @property

@@ -5,12 +5,18 @@ from collections.abc import Callable
 from diffusion.ddim import DDIM
 from diffusion.ddpm import DDPM
 from diffusion.gaussian_diffusion import GaussianDiffusion
+from diffusion.iddpm import IDDPM
 from diffusion.sampler import Sampler
+from diffusion.solvers import DPMSolverPP, FlowEuler, SASolver
 
 # The value of --sampler: what makes the sampler of a chain and an eta.
 SAMPLERS: dict[str, Callable[[GaussianDiffusion, float], Sampler]] = {
     "ddim": DDIM,
     "ddpm": DDPM,
+    "iddpm": IDDPM,
+    "dpm-solver++": DPMSolverPP,
+    "sa-solver": SASolver,
+    "flow-euler": FlowEuler.of_chain,
 }
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from diffusion.gaussian_diffusion import GaussianDiffusion
-from diffusion.samplers import State
+from diffusion.sampler import State, check_eta
 
 _NUM_TIMESTEPS = 1000
 
@@ -30,9 +30,10 @@ class _NoiseSolver:
     x_t = alpha x_0 + sigma noise, the last one that of x_0 itself, (1, 0).
     """
 
-    adds_noise = False
+    adds_noise, guided_channels, predicts = False, None, "noise"
 
-    def __init__(self, chain: GaussianDiffusion):
+    def __init__(self, chain: GaussianDiffusion, eta: float = 0.0):
+        check_eta(eta)
         self.num_steps = chain.num_timesteps
         spaced = np.linspace(0, _NUM_TIMESTEPS - 1, self.num_steps + 1).round().astype(int)
         self.timesteps = spaced[:0:-1].tolist()  # in the order of execution
@@ -54,8 +55,8 @@ class _NoiseSolver:
 class DPMSolverPP(_NoiseSolver):
     """DPM-Solver++ 2M, deterministic. The state remembers the x_0 that the step before predicted."""
 
-    def __init__(self, chain: GaussianDiffusion):
-        super().__init__(chain)
+    def __init__(self, chain: GaussianDiffusion, eta: float = 0.0):
+        super().__init__(chain, eta)
         self.levels.append((1.0, 0.0))
 
     def step(self, output: Tensor, state: State, step: int, noise: Tensor | None = None) -> State:  # noqa: ARG002
@@ -81,10 +82,10 @@ class SASolver(_NoiseSolver):
 
     adds_noise = True
 
-    def __init__(self, chain: GaussianDiffusion):
+    def __init__(self, chain: GaussianDiffusion, eta: float = 0.0):
         from diffusers import SASolverScheduler  # slow to import
 
-        super().__init__(chain)
+        super().__init__(chain, eta)
         self._scheduler = SASolverScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
         self._scheduler.set_timesteps(self.num_steps)
         self._order = self._scheduler.config.predictor_order
@@ -118,10 +119,16 @@ class FlowEuler:
     sigmas: s in the order of execution, T values and 0 at the end; the model's timestep is 1000 s.
     """
 
-    adds_noise = False
+    adds_noise, guided_channels, predicts = False, None, "velocity"
 
     def __init__(self, sigmas: list[float]):
         self.sigmas, self.num_steps = sigmas, len(sigmas) - 1
+
+    @classmethod
+    def of_chain(cls, chain: GaussianDiffusion, eta: float = 0.0) -> "FlowEuler":
+        """As many steps as a chain has, spaced as SD3's."""
+        check_eta(eta)
+        return cls.shifted(chain.num_timesteps)
 
     @classmethod
     def shifted(cls, num_steps: int, shift: float = 3.0) -> "FlowEuler":

@@ -14,7 +14,7 @@ from backbones.families import find_branches
 from backbones.macs import count_macs
 from backbones.pixart import PIXART, PixArt, random_pixart, random_prompts
 from cache import SoftCache, StaticCache
-from diffusion import create_diffusion
+from diffusion import WithNoise, create_diffusion, create_sampler
 from objectives import image_error_proxy, train_trajectory
 from router import Router, Schedule
 from sampling.loop import generate
@@ -246,3 +246,42 @@ def test_micro_conditions_are_those_of_the_image():
         model, create_diffusion(str(T)), torch.tensor([1]), torch.randn(1, 4, 8, 16), cfg_scale=4.5
     )
     assert x_0.isfinite().all()
+
+
+def test_iddpm_is_ddpm_guided_in_three_channels(model):
+    noise, labels = noise_and_labels()
+    chain = create_diffusion(str(T))
+    generators = [torch.Generator().manual_seed(7) for _ in range(2)]
+    found = generate(model, chain, labels, noise, 4.5, "iddpm", generator=generators[0])
+    four = model.guide
+    model.guide = lambda out, scale: four(out, scale, 3)
+    wanted = generate(model, chain, labels, noise, 4.5, "ddpm", generator=generators[1])
+    del model.guide
+    assert torch.equal(found, wanted)
+    other = generate(model, chain, labels, noise, 4.5, "ddpm", generator=torch.Generator().manual_seed(7))
+    assert not torch.equal(found, other)
+
+
+@pytest.mark.parametrize("sampler", ["dpm-solver++", "sa-solver", "iddpm"])
+def test_training_under_other_samplers(model, sampler):
+    """With noise drawn beforehand every loop of training runs on every sampler, and repeats."""
+    noise, labels = noise_and_labels()
+    step_noise = torch.randn(T, 4, 4, 8, 8, generator=torch.Generator().manual_seed(2))
+    logits = []
+    for _ in range(2):
+        chosen = WithNoise(create_sampler(sampler, create_diffusion(str(T))), step_noise)
+        router = Router(T, model.num_branches, torch.Generator().manual_seed(0))
+        optimizer = torch.optim.AdamW(router.parameters(), lr=0.01, weight_decay=0.0)
+        weights = image_error_proxy(model, chosen, router, noise, labels, 4.5, 0.1)
+        steps = list(train_trajectory(
+            model, chosen, router, optimizer, noise, labels, 4.5, 0.1, weights, 1e-5
+        ))  # fmt: skip
+        assert len(steps) == T - 1
+        logits.append(router.logits)
+    assert torch.equal(*logits)
+
+
+def test_a_model_that_predicts_noise_is_refused_by_a_sampler_of_velocity(model):
+    noise, labels = noise_and_labels()
+    with pytest.raises(ValueError, match="FlowEuler needs a model that predicts velocity, this"):
+        generate(model, create_diffusion(str(T)), labels, noise, 4.5, "flow-euler")
