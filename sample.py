@@ -23,8 +23,9 @@ from torch import Tensor
 
 import execution
 from backbones import settings as model_settings
+from backbones.contract import Backbone
 from backbones.denoiser import check_guidance
-from backbones.loading import is_latent
+from backbones.loading import is_latent, is_text_model
 from backbones.settings import ModelSettings
 from common import cli, devices
 from common.files import check_writable, replacing
@@ -33,7 +34,6 @@ from common.timing import alternating
 from execution import settings as execution_settings
 from execution.settings import ExecutionSettings
 from metrics.paired import mse, psnr
-from models import DiT
 from router import Schedule
 from sampling import settings as sampling_settings
 from sampling.decoding import decode
@@ -48,7 +48,7 @@ PUBLISHED_LABELS = [207, 992, 387, 974, 142, 979, 417, 279]  # HarmoniCa's; DiT'
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Sample images from a DiT, uncached or with a router.")
+    parser = argparse.ArgumentParser(description="Sample images, uncached or with a router.")
     model_settings.add_arguments(parser, with_vae=True)
     sampling = sampling_settings.add_arguments(
         parser, SamplingSettings(cfg_scale=4.0), batch_help="images at once (default: all)"
@@ -77,7 +77,7 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def describe_schedule(schedule: Schedule, model: DiT, passes: int) -> str:
+def describe_schedule(schedule: Schedule, model: Backbone, passes: int) -> str:
     """What a schedule computes and what that saves; `passes` is 2 under guidance, else 1."""
     counts = []
     for kind in branch_types(model.branches):
@@ -94,9 +94,10 @@ def describe_schedule(schedule: Schedule, model: DiT, passes: int) -> str:
     )
 
 
-def choose_labels(given: list[int] | None, model: DiT) -> Tensor:
-    """The labels (n,) of the images. Raises ValueError for one that the model does not have."""
-    labels = given or (PUBLISHED_LABELS if model.num_classes == 1000 else range(min(10, model.num_classes)))
+def choose_labels(given: list[int] | None, model: Backbone, prompted: bool = False) -> Tensor:
+    """The labels (n,) of the images, or all prompts by number. Raises ValueError for an unknown label."""
+    usual = PUBLISHED_LABELS if model.num_classes == 1000 else range(min(10, model.num_classes))
+    labels = range(model.num_classes) if prompted else given or usual
     for label in labels:
         if not 0 <= label < model.num_classes:
             raise ValueError(f"--labels {label} is outside 0 .. {model.num_classes - 1}, the model's classes")
@@ -147,7 +148,7 @@ def main(args: argparse.Namespace) -> None:
     method = methods.load_method(MethodSettings.from_arguments(args), model, sampling, args.model)
     for note in method.notes:
         print(note)
-    labels = choose_labels(args.labels, model)
+    labels = choose_labels(args.labels, model, prompted=is_text_model(args.model))
     vae = vae_config and vae_config.load(device)
     if vae is None and is_latent(model):
         print("no VAE: the picture is a preview of the latents' first three channels")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from backbones.contract import Cache
 from backbones.hooks import Hooks, check_supported
 from backbones.macs import count_macs
+from backbones.pixart_models import VAE_FACTOR
 
 
 class HookedTransformer(ABC):
@@ -25,7 +26,11 @@ class HookedTransformer(ABC):
 
     def __init__(self, transformer: nn.Module, sample_shape: tuple[int, ...]):
         check_supported(transformer)
+        config = transformer.config
         self.transformer, self.sample_shape = transformer.eval(), sample_shape
+        self.input_size, self.vae_factor = sample_shape[1], VAE_FACTOR
+        self.in_channels, self.patch_size = config.in_channels, config.patch_size
+        self.learn_sigma = transformer.out_channels == 2 * config.in_channels
         self.hooks = Hooks(transformer)
         self.branches = tuple(branch.name for branch in self.hooks.branches)
         with torch.no_grad():
@@ -89,6 +94,10 @@ class HookedTransformer(ABC):
 
     def wrap_additions(self, _wrap: Callable[[Callable], Callable]) -> None:
         """Nothing to do: the residual sums are in the library's blocks."""
+        return
+
+    def use_kernels(self, *_kernels: Callable | None) -> None:
+        """Nothing to do: kernels of ours would have to take the place of the library's modules."""
         return
 
     def embed_timesteps(self, timesteps: Tensor) -> Tensor:

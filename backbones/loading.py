@@ -7,8 +7,11 @@ import torch
 
 from backbones import downloads
 from backbones.checkpoints import load_checkpoint
+from backbones.families import FAMILIES
+from backbones.pixart_models import PIXART
 from backbones.vae import VaeConfig
 from common import registry
+from common.weights import read_config
 from models import DiT, DiT_models
 
 _OFFICIAL = {("DiT-XL/2", 256): "dit-256", ("DiT-XL/2", 512): "dit-512"}
@@ -123,11 +126,28 @@ def is_latent(model: DiT | str) -> bool:
     Raises ValueError for an unknown name.
     """
     if isinstance(model, str):
+        if is_text_model(model):
+            return True
         if model not in DiT_models:
-            raise ValueError(f"--model {model} is unknown; choose one of {', '.join(DiT_models)}")
+            names = ", ".join([*DiT_models, *PIXART])
+            raise ValueError(f"--model {model} is unknown; choose one of {names}, or a folder of diffusers")
         preset = registry.presets().get(model)
         return preset is None or not preset.in_pixels
     return model.vae_factor > 1
+
+
+def is_text_model(name: str) -> bool:
+    """Whether a value of `--model` is one of these; folders are looked into."""
+    return name in PIXART or transformer_folder(Path(name)) is not None
+
+
+def transformer_folder(folder: Path) -> Path | None:
+    """The folder of the transformer in a folder of diffusers; None where there is none."""
+    for place in (folder / "transformer", folder):
+        config = place / "config.json"
+        if config.is_file() and read_config(config).get("_class_name") in FAMILIES:
+            return place
+    return None
 
 
 def pixels_of(model: DiT) -> int:

@@ -1,16 +1,31 @@
 """Which model: its flags, and what loads it together with its VAE's config."""
 
 import argparse
+import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from backbones.loading import choose_vae, find_checkpoint, load_model
+from backbones.contract import Backbone
+from backbones.loading import choose_vae, find_checkpoint, is_text_model, load_model
+from backbones.prompts import read_prompts
 from backbones.vae import VaeConfig, read_vae_config
 from common import cli, registry
-from models import DiT
 
-UNREAD = cli.Unread(("ckpt",), lambda args: args.random_weights, "with --random-weights")
+UNREAD = (
+    cli.Unread(("ckpt", "text_encoder"), lambda args: args.random_weights, "with --random-weights"),
+    cli.Unread(
+        ("prompt", "prompts", "text_encoder"),
+        lambda args: not is_text_model(args.model),
+        "with --model {model}",
+    ),
+    cli.Unread(
+        ("num_classes", "class_dropout_prob", "learn_sigma", "labels"),
+        lambda args: is_text_model(args.model),
+        "with --model {model}: its prompts are what it is given",
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -18,7 +33,8 @@ class ModelSettings:
     """A model by name, its weights and its VAE; None: the default of what the name stands for.
 
     ckpt: checkpoint file, index of shards or folder. image_size: pixels. class_dropout_prob: 0 for a model
-    without a null label. vae: `ema`, `mse`, `none` or a folder.
+    without a null label. vae: `ema`, `mse`, `none` or a folder. For text-to-image models: the prompts
+    themselves, or a file with one a line; and the folder or Hub id of their encoder.
     """
 
     model: str = "DiT-XL/2"
@@ -29,19 +45,30 @@ class ModelSettings:
     class_dropout_prob: float = 0.1
     learn_sigma: bool = True
     vae: str | None = None
+    prompt: tuple[str, ...] | None = None
+    prompts: Path | None = None
+    text_encoder: str | None = None
 
     @classmethod
     def from_arguments(cls, args: argparse.Namespace) -> "ModelSettings":
-        return cli.settings_from(cls, args)
+        settings = cli.settings_from(cls, args)
+        return dataclasses.replace(settings, prompt=settings.prompt and tuple(settings.prompt))
+
+    @property
+    def texts(self) -> list[str]:
+        """The prompts that the model is given."""
+        return read_prompts(self.prompts) if self.prompts else list(self.prompt or ())
 
     def load(
         self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, fetch: bool = True
-    ) -> tuple[DiT, VaeConfig | None]:
+    ) -> tuple[Backbone, VaeConfig | None]:
         """The model, ready to sample, and the config of its VAE; None for a model of pixels.
 
         fetch: download an absent official checkpoint; else (several processes would meet) it is refused.
         Raises ValueError or FileNotFoundError, in one line, for what does not exist or does not fit.
         """
+        if is_text_model(self.model):
+            return self._load_text_model(device, dtype, fetch)
         vae = read_vae_config(choose_vae(self.vae, self.model, self.random_weights))
         ckpt = self.ckpt
         if not ckpt and not self.random_weights:
@@ -51,6 +78,16 @@ class ModelSettings:
             class_dropout_prob=self.class_dropout_prob, learn_sigma=self.learn_sigma, vae=vae,
         )  # fmt: skip
         return model, vae
+
+    def _load_text_model(
+        self, device: torch.device | str, dtype: torch.dtype, fetch: bool
+    ) -> tuple[Backbone, VaeConfig | None]:
+        from backbones.text_models import load_text_model  # brings diffusers, slow to import
+
+        return load_text_model(
+            self.model, self.texts, self.ckpt, self.random_weights, self.image_size, self.text_encoder,
+            self.vae, device, dtype, fetch,
+        )  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser, with_vae: bool = False) -> None:
@@ -72,6 +109,13 @@ def add_arguments(parser: argparse.ArgumentParser, with_vae: bool = False) -> No
         "--no-learn-sigma", dest="learn_sigma", action="store_false",
         help="a model that predicts no variance; DDPM then takes the posterior's (fixed, the smaller one)",
     )  # fmt: skip
+    text = parser.add_argument_group("text-to-image models")
+    prompts = text.add_mutually_exclusive_group()
+    prompts.add_argument("--prompt", nargs="+", metavar="TEXT", help="one image per prompt")
+    prompts.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line")
+    text.add_argument(
+        "--text-encoder", metavar="FOLDER", help="folder or Hub id of their encoder (default: the model's T5)"
+    )
     if with_vae:
         model.add_argument(
             "--vae",
@@ -80,5 +124,10 @@ def add_arguments(parser: argparse.ArgumentParser, with_vae: bool = False) -> No
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Note flags that have no effect under the others. args: as `cli.parse` returns them."""
-    cli.note_unread(parser, args, [UNREAD])
+    """Note flags that have no effect under the others; refuse a text model without prompts.
+
+    args: as `cli.parse` returns them.
+    """
+    cli.note_unread(parser, args, UNREAD)
+    if is_text_model(args.model) and not (args.prompt or args.prompts):
+        parser.error(f"--model {args.model} needs --prompt TEXT or --prompts FILE")

@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from backbones.hooks import apply_schedule, remove_schedule
-from backbones.pixart import PIXART, PixArt, random_pixart, random_prompts
+from backbones.pixart import PixArt, random_pixart, random_prompts
+from backbones.pixart_models import PIXART
 from common import cli, devices
 from common.columns import print_columns
 from common.files import check_writable, to_json, write_json

@@ -160,6 +160,18 @@ def together(function: Callable):
     raise error
 
 
+def main_first(function: Callable):
+    """What `function` returns, called on rank 0 first: the others find what it leaves on disk.
+
+    Where it fails on rank 0, all ranks raise.
+    """
+    if not dist.is_initialized():
+        return function()
+    is_main = dist.get_rank() == 0
+    result = together(lambda: function() if is_main else None)
+    return result if is_main else function()
+
+
 def from_main(value):
     """Rank 0's value of a small picklable object, on every rank."""
     if dist.is_initialized():

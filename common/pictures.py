@@ -70,5 +70,5 @@ def schedule_heat_map(
 
 
 def branch_types(branches: tuple[str, ...]) -> list[str]:
-    """The distinct kinds of `"0.attn", "0.mlp", "1.attn", ...`, in order: attn, mlp."""
-    return list(dict.fromkeys(name.split(".")[1] for name in branches))
+    """The distinct kinds, the last part of each name, in order: attn, mlp of `"0.attn", "0.mlp", "1.attn"`."""
+    return list(dict.fromkeys(name.rpartition(".")[-1] for name in branches))

@@ -16,9 +16,10 @@ def load_vae(spec: str, device: torch.device | str = "cpu", fetch: bool = True):
 
 def image_shape(model: DiT, vae: VaeConfig | None) -> tuple[int, int, int]:
     """(H, W, C) of what `decode` returns."""
+    channels, height, width = model.sample_shape
     if vae is not None:
-        return (model.input_size * vae.factor, model.input_size * vae.factor, vae.image_channels)
-    return (model.input_size, model.input_size, min(model.in_channels, 3))
+        return (height * vae.factor, width * vae.factor, vae.image_channels)
+    return (height, width, min(channels, 3))
 
 
 def require_finite(x: Tensor, first: int = 0, what: str = "x_0") -> None:

@@ -285,5 +285,5 @@ UNREAD = (
         "with --data {data}",
     ),
     Unread(("results_dir",), lambda args: args.resume not in (None, "auto"), "with --resume {resume}"),
-    model_settings.UNREAD,
+    *model_settings.UNREAD,
 )

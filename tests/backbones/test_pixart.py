@@ -12,7 +12,8 @@ from backbones import scheduled
 from backbones.denoiser import Denoiser, arrive, executed
 from backbones.families import find_branches
 from backbones.macs import count_macs
-from backbones.pixart import PIXART, PixArt, random_pixart, random_prompts
+from backbones.pixart import PixArt, random_pixart, random_prompts
+from backbones.pixart_models import PIXART
 from cache import SoftCache, StaticCache
 from diffusion import WithNoise, create_diffusion, create_sampler
 from objectives import image_error_proxy, train_trajectory
