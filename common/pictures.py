@@ -70,5 +70,5 @@ def schedule_heat_map(
 
 
 def branch_types(branches: tuple[str, ...]) -> list[str]:
-    """The distinct kinds, the last part of each name, in order: attn, mlp of `"0.attn", "0.mlp", "1.attn"`."""
+    """The distinct kinds, the last parts of the names, in order: attn, mlp of `"0.attn", "0.mlp"`."""
     return list(dict.fromkeys(name.rpartition(".")[-1] for name in branches))
