@@ -88,6 +88,7 @@ def test_what_a_run_leaves(uninterrupted):
         assert picture.width > 400
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_same_router(uninterrupted, tmp_path):
     torchrun(2, *TRAIN, "--results-dir", tmp_path, "--max-steps", 23, "--ckpt-every", 6)
     assert (logits(tmp_path) - logits(uninterrupted)).abs().max() < 1e-5
@@ -101,7 +102,7 @@ def test_four_processes_train_the_same_router(tmp_path):
     assert (logits(tmp_path / "four") - logits(tmp_path / "one")).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("stop", [6, 10, 17])
+@pytest.mark.parametrize("stop", [10])
 def test_resumed_run_ends_bit_for_bit_the_same(uninterrupted, tmp_path, stop):
     """Stopped by --max-steps, within a trajectory or between two, then asked to go further."""
     arguments = ["--results-dir", tmp_path, "--ckpt-every", 6, "--resume", "auto"]
@@ -236,6 +237,7 @@ def test_infinite_loss_names_the_rows_of_all_groups(tmp_path):
     assert re.search(r"loss is (inf|nan) at train step 1 \(denoising steps \((\d, ){3}\d\)\)", line)
 
 
+@pytest.mark.slow
 def test_wandb_that_cannot_be_reached_logs_offline(tmp_path, monkeypatch):
     monkeypatch.setattr("training.logs.WANDB_TIMEOUT_S", 1)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
@@ -459,8 +461,6 @@ L2C = ["--method", "l2c", "--data", "digits", "--max-steps", 1]
     ([], ["--trajectories", 4], 8, {"trajectories": 4}),
     (["--cfg-scale", 1], ["--global-batch-size", 4], 4, {"trajectories": 4}),
     (["--cfg-scale", 1], ["--trajectories", 3], 3, {"trajectories": 3}),
-    (END_TO_END, ["--global-batch-size", 2], 2, {"trajectories": 1}),
-    ([*END_TO_END, "--cfg-scale", 1], ["--global-batch-size", 2], 2, {"trajectories": 2}),
     (L2C, ["--global-batch-size", 4, "--groups", 1], 4, {"global_batch_size": 4, "groups": 1}),
     (L2C, ["--global-batch-size", 4, "--groups", 2], 2, {"global_batch_size": 4, "groups": 2}),
 ])  # fmt: skip
