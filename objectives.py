@@ -17,7 +17,7 @@ from torch import Tensor
 
 from backbones.denoiser import Denoiser, arrive, executed, walk
 from cache import SoftCache, StaticCache
-from diffusion import GaussianDiffusion, State
+from diffusion import GaussianDiffusion, Sampler, State
 from models import DiT
 from router import Router, Schedule
 
@@ -61,7 +61,7 @@ class TrainStep(NamedTuple):
 
 def train_trajectory(
     model: DiT,
-    diffusion: GaussianDiffusion,
+    diffusion: GaussianDiffusion | Sampler,
     router: Router,
     optimizer: torch.optim.Optimizer,
     noise: Tensor,
@@ -119,7 +119,7 @@ class Pair(NamedTuple):
 
 def train_pair(
     model: DiT,
-    diffusion: GaussianDiffusion,
+    diffusion: GaussianDiffusion | Sampler,
     router: Router,
     optimizer: torch.optim.Optimizer,
     x_0: Tensor,
@@ -137,7 +137,7 @@ def train_pair(
 
 def train_pairs(
     model: DiT,
-    diffusion: GaussianDiffusion,
+    diffusion: GaussianDiffusion | Sampler,
     router: Router,
     optimizer: torch.optim.Optimizer,
     pairs: Sequence[Pair],
@@ -187,7 +187,7 @@ def update_rows(
 
 def _losses_and_gradient(
     model: DiT,
-    diffusion: GaussianDiffusion,
+    diffusion: GaussianDiffusion | Sampler,
     router: Router,
     pair: Pair,
     threshold: float,
@@ -210,7 +210,7 @@ def _losses_and_gradient(
 @torch.no_grad()
 def step_errors(
     model: DiT,
-    diffusion: GaussianDiffusion,
+    diffusion: GaussianDiffusion | Sampler,
     schedule: Schedule | None,
     noise: Tensor,
     labels: Tensor,
@@ -256,7 +256,7 @@ def _update(router: Router, optimizer: torch.optim.Optimizer, step: int, loss: T
 @torch.no_grad()
 def image_error_proxy(
     model: DiT,
-    diffusion: GaussianDiffusion,
+    diffusion: GaussianDiffusion | Sampler,
     router: Router,
     noise: Tensor,
     labels: Tensor,

@@ -299,7 +299,8 @@ class EndToEnd(Rounds):
 
     def _reference(self, generators: list[torch.Generator]) -> ReferenceTrajectory:
         cfg_scale = self.settings.method.cfg_scale
-        return ReferenceTrajectory.draw(self.model, self.diffusion, *self.draw(generators), cfg_scale)
+        noise, labels = self.draw(generators)
+        return ReferenceTrajectory.draw(self.model, self.with_noise(generators), noise, labels, cfg_scale)
 
     def _pool_samples(self, first: int, indices: list[int]) -> ReferenceTrajectory:
         """Samples by their index in the pool that begins with round `first`."""

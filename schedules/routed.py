@@ -29,11 +29,13 @@ def routed_schedule(
         "image_size": pixels_of(request.model),
         "cfg_scale": request.sampling.cfg_scale,
         "respacing": request.sampling.num_sampling_steps,
+        "sampler": request.sampling.sampler,
     }
     for fact, value in here.items():
         if str(router.info.get(fact, value)) != str(value):
             request.notes.append(
                 f"note: the router was trained at {fact} {router.info[fact]}, this samples at {value}"
+                + ("; --accelerate-method calibrated-... fits it to that" if fact == "sampler" else "")
             )
     request.notes.append(f"router {router.info['path']}")
     own = router.info.get("threshold", DEFAULT_THRESHOLD)

@@ -9,7 +9,7 @@ from backbones import settings as model_settings
 from backbones.loading import is_latent
 from common import cli, devices, registry
 from common.cli import Unread
-from diffusion import NUM_TIMESTEPS, space_timesteps
+from diffusion import NUM_TIMESTEPS, SAMPLERS, space_timesteps
 from objectives import PROXY_DEFINITIONS
 from router import MAX_TERMS
 from training.settings import METHODS, L2CSettings, OutputSettings, TrainSettings
@@ -27,6 +27,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     method = parser.add_argument_group("method (defaults: the published ones for T = 10)")
     method.add_argument("--method", choices=METHODS, default="harmonica", help="default harmonica")
     method.add_argument("--num-sampling-steps", default="10", help="T, or a respacing such as ddim50")
+    method.add_argument(
+        "--sampler", choices=SAMPLERS, default="ddim", help="of the trajectories (default ddim); not l2c"
+    )
     method.add_argument("--cfg-scale", type=cli.finite, help="guidance, 1 = off (default 1.5); not l2c")
     method.add_argument(
         "--ste-threshold", type=cli.threshold,
@@ -262,7 +265,7 @@ _L2C = ("data", "every_row", "groups", "num_works")
 _HARMONICA = ("proxy", "lambda_c", "rollout")
 _END_TO_END = ("terms", "init", "pool", "moments_weight", "window", "open_share", "keep_activations")
 _ROWS = ("epochs", "l1", "cost", "data_loss", "router_train", "ste_threshold")
-_TRAJECTORIES = ("cfg_scale", "trajectories")
+_TRAJECTORIES = ("cfg_scale", "trajectories", "sampler")
 UNREAD = (
     Unread(_L2C, lambda args: args.method != "l2c", "with --method {method}"),
     Unread(_HARMONICA, lambda args: args.method != "harmonica", "with --method {method}"),

@@ -20,7 +20,7 @@ from torch import Tensor
 from backbones.vae import read_vae_config
 from common import distributed
 from common.distributed import Processes
-from diffusion import GaussianDiffusion
+from diffusion import GaussianDiffusion, Sampler, WithNoise, create_sampler
 from models import DiT
 from objectives import Pair, TrainStep, Variant, image_error_proxy, train_pairs, train_trajectory
 from router import Router
@@ -48,7 +48,7 @@ class Rounds:
         target: Target | None,
     ):
         self.settings, self.processes, self.model, self.diffusion = settings, processes, model, diffusion
-        self.target = target
+        self.target, self.sampler = target, create_sampler(settings.sampler, diffusion)
 
     @property
     def name(self) -> str:
@@ -71,6 +71,15 @@ class Rounds:
         """Fresh noise (n, C, H, W) and labels (n,) on the device."""
         noise, labels = draw_noise(self.model, generators), draw_labels(self.model, generators)
         return noise.to(self.processes.device), labels.to(self.processes.device)
+
+    def with_noise(self, generators: list[torch.Generator]) -> Sampler:
+        """The sampler; what it adds as noise is drawn from the samples' generators, after `draw`."""
+        if not self.sampler.adds_noise:
+            return self.sampler
+        shape = (self.sampler.num_steps, *self.model.sample_shape)
+        noise = torch.stack([torch.randn(shape, generator=one) for one in generators], dim=1)
+        halves = 1 if self.settings.method.cfg_scale == 1 else 2
+        return WithNoise(self.sampler, torch.cat([noise] * halves, dim=1).to(self.processes.device))
 
     def generators(self, number: int) -> list[torch.Generator]:
         """One generator per sample of this process in round `number`."""
@@ -133,16 +142,18 @@ class Trajectories(RowRounds):
 
     def run(self, training: RowTraining) -> Iterator[TrainStep | None]:
         method = self.settings.method
-        noise, labels = self.draw(self.generators(training.round))
+        generators = self.generators(training.round)
+        noise, labels = self.draw(generators)
+        sampler = self.with_noise(generators)
         setting = noise, labels, method.cfg_scale, method.ste_threshold
         if method.proxy != "none" and self._refresh_due(training.train_steps):
             proxy_weights = image_error_proxy(
-                self.model, self.diffusion, training.router, *setting, method.proxy,
+                self.model, sampler, training.router, *setting, method.proxy,
                 self.variant.straight_through,
             )  # fmt: skip
             training.proxy_weights = distributed.mean(proxy_weights)
         updates = train_trajectory(
-            self.model, self.diffusion, training.router, training.optimizer, *setting,
+            self.model, sampler, training.router, training.optimizer, *setting,
             training.proxy_weights, training.reg_weight, self.variant,
         )  # fmt: skip
         yield None

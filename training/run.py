@@ -286,7 +286,8 @@ class Run:
             method=self.rounds.name, model=name, image_size=pixels_of(model),
             cfg_scale=method.cfg_scale, threshold=method.ste_threshold,
             cur=round(schedule.cur, 6), speedup_macs=round(schedule.speedup_macs(model), 6),
-            respacing=self.settings.num_sampling_steps, **self.rounds.facts(), **training.facts(),
+            respacing=self.settings.num_sampling_steps,
+            sampler=self.settings.sampler, **self.rounds.facts(), **training.facts(),
         )  # fmt: skip
         title = f"{name}, T = {router.num_steps}, train step {training.train_steps}"
         title += f", CUR {100 * schedule.cur:.1f} %"

@@ -135,7 +135,7 @@ class OutputSettings:
 
 # The settings that decide a training's numbers, in the order in which a checkpoint records them.
 _RECORDED = (
-    "method", "model", "num_sampling_steps", "cfg_scale", "ste_threshold", "l1", "target_cur",
+    "method", "model", "num_sampling_steps", "sampler", "cfg_scale", "ste_threshold", "l1", "target_cur",
     "target_speedup", "cost", "lambda_c", "proxy", "data_loss", "router_train", "rollout", "data",
     "every_row", "groups", "lr", "global_batch_size", "trajectories", "global_seed", "precision", "vae",
     "terms", "init", "window", "pool", "moments_weight", "open_share", "max_steps",
@@ -146,7 +146,8 @@ _RECORDED = (
 class TrainSettings:
     """One training of a router.
 
-    num_sampling_steps: T, or a respacing such as `ddim50`. target_cur, target_speedup: at most one of them.
+    num_sampling_steps: T, or a respacing such as `ddim50`. sampler: a key of `diffusion.SAMPLERS`;
+    Learning-to-Cache has DDIM. target_cur, target_speedup: at most one of them.
     global_batch_size: rows of a forward pass over all processes; under guidance a trajectory has two.
     precision: `fp32`, `tf32` or `bf16`; None: the device's default. model.vae: encodes an image folder, and
     a VAE's folder says what the model's image size means.
@@ -155,6 +156,7 @@ class TrainSettings:
     method: HarmonicaSettings | L2CSettings | EndToEndSettings = HarmonicaSettings()
     model: ModelSettings = ModelSettings()
     num_sampling_steps: str = "10"
+    sampler: str = "ddim"
     target_cur: float | None = None
     target_speedup: float | None = None
     global_batch_size: int = 64
@@ -199,7 +201,8 @@ class TrainSettings:
     def record(self) -> dict[str, object]:
         """What decides the numbers, by flag: a resumed run must have the same, and the same model."""
         values = dataclasses.asdict(self.method) | {
-            name: getattr(self, name) for name in ("num_sampling_steps", "target_cur", "target_speedup")
+            name: getattr(self, name)
+            for name in ("num_sampling_steps", "sampler", "target_cur", "target_speedup")
         }
         values |= {"method": self.method.name, "model": self.model.model, "global_seed": self.global_seed}
         values |= {"precision": self.precision}
@@ -207,6 +210,8 @@ class TrainSettings:
             values["trajectories"] = self.num_samples
         else:
             values["global_batch_size"] = self.global_batch_size
+        if isinstance(self.method, L2CSettings):
+            del values["sampler"]
         if self.vae is not None:
             values["vae"] = self.vae
         ends_early = isinstance(self.method, RowSettings)  # else the learning rate falls to 0 at the end

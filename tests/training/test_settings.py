@@ -10,7 +10,7 @@ from training.settings import EndToEndSettings, HarmonicaSettings, L2CSettings, 
 
 # What checkpoints have held since there are any; the model adds its own facts.
 RECORDED = {
-    "method", "model", "num_sampling_steps", "cfg_scale", "ste_threshold", "l1", "target_cur",
+    "method", "model", "num_sampling_steps", "sampler", "cfg_scale", "ste_threshold", "l1", "target_cur",
     "target_speedup", "cost", "lambda_c", "proxy", "data_loss", "router_train", "rollout", "data",
     "every_row", "groups", "lr", "trajectories", "global_seed", "precision", "vae", "terms", "init",
     "window", "pool", "moments_weight", "open_share",
