@@ -115,6 +115,7 @@ def prepare(args: argparse.Namespace, processes: Processes) -> Job:
         "image_size": pixels_of(model),
         "null_label": model.has_null_label,
         "learn_sigma": model.learn_sigma,
+        "conditions": model.conditions,
         "vae": vae_config.spec if vae_config else "none",
         "vae_weights": vae and weights_fingerprint(vae),
         "sampler": sampling.sampler,

@@ -24,6 +24,7 @@ class Backbone(Protocol):
     sample_shape: tuple[int, ...]  # shape of x without its batch, (C, H, W)
     predicts: str  # "noise", or "velocity" where it was trained by flow matching
     num_classes: int  # conditions to draw from: labels, or prompts by their number
+    conditions: str  # what tells one set of prompts from another; "" where conditions are class labels
     has_null_label: bool  # whether it can be guided
     prepared_size: int  # values that `prepare` makes for one step and sample
     learn_sigma: bool  # whether an output (N, 2C, H, W) holds a variance beside the noise

@@ -37,7 +37,7 @@ class HookedTransformer(ABC):
             example = self._arguments(torch.zeros(1, *sample_shape), torch.zeros(()), self._example())
         self.branch_macs, self.other_macs = count_macs(transformer, example)
         self.prepared_size = 1  # nothing of size is made ahead
-        self.source, self.predicts = "", "noise"
+        self.source, self.predicts, self.conditions = "", "noise", ""
 
     def close(self) -> None:
         """Take the hooks away; the transformer is as it was before."""

@@ -46,6 +46,7 @@ class PixArt(HookedTransformer):
         tokens = side[0] * side[1] // config.patch_size**2
         self.branch_size = tokens * config.num_attention_heads * config.attention_head_dim
         super().__init__(transformer, (config.in_channels, *side))
+        self.conditions = prompts.key
 
     def condition(self, labels: Tensor, guided: bool) -> Condition:
         numbers = labels.tolist()

@@ -36,6 +36,7 @@ class Prompts:
 
     states: np.ndarray
     lengths: np.ndarray
+    key: str = "random"  # the hash of encoder and texts
 
     def __len__(self) -> int:
         return len(self.lengths) - 1
@@ -76,7 +77,7 @@ def encode_prompts(
     texts: Sequence[str],
     encoder: str | Path,
     num_tokens: int,
-    folder: Path = FOLDER,
+    folder: Path | None = None,
     batch_size: int = 16,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -88,7 +89,7 @@ def encode_prompts(
     or ValueError in one line where the encoder cannot be had or does not fit.
     """
     rows = [normalized(text) for text in (*texts, NULL_PROMPT)]
-    place = folder / _key(rows, str(encoder), num_tokens)
+    place = (folder or FOLDER) / _key(rows, str(encoder), num_tokens)
     make_folder(place)
     with writing(place):
         info = place / "info.json"
@@ -103,7 +104,7 @@ def open_prompts(place: Path) -> Prompts:
     states, lengths = (np.load(place / f"{name}.npy", mmap_mode="r") for name in ("states", "lengths"))
     if read_json(place / "info.json")["done"] != len(lengths):
         raise ValueError(f"{place} is not complete; encode the prompts again to go on")
-    return Prompts(states, lengths)
+    return Prompts(states, lengths, place.name)
 
 
 def _key(rows: Sequence[str], encoder: str, num_tokens: int) -> str:

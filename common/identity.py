@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 _HEAD = 64  # number of values of every parameter in the older kind of hash
 # Settings that older records lack, and the value that held then; None: it is unknown.
-_ADDED = {"null_label": True, "learn_sigma": True, "vae_weights": None, "sampler": "ddim"}
+_ADDED = {"null_label": True, "learn_sigma": True, "vae_weights": None, "sampler": "ddim", "conditions": ""}
 
 
 def weights_fingerprint(model: nn.Module) -> str:

@@ -64,6 +64,8 @@ def read_checkpoint(path: Path, settings: dict) -> dict[str, Tensor]:
         name, value = others[0]
         flag = "ckpt, whose weights were" if name == "weights" else name.replace("_", "-")
         reason = f"--resume {path}: it was trained with --{flag} {value}, not {settings[name]}"
+        if name == "conditions":
+            reason = f"--resume {path}: it was trained with other prompts"
         if before and name == "trajectories":
             reason += "; when it began, --global-batch-size counted trajectories, not rows"
         raise OtherSettings(reason, bool(before) and {name for name, _ in others} <= _RENAMED)

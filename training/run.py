@@ -69,7 +69,11 @@ def prepare(
     settings, method = dataclasses.replace(settings, precision=precision), settings.method
     model, _ = settings.loaded_model.load(processes.device, dtype, fetch=False)
     check_guidance(model, method.cfg_scale)
-    record = settings.record() | {"image_size": pixels_of(model), "num_classes": model.num_classes}
+    record = settings.record() | {
+        "conditions": model.conditions,
+        "image_size": pixels_of(model),
+        "num_classes": model.num_classes,
+    }
     record |= {"null_label": model.has_null_label, "learn_sigma": model.learn_sigma}
     record |= {"weights": weights_fingerprint(model)}
     on_eps = isinstance(method, RowSettings) and method.data_loss == "eps"

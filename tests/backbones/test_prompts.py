@@ -5,38 +5,21 @@ import json
 import numpy as np
 import pytest
 import torch
+from tiny_pipeline import save_text_encoder
 
 from backbones import prompts as module
 from backbones.prompts import encode_prompts, open_prompts, read_prompts
 
 transformers = pytest.importorskip("transformers")
 
-WORDS = ["[PAD]", "[UNK]", "</s>", "a", "green", "heart", "red", "apple", "style"]
 TEXTS = ["a green heart", "Red apple ", "style"]
 L = 6
 
 
 @pytest.fixture(scope="module", params=["t5", "bert"])
 def encoder(request, tmp_path_factory) -> str:
-    """A tiny seeded encoder of the real class, with a tokenizer of a few words."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
     folder = tmp_path_factory.mktemp(request.param)
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", eos_token="</s>"
-    )
-    fast.save_pretrained(folder)
-    torch.manual_seed(0)
-    if request.param == "t5":
-        config = transformers.T5Config(vocab_size=9, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4)
-        transformers.T5Model(config).save_pretrained(folder)
-    else:
-        config = transformers.BertConfig(
-            vocab_size=9, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32
-        )
-        transformers.BertModel(config).save_pretrained(folder)
+    save_text_encoder(folder, request.param)
     return str(folder)
 
 
@@ -96,7 +79,11 @@ def test_an_interrupted_encoding_goes_on(encoder, tmp_path, monkeypatch):
     assert np.array_equal(parts.lengths, whole.lengths)
 
 
-def test_an_absent_encoder_is_one_line(tmp_path):
+def test_an_absent_encoder_is_one_line(tmp_path, monkeypatch):
+    def absent(*_, **__):
+        raise OSError("nowhere is not a local folder\nand more lines")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", absent)
     with pytest.raises(OSError, match="the text encoder nowhere cannot be had"):
         encode_prompts(TEXTS, "nowhere", L, tmp_path)
 
