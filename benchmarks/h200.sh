@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Every figure of docs/performance.md that needs a GPU: a JSON file each under results/benchmark/, named after
+# Every figure of docs/performance.md that needs a GPU: a JSON file each under benchmarks/results/, named after
 # the card. Needs no weights. For the int8 rows: pip install torchao. Not committed so far: xl-512-plain,
 # xl-256-scaling and the 8-bit rows; what is committed of an H200 took some seven minutes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
 card=$("$python" -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))')
-folder=results/benchmark
+folder=benchmarks/results
 mkdir -p "$folder"
 
 measure() { # NAME ARGUMENTS: one run of benchmark.py

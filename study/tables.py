@@ -21,6 +21,7 @@ PUBLISHED = [
     (10, "uncached", 0, 0.332, 12.16), (10, "fewer-steps", 0, 0.299, 16.54),
     (10, "l2c", 19.11, 0.279, 14.59), (10, "harmonica", 22.86, 0.270, 13.35),
 ]  # fmt: skip
+FULL_LENGTH = "full-length"  # the group of the published number of train steps
 FIGURES = (
     "cur",
     "speedup_macs",
@@ -49,6 +50,22 @@ COLUMNS = [
 def is_main(row: dict) -> bool:
     """Whether a row belongs to the comparison rather than to an ablation."""
     return not row.get("group") and row["sampler"] == "ddim" and row["cfg_scale"] == 1
+
+
+def is_at_main_speed(row: dict) -> bool:
+    """One row a method: at the main speed, of training seed 0 where it was trained; and the uncached."""
+    return row.get("speed") in (None, MAIN_SPEED) and row.get("train_seed") in (None, 0)
+
+
+def has_own_router(row: dict) -> bool:
+    """Whether a row's router was trained for its method; forecast and calibrated reuse take another's."""
+    return bool(row["router"]) and not row["method"].startswith(("taylor", "calibrated"))
+
+
+def shows_training(row: dict) -> bool:
+    """Whether the report draws the training of a row's router."""
+    in_report = is_main(row) or row.get("group") == FULL_LENGTH
+    return in_report and is_at_main_speed(row) and has_own_router(row)
 
 
 def grouped(rows: list[dict]) -> list[dict]:
@@ -107,14 +124,19 @@ def comparison_table(rows: list[dict], num_steps: int, speed: str | None = None)
     return table
 
 
-BEYOND = "end-to-end+forecast"
-UNIFORM, NO_MOMENTS = f"{BEYOND}-uniform", f"{BEYOND}-no-moments"  # without what T = 20 is trained with
-OURS = ("end-to-end", "calibrated")
-FRESH, SECOND = "fresh-seed", "second-seed"  # of samples apart from those of the comparison
+FORECAST = "end-to-end+forecast"  # schedule and weights of reuse, trained on the error of the image
+FORECAST_EVEN_BATCHES = f"{FORECAST}-uniform"  # without --pool and --moments-weight, settings of T = 20
+FORECAST_NO_MOMENTS = f"{FORECAST}-no-moments"  # without --moments-weight
+OWN_METHODS = ("end-to-end", "calibrated")  # how the names of this project's methods begin
+# Groups of rows on other samples than the comparison's.
+FRESH_SAMPLES, SECOND_SAMPLES = "fresh-seed", "second-seed"
 
 
-def beyond_table(rows: list[dict], group: str | None = None, method: str = BEYOND) -> list[list[str]]:
-    """A method of ours beside the best of all others, at each T and speed; group: FRESH, SECOND or None."""
+def end_to_end_table(rows: list[dict], group: str | None = None, method: str = FORECAST) -> list[list[str]]:
+    """A method of this project beside the best of all others, at each T and speed.
+
+    group: of the samples, FRESH_SAMPLES or SECOND_SAMPLES; None: those of the comparison.
+    """
     table = [["steps", "asked", "seeds", "by MACs", "MSE", "best of the others", "ratio", "/ HarmoniCa"]]
     table[0] += ["FD", "lowest of the others", "digits-FID / uncached"]
     chosen = [row for row in rows if (row.get("group") == group if group else is_main(row))]
@@ -123,7 +145,7 @@ def beyond_table(rows: list[dict], group: str | None = None, method: str = BEYON
         if own["method"] != method:
             continue
         beside = [g for g in every if (g["num_steps"], g["speed"]) == (own["num_steps"], own["speed"])]
-        others = {g["method"]: g["mean"] for g in beside if not g["method"].startswith(OURS)}
+        others = {g["method"]: g["mean"] for g in beside if not g["method"].startswith(OWN_METHODS)}
         if not others:
             continue
         mean, best = own["mean"], min(others, key=lambda name: others[name]["mse"])
@@ -238,33 +260,33 @@ def further_tables(rows: list[dict]) -> list[tuple[str, str, list[list[str]]]]:
             "Beyond the paper",
             "Schedule and reuse trained on the error of the image (`--method end-to-end`), the mean over "
             "training seeds, beside the best of all other methods at the same speed.",
-            beyond_table(rows),
+            end_to_end_table(rows),
         ),
         (
             "Beyond the paper, fresh samples",
             "The same routers beside HarmoniCa and the best of the others (these of training seed 0), on "
             "samples of a seed kept for this: 2,000, at T = 20 6,000.",
-            beyond_table(rows, FRESH),
+            end_to_end_table(rows, FRESH_SAMPLES),
         ),
         (
             "Beyond the paper, a second seed",
             "The same on 6,000 samples of a seed that an earlier setting was measured on.",
-            beyond_table(rows, SECOND),
+            end_to_end_table(rows, SECOND_SAMPLES),
         ),
         (
             "Batches drawn evenly, fresh samples",
             "The same training without `--pool` and `--moments-weight`.",
-            beyond_table(rows, FRESH, UNIFORM),
+            end_to_end_table(rows, FRESH_SAMPLES, FORECAST_EVEN_BATCHES),
         ),
         (
             "Batches drawn evenly, a second seed",
             "The same training without `--pool` and `--moments-weight`.",
-            beyond_table(rows, SECOND, UNIFORM),
+            end_to_end_table(rows, SECOND_SAMPLES, FORECAST_EVEN_BATCHES),
         ),
         (
             "Without moments, fresh samples",
             "The same training without `--moments-weight`.",
-            beyond_table(rows, FRESH, NO_MOMENTS),
+            end_to_end_table(rows, FRESH_SAMPLES, FORECAST_NO_MOMENTS),
         ),
         ("Asking for a speed", "train_router.py --target-cur, HarmoniCa at T = 10.", target_table(rows)),
         (
