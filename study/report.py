@@ -202,6 +202,7 @@ def setting(rows: list[dict]) -> str:
 
 def page(study: Study, folder: Path, rows: list[dict], evaluations: Sequence[Path]) -> str:
     """The whole report as HTML; its charts are written into `folder` too."""
+    judged = evaluation_table(evaluations) if evaluations else None  # first: it may refuse a file
     parts = [
         f"<h1>{TITLE}</h1><p>{html.escape(setting(rows))}</p>",
         section(
@@ -222,9 +223,8 @@ def page(study: Study, folder: Path, rows: list[dict], evaluations: Sequence[Pat
         parts.append(section("Trainings", "Seed 0 at the main speed.", charts_html(curves)))
     for title, intro, table in further_tables(rows):
         parts.append(section(title, intro, table_html(table)))
-    if evaluations:
-        table = table_html(evaluation_table(evaluations))
-        parts.append(section("Evaluations", "Sample files, as evaluate.py judged them.", table))
+    if judged:
+        parts.append(section("Evaluations", "Sample files, as evaluate.py judged them.", table_html(judged)))
     commands = "".join(f"<li><code>{html.escape(row['command'])}</code></li>" for row in rows)
     parts.append(f"<details><summary>The command of every row</summary><ol>{commands}</ol></details>")
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'

@@ -12,6 +12,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -36,26 +37,24 @@ class Records:
         """
         if not self.path.is_file():
             return {}
-        text, found = self.path.read_text(), {}
-        for number, line in enumerate(text.splitlines(), 1):
-            try:
-                record = json.loads(line)
+        found, lines = {}, self.path.read_text().splitlines(keepends=True)
+        for number, line in enumerate(lines, 1):
+            record = parsed(line)
+            if record is not None:
                 found[record["id"]] = record
-            except (ValueError, KeyError, TypeError):
-                if number == text.count("\n") + 1:
-                    break
-                raise ValueError(f"{self.path}, line {number} is no JSON object with an id") from None
+            elif line.endswith("\n"):
+                raise ValueError(f"{self.path}, line {number} is no JSON object with an id")
         return found
 
     def add(self, record: dict) -> None:
-        """Append one record. What a killed writer left of a line is cut off first."""
+        """Append one record. Half of a last line is removed first."""
         line = to_json(record)
         if self.path.is_file():
-            content = self.path.read_bytes()
-            whole = content.rfind(b"\n") + 1
-            if whole < len(content):
-                with open(self.path, "r+b") as file:
-                    file.truncate(whole)
+            last = self.path.read_bytes().rpartition(b"\n")[2]
+            if parsed(last) is not None:
+                line = f"\n{line}"  # an editor took the newline away
+            elif last:
+                os.truncate(self.path, self.path.stat().st_size - len(last))
         append_line(self.path, line)
 
     def tidy(self, order: Iterable[str]) -> None:
@@ -65,6 +64,15 @@ class Records:
         ids += sorted(found.keys() - set(ids))
         with replacing(self.path) as temporary:
             temporary.write_text("".join(f"{to_json(found[id])}\n" for id in ids))
+
+
+def parsed(line: str | bytes) -> dict | None:
+    """A line as a record, or None where it is none."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and "id" in record else None
 
 
 class Study:
