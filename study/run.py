@@ -24,11 +24,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import train_router
-from common import cli, lifeline
+from common import cli, distributed, lifeline
 from common.arrays import ArrayFile
 from common.files import replacing, write_json
 from common.identity import weights_fingerprint
+from end_to_end.rounds import ROUNDS as END_TO_END_ROUNDS
 from examples.digits import MODEL
 from examples.digits.classifier import Judge
 from router import find_router, load_router
@@ -38,7 +38,10 @@ from study.plan import FULL, QUICK, QUICK_RESULTS, RESULTS, ROOT, Task, digits_m
 from study.report import page_folder, write_page, write_table
 from study.store import Study, router_hash, short_hash
 from study.tables import is_main, shows_training
-from training.state import runs
+from training.arguments import parse_args as parse_training
+from training.rounds import ROUNDS
+from training.run import train as train_router
+from training.settings import TrainSettings
 
 HIDDEN = ("images", "router_hash")  # of the rows' records, not in study.json
 
@@ -74,9 +77,8 @@ def train(folder: Path, task: Task) -> Path:
     """Train a router, or go on with it; returns the run's folder."""
     results = folder / "scratch" / f"{task.id}-{short_hash(' '.join(task.arguments))}"
     where = ["--results-dir", str(results), "--resume", "auto", "--device", "cpu"]
-    train_router.main(train_router.parse_args([*task.arguments, *where]))
-    run, *_ = runs(results)  # one that was stopped before its first checkpoint is left behind
-    return run
+    settings = TrainSettings.from_arguments(parse_training([*task.arguments, *where]))
+    return train_router(settings, ROUNDS | END_TO_END_ROUNDS, distributed.start("cpu"), show=print)
 
 
 def measure_row(folder: Path, task: Task) -> dict:
