@@ -21,7 +21,7 @@ def parse_args() -> argparse.Namespace:
         type=Path,
         nargs="?",
         default=EVIDENCE,
-        help="folder of the study; default: study/results/digits, the committed one",
+        help="folder of the study; default: the committed one, in study/results",
     )
     parser.add_argument(
         "--evaluations",
@@ -35,7 +35,7 @@ def parse_args() -> argparse.Namespace:
         "--output",
         type=Path,
         metavar="FOLDER",
-        help="where to write; default: the study's folder, of the committed study results/digits",
+        help="where to write; default: the study's folder, for the committed study one in results",
     )
     return parser.parse_args()
 

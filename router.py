@@ -363,9 +363,10 @@ def _train_steps(file: Path) -> int:
 def _read_own(file: Path) -> tuple[Tensor, Tensor | None, dict]:
     try:
         with safetensors.safe_open(file, framework="pt") as opened:
-            metadata, tensors = opened.metadata() or {}, opened.keys()
-            if any(f"{name}/logits" in tensors for name in metadata):
-                raise ValueError(f"{file} holds {len(metadata)} routers; name one: {file}:{min(metadata)}")
+            metadata = opened.metadata() or {}
+            if _ROUTERS in metadata:
+                names = json.loads(metadata[_ROUTERS])
+                raise ValueError(f"{file} holds {len(names)} routers; name one: {file}:{min(names)}")
             logits = opened.get_tensor("logits")
             weights = opened.get_tensor("weights") if "weights" in opened.keys() else None  # noqa: SIM118
     except safetensors.SafetensorError as error:
@@ -415,6 +416,7 @@ def _read_released(file: Path) -> tuple[Tensor, None, dict]:
 
 # ---- many routers in one file ----------------------------------------------------------------------
 
+_ROUTERS = "routers"  # one entry of the metadata for all: safetensors writes several in any order
 _NAMED = re.compile(r"(.+\.safetensors):(.+)")
 
 
@@ -423,46 +425,47 @@ def save_routers(path: str | Path, routers: dict[str, Router]) -> None:
 
     Its tensors are NAME/logits and NAME/weights; its metadata says of every name what `save_router` would.
     """
-    tensors, metadata = {}, {}
-    for name, router in routers.items():
-        info, own = _content(router)
+    tensors, infos = {}, {}
+    for name, router in sorted(routers.items()):
+        infos[name], own = _content(router)
         tensors |= {f"{name}/{part}": tensor for part, tensor in own.items()}
-        metadata[name] = json.dumps(info)
     with replacing(path) as partial:
-        save_file(tensors, partial, metadata=metadata)
+        save_file(tensors, partial, metadata={_ROUTERS: json.dumps(infos, sort_keys=True)})
 
 
 def load_routers(path: str | Path) -> dict[str, Router]:
     """Read all routers that `save_routers` wrote. Raises FileNotFoundError or ValueError, naming the file."""
-    with _opened(Path(path)) as opened:
-        found = {name: _named_content(opened, name) for name in opened.metadata() or {}}
-    return {name: _from_content(f"{path}:{name}", *content) for name, content in sorted(found.items())}
+    with _opened(Path(path)) as (opened, infos):
+        found = {name: _named_content(opened, name, info) for name, info in infos.items()}
+    return {name: _from_content(f"{path}:{name}", *content) for name, content in found.items()}
 
 
 def _read_named(file: Path, name: str) -> tuple[Tensor, Tensor | None, dict]:
-    with _opened(file) as opened:
-        names = opened.metadata() or {}
-        if name not in names:
-            near = difflib.get_close_matches(name, names, n=3, cutoff=0)
+    with _opened(file) as (opened, infos):
+        if name not in infos:
+            near = difflib.get_close_matches(name, infos, n=3, cutoff=0)
             raise ValueError(f"{file} holds no router {name!r}; it holds, among others: {', '.join(near)}")
-        return _named_content(opened, name)
+        return _named_content(opened, name, infos[name])
 
 
-def _named_content(opened, name: str) -> tuple[Tensor, Tensor | None, dict]:
+def _named_content(opened, name: str, info: dict) -> tuple[Tensor, Tensor | None, dict]:
     has_weights = f"{name}/weights" in opened.keys()  # noqa: SIM118
     weights = opened.get_tensor(f"{name}/weights") if has_weights else None
-    return opened.get_tensor(f"{name}/logits"), weights, json.loads(opened.metadata()[name])
+    return opened.get_tensor(f"{name}/logits"), weights, info
 
 
 @contextlib.contextmanager
-def _opened(file: Path) -> Iterator:
-    """An open safetensors file. Raises FileNotFoundError, or ValueError where it does not read as routers."""
+def _opened(file: Path) -> Iterator[tuple]:
+    """An open file of `save_routers`, and what it says of each router by name.
+
+    Raises FileNotFoundError, or ValueError where it does not read.
+    """
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist; give a file of routers and a name: {file}:NAME")
     try:
         with safetensors.safe_open(file, framework="pt") as opened:
-            yield opened
-    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
+            yield opened, json.loads((opened.metadata() or {})[_ROUTERS])
+    except (safetensors.SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{file} is no file of named routers ({error})") from None
 
 

@@ -42,6 +42,8 @@ def test_all_are_read_at_once_and_written_again(tmp_path, routers):
     again = load_routers(tmp_path / "again.safetensors")
     assert all(torch.equal(again[name].logits, routers[name].logits) for name in routers)
     assert again["plain-T3"].info["settings"] == {"lr": 0.1}
+    written = [(tmp_path / f"{name}.safetensors").read_bytes() for name in ("all", "again")]
+    assert written[0] == written[1]  # so that version control sees no change where there is none
 
 
 def test_wrong_names_and_files_are_one_line(tmp_path, routers):
@@ -54,6 +56,9 @@ def test_wrong_names_and_files_are_one_line(tmp_path, routers):
     assert "nowhere.safetensors does not exist" in error_line(
         "router.py", f"{tmp_path}/nowhere.safetensors:a"
     )
+    save_router(tmp_path / "one.safetensors", routers["plain-T3"])
+    line = error_line("router.py", f"{tmp_path}/one.safetensors:plain-T3")
+    assert "one.safetensors is no file of named routers" in line
     file.write_bytes(file.read_bytes()[:100])
     assert "is no file of named routers" in error_line("router.py", f"{file}:plain-T3")
     with pytest.raises(ValueError, match="is no file of named routers"):
