@@ -1,8 +1,10 @@
 """The report of a study: one HTML page with charts and tables that opens from disk and needs no network.
 
-python report.py           # of the committed study: results/digits/report.html, table.md and pictures/
-python report.py FOLDER    # of another one, into its own folder
-python report.py --evaluations one.json other.json    # with what evaluate.py --output wrote
+    python report.py                        # the committed study: report.html, table.md and pictures/
+    python report.py FOLDER                 # another study, in its own folder
+    python report.py --evaluations A.json   # with what evaluate.py --output wrote
+
+A study is what `python -m study.run` leaves.
 """
 
 import argparse

@@ -1,4 +1,8 @@
-"""What router training costs, for `benchmark.py --train`: in forward passes of the bare model, and in memory.
+"""What router training costs, in forward passes of the bare model and in memory.
+
+    python benchmark.py --train --model DiT-B/2 --batch-size 2 --num-sampling-steps 10     # all cases
+
+This module holds the cases that `benchmark.py --train` measures:
 
 | case | what runs |
 |---|---|
@@ -10,8 +14,8 @@
 | `update, compiled, branches recomputed` (with `--compile`) | the same with both |
 | `refresh` | lambda by the image error proxy; the naive way is T trajectories |
 | `end-to-end` | an update of end-to-end training at half of the MACs, activations recomputed |
-| `end-to-end, kept` | the same, activations of all steps kept |
-| `end-to-end, search` | the most of a step of its search: all cells' effects, activations recomputed |
+| `end-to-end, kept` | the same with the activations of all steps kept in memory |
+| `end-to-end, search` | the main part of a step of its search: effects of all cells, activations recomputed |
 """
 
 import argparse
@@ -47,7 +51,7 @@ COMPILED = ("update, compiled", "update, compiled, branches recomputed")
 def plain_loop(
     model: DiT, diffusion: GaussianDiffusion, labels: Tensor, noise: Tensor, cfg_scale: float
 ) -> Tensor:
-    """DDIM with nothing taken out of the loop: the bare model, called at every step. Returns x_0."""
+    """DDIM with the bare model called at every step and nothing precomputed. Returns x_0 (n, C, H, W)."""
     guided = cfg_scale != 1
     y, x_t = model.condition(labels, guided), torch.cat([noise, noise]) if guided else noise
     with torch.no_grad():
@@ -60,7 +64,7 @@ def plain_loop(
 
 @contextlib.contextmanager
 def unfrozen(model: DiT) -> Iterator[None]:
-    """All parameters require gradients, those of timestep and label too."""
+    """Within the block all parameters of the model require gradients."""
     model.requires_grad_(True)
     try:
         yield
@@ -71,7 +75,7 @@ def unfrozen(model: DiT) -> Iterator[None]:
 def case(
     name: str, model: DiT, diffusion: GaussianDiffusion, batch_size: int, cfg_scale: float
 ) -> Callable[[], object]:
-    """What is run of one case, on random noise and the model's device."""
+    """The function that runs one case, on random noise on the model's device."""
     device, num_steps = next(model.parameters()).device, diffusion.num_timesteps
     generator = torch.Generator().manual_seed(0)
     shape = (batch_size, model.in_channels, model.input_size, model.input_size)
@@ -91,7 +95,7 @@ def case(
     def update() -> None:
         ones = torch.ones(num_steps, device=device)
         for _ in train_trajectory(model, diffusion, router, optimizer, *setting, THRESHOLD, ones, REG_WEIGHT):
-            model.zero_grad()  # nothing where it is frozen
+            model.zero_grad()  # does nothing where the model is frozen
 
     def update_unfrozen() -> None:
         with unfrozen(model):
@@ -119,9 +123,9 @@ def case(
 
 
 def training_rows(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> list[dict]:
-    """One row per case of `args.cases`: seconds, forward passes, and the most memory on top of the model.
+    """One row for each case of `args.cases`: seconds, forward passes, peak memory beyond the model's.
 
-    `forward` is always among them; by default all are, the compiled ones with `args.compile`.
+    `forward` is always measured. Without `args.cases` all cases are, the compiled ones with `args.compile`.
     """
     model, diffusion = _setup(args, device, dtype)
     num_steps = diffusion.num_timesteps
@@ -153,10 +157,10 @@ def _setup(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -
 
 
 def _memory(args: argparse.Namespace, name: str, device: torch.device, dtype: torch.dtype) -> int:
-    """Bytes that a case needs on top of the model; of RAM they can be told in a fresh process alone."""
+    """Peak bytes that a case needs beyond the model's. On a CPU only a fresh process can tell."""
     if device.type == "cuda":
         return _measure_memory(args, name, device, dtype)
-    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")  # what large tensors leave goes back at once
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")  # memory of large tensors is returned at once
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_measure_memory, (args, name, device, dtype))
 
@@ -164,7 +168,7 @@ def _memory(args: argparse.Namespace, name: str, device: torch.device, dtype: to
 def _measure_memory(args: argparse.Namespace, name: str, device: torch.device, dtype: torch.dtype) -> int:
     run = case(name, *_setup(args, device, dtype), args.batch_size[0], args.cfg_scale)
     if name in COMPILED:
-        run()  # what the compiler needs is not the update's
+        run()  # the compiler's own memory does not count
     reset_peak_memory(device)
     before = torch.cuda.memory_allocated(device) if device.type == "cuda" else peak_memory(device)
     run()
