@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import cli, distributed, lifeline
+from common import cli, devices, distributed, lifeline
 from common.arrays import ArrayFile
 from common.files import replacing, write_json
 from common.identity import weights_fingerprint
@@ -32,8 +32,8 @@ from end_to_end.rounds import ROUNDS as END_TO_END_ROUNDS
 from examples.digits import MODEL
 from examples.digits.classifier import Judge
 from router import find_router, load_router
-from schedules import methods
 from study import measure
+from study.measure import Measurement
 from study.plan import FULL, QUICK, QUICK_RESULTS, RESULTS, ROOT, Task, digits_model, plan
 from study.report import page_folder, write_page, write_table
 from study.store import Study, router_hash, short_hash
@@ -82,27 +82,27 @@ def train(folder: Path, task: Task) -> Path:
 
 
 def measure_row(folder: Path, task: Task) -> dict:
-    args = measure.parse_args(task.arguments)
-    model, method = digits_model(), methods.load_method(args, digits_model())
-    own = plain = uncached_samples(folder, args)
+    asked = Measurement.from_arguments(measure.parse_args(task.arguments))
+    model, method = digits_model(), asked.load(digits_model())
+    own = plain = uncached_samples(folder, asked)
     if method.name != "none":
-        own = measure.draw(args, measure.trajectory_of(args, model, method))
-    row = task.row.facts | measure.compare(args, model, judge(), method, own, plain)
-    measured = router_hash(load_router(args.path)) if args.path else None
+        own = measure.draw(asked, method.trajectory(model, asked.sampling))
+    row = task.row.facts | measure.compare(asked, model, judge(), method, own, plain)
+    measured = router_hash(load_router(task.settings["path"])) if task.row.training else None
     row |= {"command": task.command, "id": task.id, "router_hash": measured}
     return row | {"images": measure.pictures(own)}
 
 
-def uncached_samples(folder: Path, args: argparse.Namespace) -> torch.Tensor:
+def uncached_samples(folder: Path, asked: Measurement) -> torch.Tensor:
     """x_0 that a row is compared with, from scratch/ where a row before drew as many."""
-    setting = f"T{args.num_sampling_steps}-cfg{args.cfg_scale:g}-{measure.sampler_of(args)}-seed{args.seed}"
-    path = folder / "scratch" / f"uncached-{fingerprint()}-{setting}.npy"
+    sampling, model = asked.sampling, digits_model()
+    chain = f"T{sampling.num_sampling_steps}-cfg{sampling.cfg_scale:g}-{sampling.sampler}"
+    path = folder / "scratch" / f"uncached-{fingerprint()}-{chain}-seed{sampling.seed}.npy"
     with contextlib.suppress(OSError, ValueError):  # absent or damaged: drawn again
         x_0 = ArrayFile(path).read("arr_0", "f", "(n, C, H, W)")
-        if len(x_0) >= args.samples:
-            return torch.from_numpy(x_0[: args.samples])
-    uncached = methods.uncached(args, digits_model())
-    x_0 = measure.draw(args, measure.trajectory_of(args, digits_model(), uncached))
+        if len(x_0) >= asked.samples:
+            return torch.from_numpy(x_0[: asked.samples])
+    x_0 = measure.draw(asked, asked.uncached(model).trajectory(model, sampling))
     with replacing(path) as temporary:
         np.save(temporary, x_0.numpy())
     return x_0
@@ -200,10 +200,9 @@ def measure_latencies(study: Study, tasks: list[Task], repeats: int) -> None:
         print(f"latency of {len(missing)} rows at T = {num_steps}", flush=True)
         batches = []
         for row in plain + missing:
-            args = measure.parse_args(arguments_of(row["command"]))
-            with contextlib.redirect_stdout(None):
-                trajectory = measure.trajectory_of(args, model, methods.load_method(args, model))
-            batches.append(measure.timed_batch(args, trajectory))
+            asked = Measurement.from_arguments(measure.parse_args(arguments_of(row["command"])))
+            trajectory = asked.load(model).trajectory(model, asked.sampling)
+            batches.append(measure.timed_batch(asked, trajectory))
         plain_ms, *medians = measure.latencies(batches, repeats)
         measured = list(zip(missing, medians, strict=True))
         measured += [(plain[0], plain_ms)] if plain[0]["speedup_latency"] is None else []
@@ -214,7 +213,7 @@ def measure_latencies(study: Study, tasks: list[Task], repeats: int) -> None:
                 "speedup_latency": plain_ms / latency_ms,
                 "latency_batch": measure.LATENCY_BATCH,
                 "latency_repeats": repeats,
-                "latency_hardware": cli.hardware(torch.device("cpu")),
+                "latency_hardware": devices.hardware(torch.device("cpu")),
                 "router_hash": row["router_hash"],
             })  # fmt: skip
 
@@ -232,9 +231,7 @@ def collect(study: Study, tasks: list[Task]) -> list[dict]:
     for task in tasks:
         if task.row and task.id in done:
             row, latency = rows[task.id], latencies.get(task.id)
-            if (
-                latency is None or latency["router_hash"] != row["router_hash"]
-            ):  # none, or an earlier router's
+            if latency is None or latency["router_hash"] != row["router_hash"]:  # of an earlier router
                 latency = {"latency_ms": None, "speedup_latency": None}
             training = task.row.training
             found.append(row | latency | {"train_command": train_commands[training.id] if training else None})

@@ -5,8 +5,9 @@ from collections import Counter
 import pytest
 
 from backbones.loading import build_model
-from schedules.methods import load_method
+from schedules.baselines import random_schedule
 from study import measure
+from study.measure import Measurement
 from study.plan import (
     EVIDENCE,
     FULL,
@@ -59,8 +60,8 @@ def test_untrained_rows_meet_their_speed_within_four_percent(full):
     checked = Counter()
     for task in full:
         if task.row and task.row.method in UNTRAINED:
-            args = measure.parse_args(task.arguments)
-            speedup = load_method(args, model).speedup_macs(model, task.row.num_steps)
+            asked = Measurement.from_arguments(measure.parse_args(task.arguments))
+            speedup = asked.load(model).speedup_macs(model, task.row.num_steps)
             assert abs(speedup / float(task.row.speed) - 1) < 0.04, task.id
             checked[task.row.method, task.row.num_steps] += 1
     assert len(checked) == 15
@@ -125,9 +126,6 @@ def test_random_cur_is_the_one_nearest_to_the_speed():
     model = build_model("DiT-digits/2")
 
     def distance(cur: float) -> float:
-        args = measure.parse_args(
-            ["--accelerate-method", "random", "--cur", f"{cur:.4f}", "--schedule-seed", "0"]
-        )
-        return abs(load_method(args, model).speedup_macs(model, 10) - 1.96)
+        return abs(random_schedule(10, model.num_branches, cur, 0).speedup_macs(model) - 1.96)
 
     assert all(distance(cur) <= distance(cur + shift) for shift in (-0.05, -0.01, 0.01, 0.05))
