@@ -191,12 +191,12 @@ def charts_html(found: list[tuple[str, dict]], kind: str = "charts") -> str:
 def setting(rows: list[dict]) -> str:
     first, machines = rows[0], " and ".join(sorted({row["hardware"] for row in rows}))
     return (
-        "The digits DiT, DDIM without guidance where nothing else is said, "
-        f"{first['dtype']} on {machines} with batches of {first['batch_size']}, samples of seed "
-        f"{first['seed']}; all methods from the same noise and labels. Speed asked: what methods are matched "
-        "at, within 4 % by MACs; a star marks what is further away. Where a method was trained from several "
-        "seeds the figure is their mean, and bars and brackets give the least and the greatest; the measured "
-        "speed-up is that of the first one."
+        "Model: the digits DiT. Sampling: DDIM without guidance unless a row says otherwise, "
+        f"{first['dtype']} on {machines}, batches of {first['batch_size']}, samples of seed {first['seed']}. "
+        'All methods start from the same noise and labels. "Speed asked" is the speed-up by MACs at which '
+        "methods are compared: they match it within 4 %, and a star marks the rows that do not. The figure "
+        "of a method with several training seeds is their mean; bars and brackets show the least and the "
+        "greatest. The measured speed-up is that of the first seed."
     )
 
 
@@ -206,21 +206,23 @@ def page(study: Study, folder: Path, rows: list[dict], evaluations: Sequence[Pat
     parts = [
         f"<h1>{TITLE}</h1><p>{html.escape(setting(rows))}</p>",
         section(
-            "Quality against speed", "Down and to the right is better.", charts_html(trade_offs(folder, rows))
+            "Quality against speed",
+            "Lower and further to the right is better.",
+            charts_html(trade_offs(folder, rows)),
         ),
     ]
     tables = [f"<h3>T = {n}</h3>{table_html(comparison_table(chosen, n))}" for n, chosen in comparisons(rows)]
-    parts.append(section("All figures", "Sorted by MSE within a speed.", *tables))
+    parts.append(section("All figures", "Within a speed, rows are sorted by MSE.", *tables))
     images = image_pictures(folder, rows)
     if images:
-        parts.append(section("Images", "Every method from the same noise.", charts_html(images, "wide")))
+        parts.append(section("Images", "All methods start from the same noise.", charts_html(images, "wide")))
     schedules = schedule_pictures(study, folder, rows)
     if schedules:
-        intro = "Steps run downwards, branches (attn, mlp of each block) across."
+        intro = "Steps run downwards; branches (attention and MLP of each block) run across."
         parts.append(section("Learned schedules", intro, charts_html(schedules, "wide")))
     curves = curve_pictures(study, folder, rows)
     if curves:
-        parts.append(section("Trainings", "Seed 0 at the main speed.", charts_html(curves)))
+        parts.append(section("Trainings", "Training seed 0 at the main speed.", charts_html(curves)))
     for title, intro, table in further_tables(rows):
         parts.append(section(title, intro, table_html(table)))
     if judged:

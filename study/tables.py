@@ -1,6 +1,6 @@
-"""A study's rows as tables: seeds taken together, methods side by side, published numbers beside ours.
+"""The rows of a study as tables: means over seeds, methods side by side, published numbers beside ours.
 
-A row is what study/measure.py finds of one method, and what study/run.py adds to it.
+A row is a dict: the figures that `study.measure` prints for one method, and what `study.run` adds to them.
 """
 
 from pathlib import Path
@@ -10,9 +10,9 @@ import numpy as np
 from common.files import read_json
 
 MAIN_SPEED = "1.96"
-TOLERANCE = 0.04  # rows are matched in MACs within this; the others are marked
+TOLERANCE = 0.04  # rows that miss the speed asked by a larger share are marked
 # DiT-XL/2 on ImageNet 256 px, guidance 1.5, 50,000 samples, H800, as the HarmoniCa paper reports it:
-# T, method, CUR in %, latency in s at batch 8, FID. Steps of DDIM are its own number.
+# T, method, CUR in %, latency in s at batch 8, FID. "fewer-steps" is DDIM with a number of steps of its own.
 PUBLISHED = [
     (50, "uncached", 0, 1.767, 2.27), (50, "fewer-steps", 0, 1.379, 2.37),
     (50, "l2c", 23.39, 1.419, 2.62), (50, "harmonica", 23.68, 1.361, 2.36),
@@ -33,13 +33,17 @@ FIGURES = (
     "psnr",
     "ssim",
 )
-# Head of a column, the figure it shows, and how.
+# Head of a column, the figure that it shows, and the function that formats it.
 COLUMNS = [
     ("CUR", "cur", lambda v: f"{100 * v:.1f} %"),
     ("by MACs", "speedup_macs", lambda v: f"{v:.2f}x"),
     ("measured", "speedup_latency", lambda v: f"{v:.2f}x"),
     ("digits-FID", "digits_fid", lambda v: f"{v:.3f}"),
-    ("/ uncached", "fid_ratio", lambda v: f"{v:.2f}"),  # of as many samples: FID falls with their number
+    (
+        "/ uncached",
+        "fid_ratio",
+        lambda v: f"{v:.2f}",
+    ),  # both from as many samples: FID falls with their number
     ("FD to uncached", "fd_uncached", lambda v: f"{v:.3f}"),
     ("recognised", "accuracy", lambda v: f"{100 * v:.2f} %"),
     ("PSNR", "psnr", lambda v: f"{v:.1f} dB"),
@@ -69,7 +73,7 @@ def shows_training(row: dict) -> bool:
 
 
 def grouped(rows: list[dict]) -> list[dict]:
-    """Rows that differ in their training seed alone, as one: mean, least and greatest of every figure."""
+    """Rows that differ only in their training seed, as one: mean, least and greatest of every figure."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         key = ("method", "num_steps", "speed", "cfg_scale", "sampler", "group", "variant")
@@ -90,14 +94,14 @@ def grouped(rows: list[dict]) -> list[dict]:
 
 
 def deviation(group: dict) -> float:
-    """How far the speed-up by MACs of a group's worst row is from the speed asked, as a share of it."""
+    """The largest distance of a row's speed-up by MACs from the speed asked, as a share of the latter."""
     if not group["speed"]:
         return 0.0
     return max(abs(row["speedup_macs"] / float(group["speed"]) - 1) for row in group["rows"])
 
 
 def cells(group: dict) -> list[str]:
-    """The figures of a group as text; MSE with its range where there are several seeds."""
+    """The figures of a group as text. With several seeds the MSE has its range."""
     shown = []
     for _, figure, show in COLUMNS:
         text = show(group["mean"][figure]) if figure in group["mean"] else "-"
@@ -162,12 +166,12 @@ def end_to_end_table(rows: list[dict], group: str | None = None, method: str = F
 
 
 def ablation_table(rows: list[dict]) -> list[list[str]]:
-    table = [["of", "method", "variant", "steps", "guidance", "sampler", "seeds", *HEADS]]
+    table = [["ablation", "method", "variant", "steps", "guidance", "sampler", "seeds", *HEADS]]
     apart = ("target-cur", "objective")
     for group in grouped([row for row in rows if not is_main(row) and row.get("group") not in apart]):
-        of = group["group"] or ("guidance" if group["cfg_scale"] != 1 else "sampler")
+        kind = group["group"] or ("guidance" if group["cfg_scale"] != 1 else "sampler")
         variant = "-" if group["variant"] is None else str(group["variant"])
-        name = [of, group["method"], variant, str(group["num_steps"]), f"{group['cfg_scale']:g}"]
+        name = [kind, group["method"], variant, str(group["num_steps"]), f"{group['cfg_scale']:g}"]
         table.append([*name, group["sampler"].upper(), str(group["seeds"]), *cells(group)])
     return table
 
@@ -181,7 +185,7 @@ def target_table(rows: list[dict]) -> list[list[str]]:
 
 
 def objective_table(rows: list[dict]) -> list[list[str]]:
-    """How well schedules do on what SDT minimises (the mean error of a step), and on the image."""
+    """The mean error of a step, which SDT minimises, beside the error of the image."""
     table = [["method", "train seed", "by MACs", "step error", "but the last", "MSE of x_0"]]
     rows = [row for row in rows if row.get("group") == "objective"]
     for row in sorted(rows, key=lambda row: row["step_error"]):
@@ -193,7 +197,7 @@ def objective_table(rows: list[dict]) -> list[list[str]]:
 
 
 def published_table(rows: list[dict]) -> list[list[str]]:
-    """The paper's DiT-XL/2 beside our digits, as ratios to uncached: those can be put side by side."""
+    """The paper's DiT-XL/2 beside our digits, both as ratios to the uncached model."""
     table = [
         [
             "steps",
@@ -224,7 +228,7 @@ def published_table(rows: list[dict]) -> list[list[str]]:
 
 
 def evaluation_table(files: list[Path]) -> list[list[str]]:
-    """What evaluate.py found of files of samples, a row each. Raises ValueError for another kind of file."""
+    """The results of evaluate.py, a row for each file of samples. Raises ValueError for any other file."""
     heads = [
         "samples",
         "n",
@@ -254,23 +258,23 @@ def evaluation_table(files: list[Path]) -> list[list[str]]:
 
 
 def further_tables(rows: list[dict]) -> list[tuple[str, str, list[list[str]]]]:
-    """Title, a line on it and the table, of all that is beside the comparison; those with rows."""
+    """All tables beside the comparison that have rows: title, a line about it, the table."""
     found = [
         (
             "Beyond the paper",
-            "Schedule and reuse trained on the error of the image (`--method end-to-end`), the mean over "
-            "training seeds, beside the best of all other methods at the same speed.",
+            "Schedule and reuse are trained on the error of the image (`--method end-to-end`). The mean over "
+            "training seeds stands beside the best of all other methods at the same speed.",
             end_to_end_table(rows),
         ),
         (
             "Beyond the paper, fresh samples",
-            "The same routers beside HarmoniCa and the best of the others (these of training seed 0), on "
-            "samples of a seed kept for this: 2,000, at T = 20 6,000.",
+            "The same routers beside HarmoniCa and the best of the others (training seed 0) on samples of "
+            "another seed, kept for this purpose: 2,000 samples, 6,000 at T = 20.",
             end_to_end_table(rows, FRESH_SAMPLES),
         ),
         (
             "Beyond the paper, a second seed",
-            "The same on 6,000 samples of a seed that an earlier setting was measured on.",
+            "The same on 6,000 samples of a seed on which an earlier setting was measured.",
             end_to_end_table(rows, SECOND_SAMPLES),
         ),
         (
@@ -291,16 +295,16 @@ def further_tables(rows: list[dict]) -> list[tuple[str, str, list[list[str]]]]:
         ("Asking for a speed", "train_router.py --target-cur, HarmoniCa at T = 10.", target_table(rows)),
         (
             "The objective and the image",
-            "T = 10: what step-wise training minimises, the mean error of a step (of all, and of all but "
-            "the last), measured on schedules as they are sampled, beside the error of the image.",
+            "T = 10. Training step by step minimises the mean error of a step. It is measured here while "
+            "sampling, over all steps and over all but the last one, beside the error of the image.",
             objective_table(rows),
         ),
-        ("Ablations", "One thing changed at a time.", ablation_table(rows)),
+        ("Ablations", "Each row changes one thing.", ablation_table(rows)),
         (
             "Published numbers beside ours",
             "DiT-XL/2 on ImageNet 256 px as the paper reports it (guidance 1.5, 50,000 samples, H800) beside "
-            "the digits at the nearest speed: other models and data, so only ratios to the uncached model "
-            "stand side by side.",
+            "the digits at the nearest speed. Models and data differ, so only ratios to the uncached model "
+            "are comparable.",
             published_table(rows),
         ),
     ]
