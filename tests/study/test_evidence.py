@@ -74,7 +74,7 @@ def test_shipped_routers_load_by_name(num_steps, study):
         assert torch.equal(router.weights, trained.weights)
 
 
-# Cells of fresh samples that miss two thirds of the best of the others, the second one beside TaylorSeer by its
+# Cells of fresh samples that miss two thirds of the best of the others, the second beside TaylorSeer by its
 # released rule; the docs name them.
 MISSED = {(FRESH_SAMPLES, "50", "3.1x"): 0.68, (FRESH_SAMPLES, "10", "1.25x"): 0.84}
 
