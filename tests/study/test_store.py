@@ -77,6 +77,7 @@ def done(tmp_path):
     training, uncached, own = planned
     router = Router.from_logits(torch.tensor([[-5.0, 5.0]] * 3))
     router.info = {"settings": {"weights": WEIGHTS}, "threshold": 0.1}
+    router.weights = torch.zeros(3, 2, 1)
     study.add_router(training, router)
     for task in (uncached, own):
         hashed = study.router_hash(task)
@@ -103,7 +104,7 @@ def test_other_settings_are_not_done(done, tmp_path):
     assert study.done(tasks([row], tmp_path, FULL), WEIGHTS) == {"uncached-T3"}
 
 
-@pytest.mark.parametrize("change", ["logits", "weights", "threshold"])
+@pytest.mark.parametrize("change", ["logits", "weights", "plain reuse", "threshold"])
 def test_row_of_a_router_that_was_trained_anew_is_not_done(done, change):
     study, planned = done
     router = load_router(f"{study.folder}/routers.safetensors:one")
@@ -111,6 +112,8 @@ def test_row_of_a_router_that_was_trained_anew_is_not_done(done, change):
         router.set_logits(router.logits + 0.25)
     elif change == "weights":
         router.weights = torch.ones(3, 2, 1)
+    elif change == "plain reuse":
+        router.weights = None
     else:
         router.info["threshold"] = 0.2
     study.add_router(planned[0], router)
