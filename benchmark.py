@@ -158,7 +158,11 @@ def main(args: argparse.Namespace) -> None:
     for batch, facts in result["cards"].items():
         print_card(facts, f"{title}{batch}")
     if args.train:
-        rows = training_cost.training_rows(args, device, dtype)
+        setting = training_cost.Setting(
+            args.model, args.image_size, args.num_sampling_steps[0], args.batch_size[0], args.cfg_scale,
+            device, dtype,
+        )  # fmt: skip
+        rows = training_cost.training_rows(setting, args.repeats, args.cases, args.compile)
         print(aligned(rows, TRAINING_COLUMNS), flush=True)
     else:
         executing, rows = executing.on(device), []

@@ -18,13 +18,13 @@ This module holds the cases that `benchmark.py --train` measures:
 | `end-to-end, search` | the main part of a step of its search: effects of all cells, activations recomputed |
 """
 
-import argparse
 import contextlib
 import copy
 import multiprocessing
 import os
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -122,51 +122,70 @@ def case(
     return search if name == "end-to-end, search" else end_to_end
 
 
-def training_rows(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> list[dict]:
-    """One row for each case of `args.cases`: seconds, forward passes, peak memory beyond the model's.
+@dataclass(frozen=True)
+class Setting:
+    """What every case shares: a model with random weights, the chain, the batch, and where it runs."""
 
-    `forward` is always measured. Without `args.cases` all cases are, the compiled ones with `args.compile`.
+    model: str
+    image_size: int | None
+    num_sampling_steps: str
+    batch_size: int
+    cfg_scale: float
+    device: torch.device
+    dtype: torch.dtype
+
+    def run_of(self, name: str, model: DiT | None = None) -> Callable[[], object]:
+        """The function that runs one case. model: None loads another one."""
+        model = model or self.load()
+        diffusion = create_diffusion(self.num_sampling_steps, learn_sigma=model.learn_sigma)
+        return case(name, model, diffusion, self.batch_size, self.cfg_scale)
+
+    def load(self) -> DiT:
+        where = {"device": self.device, "dtype": self.dtype}
+        return load_model(self.model, image_size=self.image_size, random_weights=True, **where)
+
+
+def training_rows(
+    setting: Setting, repeats: int, chosen: Sequence[str] | None = None, compiled: bool = False
+) -> list[dict]:
+    """One row for each case: seconds, forward passes, and peak memory beyond the model's.
+
+    chosen: cases beside `forward`; None: all, with `compiled` those of COMPILED too.
     """
-    model, diffusion = _setup(args, device, dtype)
-    num_steps = diffusion.num_timesteps
-    sizes = args.batch_size[0], args.cfg_scale
-    names = (*CASES, *(COMPILED if args.compile else ()))
-    names = [name for name in names if name == "forward" or not args.cases or name in args.cases]
-    runs = [case(name, model, diffusion, *sizes) for name in names]
-    seconds = dict(zip(names, map(statistics.median, alternating(runs, args.repeats, device)), strict=True))
+    names = (*CASES, *(COMPILED if compiled else ()))
+    names = [name for name in names if name == "forward" or not chosen or name in chosen]
+    model = setting.load()
+    runs = [setting.run_of(name, model) for name in names]
+    medians = map(statistics.median, alternating(runs, repeats, setting.device))
+    seconds = dict(zip(names, medians, strict=True))
+    num_steps = create_diffusion(setting.num_sampling_steps).num_timesteps
     forward, rows = seconds["forward"] / num_steps, []
     for name in names:
         own = seconds[name]
-        row = {"case": name, "num_steps": num_steps, "batch_size": sizes[0], "trajectory_seconds": own}
+        row = {"case": name, "num_steps": num_steps, "batch_size": setting.batch_size}
+        row["trajectory_seconds"] = own
         if name.startswith("update"):  # its first step is a forward without an update
             row["forwards"] = (own - forward) / (num_steps - 1) / forward
         elif name == "refresh":
             row["of_naive"] = own / (num_steps * seconds["forward"])
         else:
             row["forwards"] = own / seconds["forward"]
-        row["peak_mb_on_top"] = _memory(args, name, device, dtype) / 2**20
+        row["peak_mb_on_top"] = _memory(setting, name) / 2**20
         rows.append(row)
     return rows
 
 
-def _setup(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> tuple:
-    model = load_model(
-        args.model, image_size=args.image_size, device=device, dtype=dtype, random_weights=True
-    )
-    return model, create_diffusion(args.num_sampling_steps[0], learn_sigma=model.learn_sigma)
-
-
-def _memory(args: argparse.Namespace, name: str, device: torch.device, dtype: torch.dtype) -> int:
+def _memory(setting: Setting, name: str) -> int:
     """Peak bytes that a case needs beyond the model's. On a CPU only a fresh process can tell."""
-    if device.type == "cuda":
-        return _measure_memory(args, name, device, dtype)
+    if setting.device.type == "cuda":
+        return _measure_memory(setting, name)
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")  # memory of large tensors is returned at once
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_measure_memory, (args, name, device, dtype))
+        return pool.apply(_measure_memory, (setting, name))
 
 
-def _measure_memory(args: argparse.Namespace, name: str, device: torch.device, dtype: torch.dtype) -> int:
-    run = case(name, *_setup(args, device, dtype), args.batch_size[0], args.cfg_scale)
+def _measure_memory(setting: Setting, name: str) -> int:
+    run, device = setting.run_of(name), setting.device
     if name in COMPILED:
         run()  # the compiler's own memory does not count
     reset_peak_memory(device)

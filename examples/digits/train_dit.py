@@ -53,9 +53,10 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def learning_rate(iteration: int, args: argparse.Namespace) -> float:
+def learning_rate(iteration: int, iterations: int, peak: float) -> float:
+    """Linear warm-up over 200 iterations, times a cosine from the peak to 0."""
     warmup = min(1.0, (iteration + 1) / 200)
-    return args.lr * warmup * 0.5 * (1 + math.cos(math.pi * iteration / args.iterations))
+    return peak * warmup * 0.5 * (1 + math.cos(math.pi * iteration / iterations))
 
 
 def train_iteration(
@@ -111,7 +112,7 @@ def main(args: argparse.Namespace) -> None:
     began, losses = time.monotonic() - seconds, []
     for iteration in tqdm(range(start, args.iterations), initial=start, total=args.iterations, disable=None):
         torch.manual_seed((args.seed + 1_000_003 * (iteration + 1)) % 2**64)
-        optimizer.param_groups[0]["lr"] = learning_rate(iteration, args)
+        optimizer.param_groups[0]["lr"] = learning_rate(iteration, args.iterations, args.lr)
         losses.append(train_iteration(model, diffusion, optimizer, images, labels, args.batch_size))
         torch._foreach_lerp_(ema, [p.detach() for p in model.parameters()], 1 - args.ema_decay)
         done = iteration + 1
