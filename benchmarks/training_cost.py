@@ -14,13 +14,13 @@
 | `end-to-end, search` | the most of a step of its search: all cells' effects, activations recomputed |
 """
 
-import argparse
 import contextlib
 import copy
 import multiprocessing
 import os
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -118,18 +118,42 @@ def case(
     return search if name == "end-to-end, search" else end_to_end
 
 
-def training_rows(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> list[dict]:
-    """One row per case of `args.cases`: seconds, forward passes, and the most memory on top of the model.
+@dataclass(frozen=True)
+class Costs:
+    """What is measured. batch_size: trajectories. compile: also the compiled cases. cases: None: all."""
 
-    `forward` is always among them; by default all are, the compiled ones with `args.compile`.
+    model: str
+    device: torch.device
+    dtype: torch.dtype
+    image_size: int | None = None
+    num_sampling_steps: str = "20"
+    batch_size: int = 8
+    cfg_scale: float = 4.0
+    repeats: int = 5
+    compile: bool = False
+    cases: Sequence[str] | None = None
+
+    def load(self) -> tuple[DiT, GaussianDiffusion]:
+        """The model with random weights, and the chain."""
+        model = load_model(
+            self.model, image_size=self.image_size, device=self.device, dtype=self.dtype, random_weights=True
+        )
+        return model, create_diffusion(self.num_sampling_steps, learn_sigma=model.learn_sigma)
+
+
+def training_rows(costs: Costs) -> list[dict]:
+    """One row per case: seconds, forward passes, and the most memory on top of the model's.
+
+    `forward` is always among them.
     """
-    model, diffusion = _setup(args, device, dtype)
+    model, diffusion = costs.load()
     num_steps = diffusion.num_timesteps
-    sizes = args.batch_size[0], args.cfg_scale
-    names = (*CASES, *(COMPILED if args.compile else ()))
-    names = [name for name in names if name == "forward" or not args.cases or name in args.cases]
+    sizes = costs.batch_size, costs.cfg_scale
+    names = (*CASES, *(COMPILED if costs.compile else ()))
+    names = [name for name in names if name == "forward" or not costs.cases or name in costs.cases]
     runs = [case(name, model, diffusion, *sizes) for name in names]
-    seconds = dict(zip(names, map(statistics.median, alternating(runs, args.repeats, device)), strict=True))
+    seconds = alternating(runs, costs.repeats, costs.device)
+    seconds = dict(zip(names, map(statistics.median, seconds), strict=True))
     forward, rows = seconds["forward"] / num_steps, []
     for name in names:
         own = seconds[name]
@@ -140,31 +164,24 @@ def training_rows(args: argparse.Namespace, device: torch.device, dtype: torch.d
             row["of_naive"] = own / (num_steps * seconds["forward"])
         else:
             row["forwards"] = own / seconds["forward"]
-        row["peak_mb_on_top"] = _memory(args, name, device, dtype) / 2**20
+        row["peak_mb_on_top"] = _memory(costs, name) / 2**20
         rows.append(row)
     return rows
 
 
-def _setup(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> tuple:
-    model = load_model(
-        args.model, image_size=args.image_size, device=device, dtype=dtype, random_weights=True
-    )
-    return model, create_diffusion(args.num_sampling_steps[0], learn_sigma=model.learn_sigma)
-
-
-def _memory(args: argparse.Namespace, name: str, device: torch.device, dtype: torch.dtype) -> int:
-    """Bytes that a case needs on top of the model; of RAM they can be told in a fresh process alone."""
-    if device.type == "cuda":
-        return _measure_memory(args, name, device, dtype)
-    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")  # what large tensors leave goes back at once
+def _memory(costs: Costs, name: str) -> int:
+    """Bytes that a case needs on top of the model. For RAM only a fresh process can tell."""
+    if costs.device.type == "cuda":
+        return _measure_memory(costs, name)
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")  # freed large tensors are returned at once
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_measure_memory, (args, name, device, dtype))
+        return pool.apply(_measure_memory, (costs, name))
 
 
-def _measure_memory(args: argparse.Namespace, name: str, device: torch.device, dtype: torch.dtype) -> int:
-    run = case(name, *_setup(args, device, dtype), args.batch_size[0], args.cfg_scale)
+def _measure_memory(costs: Costs, name: str) -> int:
+    run, device = case(name, *costs.load(), costs.batch_size, costs.cfg_scale), costs.device
     if name in COMPILED:
-        run()  # what the compiler needs is not the update's
+        run()  # the compiler's own memory does not count
     reset_peak_memory(device)
     before = torch.cuda.memory_allocated(device) if device.type == "cuda" else peak_memory(device)
     run()
