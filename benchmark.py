@@ -44,7 +44,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--model", default="DiT-XL/2", help=f"DiT-XL/2 and its family, or {' or '.join(registry.presets())}"
     )
-    parser.add_argument("--image-size", type=cli.positive_int, help="pixels (default 256)")
+    parser.add_argument("--image-size", type=cli.positive_int, help="pixels a side (default 256)")
     parser.add_argument(
         "--methods",
         nargs="+",
@@ -54,12 +54,16 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         "--batch-size", type=cli.positive_int, nargs="+", default=[8],
-        help="images, one or more (default 8); with --train trajectories, two rows each under guidance",
+        help="one or more numbers of images (default 8); with --train a number of trajectories",
     )  # fmt: skip
-    parser.add_argument("--num-sampling-steps", nargs="+", default=["20"], help="one or more (default 20)")
+    parser.add_argument(
+        "--num-sampling-steps", nargs="+", default=["20"], help="one or more numbers of steps (default 20)"
+    )
     parser.add_argument("--cfg-scale", type=cli.finite, default=4.0, help="guidance, 1 = off (default 4)")
-    parser.add_argument("--repeats", type=cli.positive_int, default=5, help="after a warm-up (default 5)")
-    parser.add_argument("--train", action="store_true", help="router training instead of sampling")
+    parser.add_argument(
+        "--repeats", type=cli.positive_int, default=5, help="timed runs after a warm-up (default 5)"
+    )
+    parser.add_argument("--train", action="store_true", help="time router training instead of sampling")
     parser.add_argument(
         "--cases", nargs="+", choices=(*training_cost.CASES, *training_cost.COMPILED), metavar="CASE",
         help="with --train: what to time beside `forward`; see benchmarks/training_cost.py (default: all)",
@@ -158,11 +162,11 @@ def main(args: argparse.Namespace) -> None:
     for batch, facts in result["cards"].items():
         print_card(facts, f"{title}{batch}")
     if args.train:
-        setting = training_cost.Setting(
-            args.model, args.image_size, args.num_sampling_steps[0], args.batch_size[0], args.cfg_scale,
-            device, dtype,
+        costs = training_cost.Costs(
+            args.model, device, dtype, args.image_size, args.num_sampling_steps[0], args.batch_size[0],
+            args.cfg_scale, args.repeats, executing.compile, args.cases,
         )  # fmt: skip
-        rows = training_cost.training_rows(setting, args.repeats, args.cases, args.compile)
+        rows = training_cost.training_rows(costs)
         print(aligned(rows, TRAINING_COLUMNS), flush=True)
     else:
         executing, rows = executing.on(device), []

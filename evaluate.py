@@ -2,7 +2,7 @@
 
     python evaluate.py SAMPLES.npz --reference VIRTUAL_imagenet256_labeled.npz --inception-weights WEIGHTS.pth
     python evaluate.py CACHED.npz --paired UNCACHED.npz                  # MSE, PSNR, SSIM of the same noise
-    python evaluate.py SAMPLES.npz --reference OTHER.npz --features NAME    # of an example's judge
+    python evaluate.py SAMPLES.npz --reference OTHER.npz --features NAME    # an example's own features
 
 Samples are `arr_0` (n, H, W, C) uint8, as sample_ddp.py and ADM write them, an .npy, or a folder of pictures
 with all its folders, in the natural order of their names (2.png before 10.png). A reference is the same, or
@@ -38,7 +38,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "samples", type=Path, help=".npz with arr_0, uint8 (n, H, W, C); or a folder of pictures"
     )
-    parser.add_argument("--reference", type=Path, help="images likewise; .npz of statistics, or of both")
+    parser.add_argument(
+        "--reference", type=Path, help="images as above, or an .npz with statistics, or with both"
+    )
     parser.add_argument("--paired", type=Path, help="uncached samples of the same noise, in the same order")
     parser.add_argument(
         "--features", default="inception", help=f"inception (default) or {' or '.join(registry.features())}"
@@ -47,9 +49,11 @@ def parse_args() -> argparse.Namespace:
         "--inception-weights", help="local file; torch-fidelity's port of TensorFlow's Inception"
     )
     parser.add_argument("--lpips-weights", help="local file, torchvision's AlexNet: adds LPIPS to --paired")
-    parser.add_argument("--batch-size", type=cli.positive_int, default=64)
-    parser.add_argument("--save-statistics", type=Path, metavar="FILE.npz", help="mu, sigma, mu_s, sigma_s")
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="the last line, in a file too")
+    parser.add_argument("--batch-size", type=cli.positive_int, default=64, help="images at once (default 64)")
+    parser.add_argument(
+        "--save-statistics", type=Path, metavar="FILE.npz", help="write mu, sigma, mu_s, sigma_s"
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="also write the last line to a file")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
     args = cli.parse(parser)
     if not (_needs_features(args) or args.paired):

@@ -31,7 +31,7 @@ def compute_always(_branch: int, run: Callable[[], Tensor]) -> Tensor:
 
 
 class Modulation(NamedTuple):
-    """What the conditioning does to one branch; every field is (N, 1, D).
+    """The conditioning of one branch; every field is (N, 1, D).
 
     shift and scale (its 1 added) change the branch's input, gate its output. A branch that is not computed
     needs its gate alone: shift and scale are None.

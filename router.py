@@ -1,7 +1,7 @@
 """Routers, schedules, and their files.
 
-A router holds one logit per (step, branch); `sigmoid` of it is the score in (0, 1), 1 = compute, 0 = reuse. A
-threshold turns the scores into a `Schedule`, the bool table that sampling, benchmarks and reports know. Row
+A router holds one logit per (step, branch); its sigmoid is the score in (0, 1), 1 = compute, 0 = reuse. A
+threshold turns the scores into a `Schedule`, the bool table that sampling, benchmarks and reports use. Row
 T-1 is the first step executed, the noisiest: nothing is stored before it, so it always computes.
 
     python router.py FILE                     # what a router file holds
@@ -31,7 +31,7 @@ from common.files import load_pickle_safely, replacing
 from common.weights import DTYPES, unwrapped
 
 FORMAT_VERSION = 1
-MAX_TERMS = 3  # last outputs that a reused branch may combine, as many as TaylorSeer's second order
+MAX_TERMS = 3  # most outputs that a reused branch may combine, as in TaylorSeer's second order
 LOGIT_LIMIT = 5.0
 
 
@@ -86,7 +86,7 @@ class Schedule:
         return 1 if self.weights is None else self.weights.shape[2]
 
     def terms_used(self) -> Tensor:
-        """(T, B) products that a reused cell costs per value: its weights, but none for a plain copy."""
+        """(T, B) products per value that a reused cell costs: one per weight, none for a plain copy."""
         if self.weights is None:
             return torch.zeros(self.compute.shape, dtype=torch.long)
         used = weights_read(self.compute, self.num_terms) & (self.weights != 0)
@@ -95,7 +95,7 @@ class Schedule:
 
     def kept(self) -> Tensor:
         """(T, B) how many of its last outputs a branch keeps after a step: as many as later steps read."""
-        reads = weights_read(self.compute, self.num_terms)  # (T, B, K), of the outputs stored before a step
+        reads = weights_read(self.compute, self.num_terms)  # (T, B, K), by the outputs stored before a step
         if self.weights is not None:
             reads &= self.weights != 0
         reads[..., 0] |= ~self.compute  # reuse takes the last output, whatever its weight
@@ -128,7 +128,7 @@ class Schedule:
 
 
 def weights_read(compute: Tensor, num_terms: int) -> Tensor:
-    """(T, B, K) bool: the weights that sampling reads, of reused cells and of outputs that are there."""
+    """Bool (T, B, K): the weights that sampling reads, those of reused cells for outputs that are stored."""
     computed_so_far = compute.flip(0).long().cumsum(0).flip(0)
     return (torch.arange(num_terms) < computed_so_far[..., None]) & ~compute[..., None]
 
@@ -274,9 +274,9 @@ def _from_content(file: str | Path, logits: Tensor, weights: Tensor | None, info
 
 
 def _check(file: str | Path, logits: Tensor, weights: Tensor | None, info: dict) -> None:
-    """Raise ValueError for what is no router, naming the file: shapes, dtypes, NaN, a threshold that is none.
+    """Raise ValueError, naming the file, for tables or a threshold that no router has.
 
-    Infinite logits are some: those of Learning-to-Cache's odd steps.
+    Infinite logits are allowed: Learning-to-Cache's odd steps have them.
     """
     tables = {"logits": logits} if weights is None else {"logits": logits, "weights": weights}
     for name, table in tables.items():
@@ -301,7 +301,7 @@ def _check(file: str | Path, logits: Tensor, weights: Tensor | None, info: dict)
             raise ValueError(f"{file} says {fact} {info[fact]}, its logits are of {found}; it is damaged")
 
 
-_SUFFIXES = (".pth", ".ckpt", ".bin", "")  # of what may be a router in a folder, beside our own
+_SUFFIXES = (".pth", ".ckpt", ".bin", "")  # suffixes that routers of others may have, beside our own
 
 
 def find_router(path: str | Path) -> Path:
@@ -331,7 +331,7 @@ def find_router(path: str | Path) -> Path:
 
 
 def _may_be_router(file: Path) -> bool:
-    """Of a folder's files: ours by name, so that a damaged one is not passed over, others' by content."""
+    """Whether a file may be a router: ours by its name, so that a damaged one is found, others by content."""
     is_ours = file.suffix in (".safetensors", ".pt")
     return is_ours or (file.suffix in _SUFFIXES and (is_pickle(file) or is_safetensors(file)))
 

@@ -56,11 +56,18 @@ def parse_args() -> argparse.Namespace:
     sampling.add_argument("--labels", type=int, nargs="+", help="one image per label")
     method_settings.add_arguments(parser)
     output = parser.add_argument_group("output")
-    output.add_argument("--output", type=Path, default=Path("sample.png"))
+    output.add_argument("--output", type=Path, default=Path("sample.png"), help="default sample.png")
     output.add_argument(
-        "--save-latents", type=Path, metavar="FILE.npz", help="x_0 before decoding, array 'latents'"
+        "--save-latents",
+        type=Path,
+        metavar="FILE.npz",
+        help="also write x_0 before decoding, as array 'latents'",
     )
-    output.add_argument("--compare", action="store_true", help="uncached above cached, with MSE and PSNR")
+    output.add_argument(
+        "--compare",
+        action="store_true",
+        help="draw uncached samples of the same noise too, shown above; print MSE and PSNR",
+    )
     output.add_argument(
         "--repeats",
         type=cli.non_negative_int,
@@ -78,7 +85,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def describe_schedule(schedule: Schedule, model: DiT, passes: int) -> str:
-    """What a schedule computes and what that saves; `passes` is 2 under guidance, else 1."""
+    """Two lines on what a schedule computes and saves. passes: 2 under guidance, else 1."""
     counts = []
     for kind in branch_types(model.branches):
         columns = [i for i, name in enumerate(model.branches) if name.endswith(f".{kind}")]

@@ -53,7 +53,9 @@ def parse_args() -> argparse.Namespace:
         batch_help=f"images per process and batch, rounded up to a multiple of {BLOCK} (default 32)",
         aliases={"seed": "--global-seed", "batch_size": "--per-proc-batch-size"},
     )
-    sampling.add_argument("--num-samples", "--num-fid-samples", type=cli.positive_int, default=50000)
+    sampling.add_argument(
+        "--num-samples", "--num-fid-samples", type=cli.positive_int, default=50000, help="default 50000"
+    )
     sampling.add_argument(
         "--labels",
         choices=("random", "uniform"),
@@ -61,7 +63,7 @@ def parse_args() -> argparse.Namespace:
         help="random (the default), or uniform: class k %% classes for sample k",
     )
     method_settings.add_arguments(parser)
-    parser.add_argument("--output", type=Path, default=Path("samples.npz"))
+    parser.add_argument("--output", type=Path, default=Path("samples.npz"), help="default samples.npz")
     parser.add_argument("--sample-dir", type=Path, help="folder for --output (default: the current one)")
     execution_settings.add_arguments(parser)
     args = cli.parse(parser)
@@ -78,7 +80,7 @@ def parse_args() -> argparse.Namespace:
 
 
 class Job(NamedTuple):
-    """What every process draws with."""
+    """All that every process needs to draw its samples."""
 
     sampling: SamplingSettings
     execution: ExecutionSettings

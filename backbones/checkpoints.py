@@ -1,8 +1,8 @@
-"""Checkpoints of DiT: official files, training runs of any wrapper, diffusers' layout, all to official names.
+"""Checkpoints of DiT: official files, training runs in any wrapper, diffusers' layout, all by official names.
 
-What a file holds is found by the names in it: under which key and prefix (`ema`, `state_dict`, `module.`,
-`_orig_mod.`, ...), and of which model (depth, width, input size, label rows, learned variance), so that a
-checkpoint of another one is refused with the flags that fit it. Nothing in a checkpoint is executed.
+The names in a file tell under which key and prefix its weights are (`ema`, `state_dict`, `module.`,
+`_orig_mod.`, ...) and which model they belong to (depth, width, input size, label rows, learned variance). A
+checkpoint of another model is refused with the flags that fit it. Nothing in a checkpoint is executed.
 """
 
 import argparse
@@ -27,7 +27,7 @@ _DIFFUSERS_CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
 
 
 def load_checkpoint(model: DiT, path: str | Path) -> str:
-    """Load weights strictly: every parameter of `model` and nothing else. Returns what was loaded, in a line.
+    """Load weights strictly: every parameter of `model` and nothing else. Returns a line on what was loaded.
 
     path: a file (a bare state dict, or one under any of the usual keys and prefixes, of which an average such
     as `ema` is taken first), torch's or safetensors by content; or a folder of diffusers', an index of
@@ -137,14 +137,14 @@ def _states(value: dict, path: tuple[str, ...] = ()) -> Iterator[Found]:
 
 
 def _has_nameless(content) -> bool:
-    """Whether an EMA of diffusers' `EMAModel` is in there, a list of tensors without names."""
+    """Whether it holds an EMA of diffusers' `EMAModel`, a list of tensors without names."""
     return isinstance(content, dict) and any(
         key == "shadow_params" or _has_nameless(value) for key, value in content.items()
     )
 
 
 class Hints(NamedTuple):
-    """What stands beside the weights, where it does, on what they do not tell."""
+    """Facts that the weights do not tell, from what may stand beside them."""
 
     num_classes: int | None = None
     num_heads: int | None = None
@@ -152,7 +152,7 @@ class Hints(NamedTuple):
 
 
 def _hints(content) -> Hints:
-    """Of a training run's arguments, beside its state dicts."""
+    """From a training run's arguments, which may stand beside its state dicts."""
     for key in ("args", "hyper_parameters", "config"):
         args = content.get(key) if isinstance(content, dict) else None
         args = vars(args) if isinstance(args, argparse.Namespace) else args
@@ -162,7 +162,7 @@ def _hints(content) -> Hints:
 
 
 def _diffusers_hints(file: Path) -> Hints:
-    """Of the config.json beside a file in diffusers' layout. Raises ValueError for another class's."""
+    """From the config.json beside a file in diffusers' layout. Raises ValueError for another class."""
     path = file.parent / "config.json"
     if not path.is_file():
         return Hints()
@@ -179,7 +179,7 @@ def _diffusers_hints(file: Path) -> Hints:
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a state dict under official names says of its model; None where it does not."""
+    """The shape of a model, from a state dict under official names. Fields that it does not tell are None."""
 
     depth: int
     hidden_size: int
@@ -231,7 +231,7 @@ def _require_match(model: DiT, state: dict[str, Tensor], hints: Hints, file: Pat
 
 
 def _differences(model: DiT, found: Architecture, asked: Architecture, hints: Hints) -> list[str]:
-    """What a checkpoint has that the model has not, each with the flag that fits."""
+    """The differences of a checkpoint from the model, each with the flag that fits."""
     faults = []
     if found.size != asked.size:
         presets = [name for name, preset in DiT_models.items() if _size_of(preset) == found.size]
@@ -263,7 +263,7 @@ _NO_LEARNED_VARIANCE = "no learned variance (--no-learn-sigma)"
 
 
 def _label_differences(model: DiT, rows: int, told: int | None) -> list[str]:
-    """Rows of the label table: of the classes alone, or of one class less and the null label.
+    """Compare rows of the label table: one per class, or one per class and one for the null label.
 
     The table does not tell which. `told`, the number of classes that stands beside the weights, does.
     """

@@ -1,6 +1,6 @@
 """The contract of a backbone: a frozen denoising model, whatever it is built of.
 
-Every loop of the program (sampling, training, calibration, benchmark) knows a model by these members alone.
+Every loop of the program (sampling, training, calibration, benchmark) uses only these members of a model.
 `models.DiT` has them. Another model is one class with the same members; it may wrap modules of a library and
 reach their branches through hooks.
 """
@@ -21,7 +21,7 @@ class Backbone(Protocol):
     branch_macs: tuple[int, ...]  # multiply-accumulates of each branch for one sample
     other_macs: int  # those of everything that is never cached
     branch_size: int  # values of a branch output of one sample
-    sample_shape: tuple[int, ...]  # of x without its batch, (C, H, W)
+    sample_shape: tuple[int, ...]  # shape of x without its batch, (C, H, W)
     num_classes: int  # conditions to draw from: labels, or prompts by their number
     has_null_label: bool  # whether it can be guided
     prepared_size: int  # values that `prepare` makes for one step and sample
@@ -41,17 +41,17 @@ class Backbone(Protocol):
         """Whether no parameter requires a gradient."""
 
     def condition(self, labels: Tensor, guided: bool) -> Any:
-        """What a batch is conditioned on, of labels (n,); under guidance both halves."""
+        """The conditions of a batch with labels (n,); under guidance those of both halves."""
 
     def embed_timesteps(self, timesteps: Tensor) -> Tensor:
-        """What depends on the timestep alone: (S,) of all steps to (S, ...)."""
+        """Embeddings (S, ...) of the timesteps (S,) of all steps: all that depends on the timestep alone."""
 
     def prepare(
         self, embedded: Tensor, condition: Any, computed: Sequence[Sequence[bool]] | None = None
     ) -> list[Any]:
-        """For each of some embedded timesteps (S, ...) what `predict` needs that does not depend on x.
+        """All that `predict` needs and that does not depend on x, for each of S embedded timesteps (S, ...).
 
-        computed: for every step a row of num_branches, whether the branch is computed there; None: all are.
+        computed: bools (S, num_branches), whether a branch is computed at a step; None: all are.
         """
 
     def predict(self, x: Tensor, prepared: Any, cache: Cache | None = None) -> Tensor:
@@ -61,10 +61,10 @@ class Backbone(Protocol):
         """
 
     def guide(self, output: Tensor, cfg_scale: float) -> Tensor:
-        """The guided output of an output for both halves, of the same shape."""
+        """The guided output, from an output for both halves; the shape stays."""
 
     def predicted_noise(self, output: Tensor) -> Tensor:
-        """The channels of an output that a deterministic sampler reads: without those of a variance."""
+        """The channels of an output that predict the noise, without those of a variance."""
 
     @property
     def branch_modules(self) -> list[nn.Module]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from backbones.contract import Backbone
 from diffusion import GaussianDiffusion, Sampler, State, as_sampler
 
-PREPARED_BYTES = 2**28  # of what is made ahead, at most, for as many steps as fit
+PREPARED_BYTES = 2**28  # limit of what `prepare` makes ahead; it serves as many steps as fit
 Place = TypeVar("Place")
 
 
@@ -27,9 +27,9 @@ class Denoiser:
 
     diffusion: a sampler, or a chain for deterministic DDIM. labels: (n,). A `cfg_scale` of 1 turns guidance
     off and the batch is n; otherwise it is 2n and both halves start from the same noise. The state x_t keeps
-    its own dtype, whatever the model's. What depends on step and label alone is made for many steps at once,
-    and once for all trajectories that share a Denoiser. computed: a policy's `computed`, (T, B) bools, where
-    it leaves some branches out; None: every branch of every step may be computed.
+    its own dtype, whatever the model's. All that depends on step and label alone is made for many steps at
+    once, and once for all trajectories that share a Denoiser. computed: bools (T, B) of a cache policy, the
+    cells that it may compute; None: all cells.
     """
 
     def __init__(
@@ -47,8 +47,8 @@ class Denoiser:
         self.device, self.dtype, self.computed = labels.device, model.dtype, computed
         rows = len(labels) * (2 if self.guided else 1)
         step_bytes = max(1, rows * model.prepared_size * self.dtype.itemsize)
-        # A model that is not frozen makes its part of every step in that step, with a gradient.
-        self._frozen = model.frozen  # looks at every parameter: once, not at every step
+        # For a model that is not frozen, each step prepares its own part, with a gradient.
+        self._frozen = model.frozen  # asked once: it looks at every parameter
         most = PREPARED_BYTES // step_bytes if self._frozen else 1
         self.chunk_size = min(self.num_steps, max(1, most))
         self._chunk, self._prepared, self._embedded = -1, [], None
@@ -68,7 +68,7 @@ class Denoiser:
         return (self.model.guide(out, self.cfg_scale) if self.guided else out).to(x_t.dtype)
 
     def advance(self, state: State, step: int, cache=None, noise: Tensor | None = None) -> State:
-        """The state after `step`. noise: what a sampler that adds noise adds, of x's shape."""
+        """The state after `step`. noise: x's shape, for a sampler that adds noise."""
         return self.sampler.step(self(state.x, step, cache), state, step, noise)
 
     def _prepared_at(self, step: int):
@@ -81,9 +81,11 @@ class Denoiser:
         return self._prepared[offset]
 
     def _prepare(self, first: int) -> list:
-        """For the steps of the chunk that begins with step `first`."""
-        if self._embedded is None or not self._frozen:  # all at once: fewer would round otherwise
-            # One scalar at a time, filled on the device: a list of numbers would be copied, and waited for.
+        """The prepared values of the chunk of steps that begins with step `first`."""
+        if (
+            self._embedded is None or not self._frozen
+        ):  # all steps at once: a product of fewer rows may round otherwise
+            # The device fills one scalar at a time: to copy a list of numbers, the host would wait for it.
             steps = map(self.sampler.timestep, range(self.num_steps))
             t = torch.cat([torch.full((1,), one, device=self.device) for one in steps])
             self._embedded = self.model.embed_timesteps(t)
@@ -97,7 +99,7 @@ def walk(
 ) -> Iterator[tuple[int, Place]]:
     """The loop over denoising steps, the only one: yields (step, the place after it).
 
-    advance: what one step does; a place is a sampler's state, or a state with what else goes along.
+    advance: a function that does one step. A place is a sampler's state, alone or with other values.
     """
     for step in steps:
         place = advance(place, step)

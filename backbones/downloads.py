@@ -1,4 +1,4 @@
-"""The official checkpoints and VAEs: where they are fetched from, and what may lie in their place.
+"""The official checkpoints and VAEs: their addresses, downloads and checks.
 
 Files land in the repository's pretrained_models/ under a temporary name first. What a server or a proxy sends
 instead of a file, such as a page to sign in, is refused.
@@ -8,6 +8,7 @@ import hashlib
 import http.client
 import urllib.error
 import urllib.request
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from common.contents import content_fault
 
 FOLDER = Path(__file__).parents[1] / "pretrained_models"
-# Content types of a page that stands in for a file; before one overwrites what has been fetched so far.
+# Content types of pages that a server may send in place of a file; they must not overwrite a partial file.
 PAGES = ("text/html", "application/xhtml+xml", "application/xml", "text/xml")
 _DIT = "https://dl.fbaipublicfiles.com/DiT/models/"
 _VAE = "https://huggingface.co/stabilityai/sd-vae-ft-{}/resolve/main/"
@@ -64,7 +65,7 @@ def fetch(name: str, folder: Path = FOLDER, replace: bool = False) -> Path:
         elif fault := fault_of(file, target):
             if not replace:
                 raise ValueError(f"{target} {fault}; `python download.py {name}` fetches it again")
-            print(f"{target} {fault}; fetching it again")
+            warnings.warn(f"{target} {fault}; fetching it again")
             fetch_file(file, folder)
     path = folder / files[0].path
     return path if len(files) == 1 else path.parent

@@ -1,4 +1,4 @@
-"""Which model: its flags, and what loads it together with its VAE's config."""
+"""Which model: its flags, and its loading together with its VAE's config."""
 
 import argparse
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ UNREAD = cli.Unread(("ckpt",), lambda args: args.random_weights, "with --random-
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """A model by name, its weights and its VAE; None: the default of what the name stands for.
+    """A model by name, its weights and its VAE. None means the default for this name.
 
     ckpt: checkpoint file, index of shards or folder. image_size: pixels. class_dropout_prob: 0 for a model
     without a null label. vae: `ema`, `mse`, `none` or a folder.
@@ -61,21 +61,27 @@ def add_arguments(parser: argparse.ArgumentParser, with_vae: bool = False) -> No
     model.add_argument(
         "--ckpt", help="checkpoint file, index of shards or folder (default: the official one)"
     )
-    model.add_argument("--random-weights", action="store_true", help="no checkpoint: real speed, no meaning")
-    model.add_argument("--image-size", type=cli.positive_int, help="pixels (default 256)")
-    model.add_argument("--num-classes", type=cli.positive_int, help="default 1000")
+    model.add_argument(
+        "--random-weights",
+        action="store_true",
+        help="load no checkpoint: the speed is real, the pictures are noise",
+    )
+    model.add_argument("--image-size", type=cli.positive_int, help="pixels a side (default 256)")
+    model.add_argument("--num-classes", type=cli.positive_int, help="number of classes (default 1000)")
     model.add_argument(
         "--class-dropout-prob", type=cli.below_one, default=0.1, metavar="P",
-        help="what the model was trained with; 0: it has no null label (no guidance), else P changes nothing",
+        help="label dropout that the model was trained with; 0: it has no null label, so no guidance; all "
+        "other values mean the same (default 0.1)",
     )  # fmt: skip
     model.add_argument(
         "--no-learn-sigma", dest="learn_sigma", action="store_false",
-        help="a model that predicts no variance; DDPM then takes the posterior's (fixed, the smaller one)",
+        help="for a model that predicts no variance; DDPM then uses the posterior's variance",
     )  # fmt: skip
     if with_vae:
         model.add_argument(
             "--vae",
-            help="ema, mse, none or a VAE's or pipeline's folder (default ema; pixel models have none)",
+            help="ema, mse, none, or the folder of a VAE or a pipeline (default ema; models of pixels have "
+            "none)",
         )
 
 

@@ -37,11 +37,12 @@ class Scaling(NamedTuple):
 
 @dataclass(frozen=True)
 class VaeConfig:
-    """What is known of a VAE before its weights are read; by default what the official ones are.
+    """The facts of a VAE that its config tells; the defaults are those of the official VAEs.
 
-    factor: pixels per latent and side. latent_channels, image_channels: of a latent and of what is decoded.
-    encodes: whether it encodes to a distribution, as Learning-to-Cache draws from. folder, values: where its
-    config is and what it says; None for an official one, which is looked for, or fetched, when it is loaded.
+    factor: pixels per latent and side. latent_channels, image_channels: channels of a latent and of a decoded
+    image. encodes: whether it encodes to a distribution, as Learning-to-Cache needs. folder, values: the
+    folder and the content of its config; None for an official VAE, which is found or fetched when it is
+    loaded.
     """
 
     spec: str
@@ -101,7 +102,7 @@ class VaeConfig:
 
 
 def read_vae_config(spec: str) -> VaeConfig | None:
-    """What `--vae` means, checked as far as its config goes. None for `none`.
+    """The config that `--vae` means, checked without its weights. None for `none`.
 
     spec: `ema`, `mse`, `none`, or a folder: a VAE's, a pipeline's, a model's in the Hub's cache. Raises
     FileNotFoundError or ValueError in one line.
@@ -153,7 +154,7 @@ def _build(class_name: str, values: dict):
 
 
 def _probe(class_name: str, values: dict, spec: str) -> dict:
-    """What the class makes of a latent and of an image, in shapes alone."""
+    """The shapes that the class makes of a latent and of an image, without computing values."""
     channels = values["latent_channels"]
     try:
         with torch.device("meta"), torch.no_grad():
@@ -218,13 +219,13 @@ def scaling_of(vae) -> Scaling:
 
 
 def to_latents(z: Tensor, vae) -> Tensor:
-    """What a model denoises, of what the VAE encodes to, (n, C, h, w)."""
+    """Latents (n, C, h, w) as the model denoises them, from the VAE's z."""
     scale, shift = (value.to(z) if isinstance(value, Tensor) else value for value in scaling_of(vae))
     return scale * (z - shift)
 
 
 def from_latents(x_0: Tensor, vae) -> Tensor:
-    """What the VAE decodes, of what a model draws, (n, C, h, w). Raises ValueError for another C."""
+    """The VAE's z (n, C, h, w) from a model's x_0. Raises ValueError for another C."""
     channels = getattr(getattr(vae, "config", None), "latent_channels", x_0.shape[1])
     if channels != x_0.shape[1]:
         raise ValueError(f"the VAE decodes latents of {channels} channels, not of {x_0.shape[1]}")

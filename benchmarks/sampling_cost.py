@@ -1,4 +1,4 @@
-"""What sampling costs, for `benchmark.py`: theory and ceilings on a card, then timings of methods in turn."""
+"""The cost of sampling, for `benchmark.py`: a card of theory and ceilings, then timings of methods."""
 
 import statistics
 from collections.abc import Callable
@@ -22,7 +22,7 @@ LOOP = "loop"  # calls `model.forward_with_cfg` step by step
 
 
 class Setting(NamedTuple):
-    """What all rows share. sample: what `execution.prepare` returned for the model."""
+    """All that the rows share. sample: the result of `execution.prepare` for the model."""
 
     model: DiT
     sample: Sample
@@ -34,7 +34,7 @@ class Setting(NamedTuple):
 def card(
     model: DiT, device: torch.device, batch: int, cfg_scale: float, quantization: str | None = None
 ) -> dict:
-    """What is known before anything is timed, and two ceilings of the device, which are measured.
+    """Facts that are known before any method is timed, and two measured ceilings of the device.
 
     model: as it is before it is quantised. The matmul ceiling is measured in the model's dtype; products in 8
     bits can surpass it.

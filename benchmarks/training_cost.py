@@ -95,7 +95,7 @@ def case(
     def update() -> None:
         ones = torch.ones(num_steps, device=device)
         for _ in train_trajectory(model, diffusion, router, optimizer, *setting, THRESHOLD, ones, REG_WEIGHT):
-            model.zero_grad()  # does nothing where the model is frozen
+            model.zero_grad()  # nothing where it is frozen
 
     def update_unfrozen() -> None:
         with unfrozen(model):
@@ -123,69 +123,67 @@ def case(
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What every case shares: a model with random weights, the chain, the batch, and where it runs."""
+class Costs:
+    """What is measured. batch_size: trajectories. compile: also the compiled cases. cases: None: all."""
 
     model: str
-    image_size: int | None
-    num_sampling_steps: str
-    batch_size: int
-    cfg_scale: float
     device: torch.device
     dtype: torch.dtype
+    image_size: int | None = None
+    num_sampling_steps: str = "20"
+    batch_size: int = 8
+    cfg_scale: float = 4.0
+    repeats: int = 5
+    compile: bool = False
+    cases: Sequence[str] | None = None
 
-    def run_of(self, name: str, model: DiT | None = None) -> Callable[[], object]:
-        """The function that runs one case. model: None loads another one."""
-        model = model or self.load()
-        diffusion = create_diffusion(self.num_sampling_steps, learn_sigma=model.learn_sigma)
-        return case(name, model, diffusion, self.batch_size, self.cfg_scale)
-
-    def load(self) -> DiT:
-        where = {"device": self.device, "dtype": self.dtype}
-        return load_model(self.model, image_size=self.image_size, random_weights=True, **where)
+    def load(self) -> tuple[DiT, GaussianDiffusion]:
+        """The model with random weights, and the chain."""
+        model = load_model(
+            self.model, image_size=self.image_size, device=self.device, dtype=self.dtype, random_weights=True
+        )
+        return model, create_diffusion(self.num_sampling_steps, learn_sigma=model.learn_sigma)
 
 
-def training_rows(
-    setting: Setting, repeats: int, chosen: Sequence[str] | None = None, compiled: bool = False
-) -> list[dict]:
-    """One row for each case: seconds, forward passes, and peak memory beyond the model's.
+def training_rows(costs: Costs) -> list[dict]:
+    """One row per case: seconds, forward passes, and the most memory on top of the model's.
 
-    chosen: cases beside `forward`; None: all, with `compiled` those of COMPILED too.
+    `forward` is always among them.
     """
-    names = (*CASES, *(COMPILED if compiled else ()))
-    names = [name for name in names if name == "forward" or not chosen or name in chosen]
-    model = setting.load()
-    runs = [setting.run_of(name, model) for name in names]
-    medians = map(statistics.median, alternating(runs, repeats, setting.device))
-    seconds = dict(zip(names, medians, strict=True))
-    num_steps = create_diffusion(setting.num_sampling_steps).num_timesteps
+    model, diffusion = costs.load()
+    num_steps = diffusion.num_timesteps
+    sizes = costs.batch_size, costs.cfg_scale
+    names = (*CASES, *(COMPILED if costs.compile else ()))
+    names = [name for name in names if name == "forward" or not costs.cases or name in costs.cases]
+    runs = [case(name, model, diffusion, *sizes) for name in names]
+    seconds = alternating(runs, costs.repeats, costs.device)
+    seconds = dict(zip(names, map(statistics.median, seconds), strict=True))
     forward, rows = seconds["forward"] / num_steps, []
     for name in names:
         own = seconds[name]
-        row = {"case": name, "num_steps": num_steps, "batch_size": setting.batch_size}
-        row["trajectory_seconds"] = own
+        row = {"case": name, "num_steps": num_steps, "batch_size": sizes[0], "trajectory_seconds": own}
         if name.startswith("update"):  # its first step is a forward without an update
             row["forwards"] = (own - forward) / (num_steps - 1) / forward
         elif name == "refresh":
             row["of_naive"] = own / (num_steps * seconds["forward"])
         else:
             row["forwards"] = own / seconds["forward"]
-        row["peak_mb_on_top"] = _memory(setting, name) / 2**20
+        row["peak_mb_on_top"] = _memory(costs, name) / 2**20
         rows.append(row)
     return rows
 
 
-def _memory(setting: Setting, name: str) -> int:
-    """Peak bytes that a case needs beyond the model's. On a CPU only a fresh process can tell."""
-    if setting.device.type == "cuda":
-        return _measure_memory(setting, name)
-    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")  # memory of large tensors is returned at once
+def _memory(costs: Costs, name: str) -> int:
+    """Bytes that a case needs on top of the model. For RAM only a fresh process can tell."""
+    if costs.device.type == "cuda":
+        return _measure_memory(costs, name)
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")  # freed large tensors are returned at once
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_measure_memory, (setting, name))
+        return pool.apply(_measure_memory, (costs, name))
 
 
-def _measure_memory(setting: Setting, name: str) -> int:
-    run, device = setting.run_of(name), setting.device
+def _measure_memory(costs: Costs, name: str) -> int:
+    run, device = case(name, *costs.load(), costs.batch_size, costs.cfg_scale), costs.device
     if name in COMPILED:
         run()  # the compiler's own memory does not count
     reset_peak_memory(device)

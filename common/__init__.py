@@ -1,1 +1,1 @@
-"""What knows nothing of diffusion: command lines, files, processes, timing, pictures, the examples' names."""
+"""Parts that know nothing about diffusion: command lines, files, processes, timing, pictures, registries."""

@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-# What zipfile and numpy raise for damaged files: RuntimeError for encrypted ones.
+# The errors of zipfile and numpy for damaged files; RuntimeError is for encrypted ones.
 DAMAGE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, ValueError, RuntimeError)
 KINDS = {
     "f": "real floating-point numbers",
@@ -24,7 +24,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of an array; `fortran_order`: its first index moves fastest."""
+    """Type and shape of an array in a file. fortran_order: the first index moves fastest."""
 
     shape: tuple[int, ...]
     dtype: np.dtype

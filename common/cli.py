@@ -1,4 +1,4 @@
-"""What every command shares: how it ends, which values its flags take, and which flags had no effect."""
+"""Command lines: how a command ends, which values its flags take, which flags had no effect."""
 
 import argparse
 import contextlib
@@ -21,13 +21,13 @@ from common.lifeline import RUN_ID
 
 
 class OneProcessError(ValueError):
-    """What one process alone meets, such as a sample of its own: it says so, whatever its rank."""
+    """An error that one process alone can meet, such as a bad sample: it is told whatever the rank."""
 
     of_one_rank = True
 
 
 def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
-    """Call a command; what its user got wrong (ValueError, OSError) ends in one line and exit status 2.
+    """Call a command. A ValueError or OSError, a mistake of its user, ends in one line and exit status 2.
 
     Set HARMONICA_TRACEBACK=1 to see where such an error was raised.
     """
@@ -63,7 +63,7 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
 
 
 def _explained(error: Exception) -> str | None:
-    """What an error means that is raised deep inside of torch; None for one of the program's own faults."""
+    """One line for an error that torch raises deep inside; None for a fault of the program."""
     message = str(error)
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return f"error: {message.partition('. ')[0]}; take a smaller batch size or model"
@@ -72,11 +72,11 @@ def _explained(error: Exception) -> str | None:
     return None
 
 
-_NO_MEMORY = "can't allocate memory"  # what torch says of RAM
+_NO_MEMORY = "can't allocate memory"  # torch's words where RAM is too small
 
 
 def speaks_for_all() -> bool:
-    """Whether this process tells what all that torchrun started on a machine meet alike."""
+    """Whether this process prints errors that all processes of this machine meet alike."""
     return RUN_ID not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
@@ -84,8 +84,8 @@ def speaks_for_all() -> bool:
 def orderly_end() -> Iterator[None]:
     """SIGTERM ends the command as Ctrl-C does, so that no half-written file stays.
 
-    Not under torchrun, where a process may be waiting for another and would hear it late: it ends at once,
-    and the next run clears up.
+    Under torchrun a process may wait for another one and would react late. There it ends at once, and the
+    next run clears up.
     """
     if RUN_ID in os.environ or threading.current_thread() is not threading.main_thread():
         yield
@@ -102,22 +102,23 @@ def orderly_end() -> Iterator[None]:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what tensors leave: else it gives large blocks back and faults them in at every step."""
+    """Let glibc keep freed memory: else it returns large blocks and page-faults them in at every step."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26)):
             mallopt(parameter, value)
 
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # from malloc.h
 
 RANDOM_WEIGHTS = "RANDOM WEIGHTS: no checkpoint is loaded, the pictures are noise; only speed means anything"
 
 
 class Unread(NamedTuple):
-    """Flags that a command accepts but does not read: their names, when, and what leaves them without effect.
+    """Flags that a command accepts but does not read when `when` holds.
 
-    reason: for people, such as "with --method {method}"; its braces are filled with the flags' values.
+    reason: ends the sentence "--flag has no effect ...", such as "with --method {method}"; its braces are
+    filled with the flags' values.
     """
 
     names: Iterable[str]
@@ -126,10 +127,10 @@ class Unread(NamedTuple):
 
 
 def parse(parser: argparse.ArgumentParser, arguments: list[str] | None = None) -> argparse.Namespace:
-    """What `parser.parse_args` returns, and in `given` the names of the flags that were written out.
+    """The result of `parser.parse_args`, with the names of the flags that were given in `args.given`.
 
-    A flag that was given its default value counts too. `notes` and `unread` are empty: `note_unread` fills
-    them.
+    A flag that was given its default value counts as given. `args.notes` and `args.unread` are empty;
+    `note_unread` fills them.
     """
     args, absent = parser.parse_args(arguments), object()
     given = parser.parse_args(arguments, argparse.Namespace(**dict.fromkeys(vars(args), absent)))
@@ -161,9 +162,9 @@ def show_notes(args: argparse.Namespace) -> None:
 
 
 def require(package: str, what: str, install: str | None = None) -> ModuleType:
-    """Import a package before the work that needs it. Raises ValueError where it is not there.
+    """Import a package before the work that needs it. Raises ValueError where it is missing.
 
-    what: needs it, a flag or in words. install: what pip calls it, where it has another name.
+    what: a flag that needs it, or words for it. install: its name for pip, where that is another.
     """
     try:
         return importlib.import_module(package)
@@ -176,7 +177,7 @@ def require(package: str, what: str, install: str | None = None) -> ModuleType:
 
 LARGEST_FLOAT = torch.finfo(torch.float32).max
 LARGEST_COUNT = 2**31 - 1
-LARGEST_SEED = 2**64 - 1  # what torch's generators take
+LARGEST_SEED = 2**64 - 1  # the largest that torch's generators take
 
 
 def finite(text: str) -> float:
@@ -209,7 +210,7 @@ def non_negative_int(text: str) -> int:
 
 
 def seed(text: str) -> int:
-    """An argparse type: a seed, of 64 bits."""
+    """An argparse type: a seed of 64 bits."""
     return _int_within(text, 0, LARGEST_SEED)
 
 
@@ -252,6 +253,6 @@ def positive_int(text: str) -> int:
 
 
 def settings_from(cls, args: argparse.Namespace):
-    """A dataclass of settings from the flags of the same names; its defaults where there is no such flag."""
+    """A dataclass of settings from the flags of the same names. A field without a flag keeps its default."""
     names = [field.name for field in dataclasses.fields(cls)]
     return cls(**{name: getattr(args, name) for name in names if hasattr(args, name)})

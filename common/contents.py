@@ -1,4 +1,4 @@
-"""What a file holds in place of what its name promises: error pages, pointers, files that were cut."""
+"""Files that are not what their names promise: error pages, Git LFS pointers, files that were cut."""
 
 import codecs
 import json
@@ -20,9 +20,10 @@ _OTHER_FORMATS = {
 def content_fault(path: Path, suffix: str | None = None, whole: bool = True) -> str | None:
     """Why a file cannot be the checkpoint or the config that its name promises, such as "is an HTML page".
 
-    None where nothing speaks against it. Reads the head and the tail alone, so it is quick for any size; what
-    it is for is what downloads leave: pages of a server or a proxy, Git LFS pointers, files that were cut.
-    suffix: that of the name, where `path` is still a temporary one. whole=False: more is to come.
+    None where nothing speaks against it. It reads only the head and the tail, so it is quick for any size. It
+    finds what downloads leave behind: pages of a server or a proxy, Git LFS pointers, files that were cut.
+    suffix: the suffix of the final name, where `path` is a temporary one. whole: False while the download
+    goes on.
     """
     suffix, size = (suffix or path.suffix).lower(), path.stat().st_size
     if not size:
@@ -48,7 +49,7 @@ def content_fault(path: Path, suffix: str | None = None, whole: bool = True) -> 
 
 
 def _text_kind(head: bytes) -> str | None:
-    """What kind of text a file begins with, in any encoding; None for binary content."""
+    """The kind of text that a file begins with, in any encoding; None for binary content."""
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         head = head.decode("utf-16", "ignore").encode()
     if any(byte < 32 and byte not in b"\t\n\r\f\x1b" for byte in head):

@@ -15,10 +15,15 @@ from common import cli
 PRECISIONS = ("fp32", "tf32", "bf16")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--precision", choices=PRECISIONS, help="default: tf32 on a GPU, fp32 on a CPU")
+def add_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        help="precision of the model (default: tf32 on a GPU, fp32 on a CPU)",
+    )
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
-    # What `python -m torch.distributed.launch` and DeepSpeed's launcher add; torchrun says it in LOCAL_RANK.
+    # `python -m torch.distributed.launch` and DeepSpeed's launcher add this; torchrun sets LOCAL_RANK
+    # instead.
     parser.add_argument("--local-rank", "--local_rank", type=cli.non_negative_int, help=argparse.SUPPRESS)
 
 
@@ -38,7 +43,7 @@ def set_precision(precision: str | None, device: torch.device) -> tuple[str, tor
 
 
 def hardware(device: torch.device) -> str:
-    """What a figure was measured on: the GPU's name, or the CPU's with the number of threads."""
+    """The hardware of a measurement: the GPU's name, or the CPU's with the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()

@@ -70,7 +70,7 @@ class Place:
 
 
 def place_in_environment() -> Place | None:
-    """What RANK, WORLD_SIZE and their like say; None for the only process.
+    """This process's place by RANK, WORLD_SIZE and the like; None for the only process.
 
     A scheduler's RANK or WORLD_SIZE alone, or an empty one, makes no process group. Raises ValueError, naming
     the variable, where they ask for one and do not fit together.
@@ -190,7 +190,7 @@ def mean(tensor: Tensor) -> Tensor:
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """(n, ...) of every rank, of one shape on all, joined in the order of the ranks."""
+    """The tensors (n, ...) of all ranks, joined in the order of the ranks. All have the same shape."""
     if not dist.is_initialized():
         return tensor
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]

@@ -1,4 +1,4 @@
-"""Whether two runs are the same: the fingerprint of weights, and settings against what a record says."""
+"""Whether two runs are the same: fingerprints of weights, and settings compared with a record's."""
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
-_HEAD = 64  # values of every parameter, of which records held a hash before all of them were hashed
-# What was not a setting yet when a record was written, and what held then; None: nothing is known of it.
+_HEAD = 64  # number of values of every parameter in the older kind of hash
+# Settings that older records lack, and the value that held then; None: it is unknown.
 _ADDED = {"null_label": True, "learn_sigma": True, "vae_weights": None}
 
 
@@ -35,14 +35,14 @@ def _digest(tensor: Tensor) -> str:
 
 
 def same_weights(recorded: object, fingerprint: str) -> bool:
-    """Whether a record's fingerprint is of the same weights; one of the older kind is compared as such."""
+    """Whether a record's fingerprint means the same weights. Older ones are shorter and hash less."""
     if isinstance(recorded, str) and len(recorded) == 16:
         return fingerprint.startswith(f"{recorded}-")
     return recorded == fingerprint
 
 
 def differences(record: dict, settings: dict) -> list[tuple[str, object]]:
-    """The settings in which a record is of another run, and what it says."""
+    """The settings that differ from a record's, each with the record's value."""
     others = []
     for name, value in settings.items():
         found = record.get(name, _ADDED.get(name))

@@ -92,10 +92,10 @@ def _in_eight_bits(image: Image.Image) -> Image.Image:
 
 
 class Images:
-    """Images of one size: `arr_0`, or the one such array, of an .npz; an .npy; a folder's pictures.
+    """Images of one size, from an .npz (`arr_0`, or its only such array), an .npy, or a folder of pictures.
 
-    `shape` is (n, H, W, C), C 1 or 3; `names` those of a folder's files, else None; `notes` what its user
-    should know. Raises OSError or ValueError where there are none, or others.
+    `shape` is (n, H, W, C), C 1 or 3; `names` the names of a folder's files, else None; `notes` lines for
+    the user. Raises OSError or ValueError where there are no images, or images of several sizes.
     """
 
     def __init__(self, path: str | Path):
@@ -107,7 +107,7 @@ class Images:
         return self.shape[0]
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        """uint8 (n, H, W, C), never all at once but where an array is in Fortran order."""
+        """Batches uint8 (n, H, W, C). Only an array in Fortran order is read as a whole."""
         return self._source.batches(size)
 
 
@@ -156,7 +156,7 @@ class _ImageArray:
 
 
 def _array_fault(header: Header) -> str | None:
-    """What to do about an array that is no set of images."""
+    """Why an array is no set of images, and how to save it as one; None where it is one."""
     shape = header.shape
     if header.dtype == np.uint8 and len(shape) == 4 and shape[3] in (1, 3) and all(shape):
         return None

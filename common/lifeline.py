@@ -1,9 +1,10 @@
-"""A process that ends when the one that started it does: `kill -9` of torchrun leaves nobody training on.
+"""A process that ends when its parent ends: after `kill -9` of torchrun no process trains on.
 
-Commands that torchrun starts import this first, before what takes seconds to import. It binds a process to
-torchrun alone; `nohup python ... &` outlives its shell as ever. The standard library only.
+Commands that torchrun starts import this first, before modules that take seconds to import. It binds a
+process to torchrun only; `nohup python ... &` outlives its shell as usual. It needs only the standard
+library.
 
-    python lifeline.py PID COMMAND ...   # what `bound` returns: COMMAND, to end when process PID does
+    python common/lifeline.py PID COMMAND ...   # runs COMMAND, which ends when process PID ends (see `bound`)
 
 On Linux the kernel sends SIGKILL as soon as the parent is gone (PR_SET_PDEATHSIG); elsewhere a thread looks.
 """
@@ -18,18 +19,18 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-PR_SET_PDEATHSIG = 1  # of sys/prctl.h
+PR_SET_PDEATHSIG = 1  # from sys/prctl.h
 LOOK_EVERY_S = 0.3
 RUN_ID = "TORCHELASTIC_RUN_ID"  # torchrun gives it to every process that it starts
 
 
 def end() -> None:
-    """End at once: nothing that is half done is put in its place."""
+    """End at once, so that no half-written file takes the place of a whole one."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def follow_parent(parent: int, stop: Callable[[], None] = end) -> None:
-    """Call `stop` when process `parent`, which started this one, ends; at once where it has already."""
+    """Call `stop` when this process's parent ends; at once where it has ended already."""
     if stop is not end or not _told_by_the_kernel():
         _watch(lambda: os.getppid() == parent, stop)
     if os.getppid() != parent:  # it ended before the kernel was asked
@@ -37,7 +38,7 @@ def follow_parent(parent: int, stop: Callable[[], None] = end) -> None:
 
 
 def follow_starter() -> None:
-    """The same in a child of `multiprocessing`, whose parent may be a server that outlives its starter."""
+    """End with the starter, in a child of `multiprocessing`, whose parent may be a server that lives on."""
     import multiprocessing
 
     starter = multiprocessing.parent_process()
@@ -63,12 +64,12 @@ def follow_torchrun() -> None:
 
 
 def bound(command: list[str]) -> list[str]:
-    """A command line that runs `command` and ends when this process does, however it does."""
+    """A command line that runs `command` and ends when this process ends, in whatever way."""
     return [sys.executable, __file__, str(os.getpid()), *command]
 
 
 def _told_by_the_kernel() -> bool:
-    """Ask Linux for SIGKILL at the parent's end; False where there is no such thing."""
+    """Ask Linux for SIGKILL at the parent's end; False on other systems."""
     with contextlib.suppress(OSError, AttributeError):
         return ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) == 0
     return False
@@ -98,7 +99,7 @@ def _has_adopted(parent: int) -> bool:
 
 
 def _is_script(process: int) -> bool:
-    """Whether a process runs under this torchrun as well: it has its variables."""
+    """Whether a process runs under the same torchrun, which its environment tells."""
     try:
         variables = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
     except OSError:

@@ -1,4 +1,4 @@
-"""What a pickle asks for, found out without running any of it, and how its owner saves it without.
+"""Which classes and functions a pickle asks for, without running any of it, and how to save it without them.
 
 A stub stands for every class and function that the pickle names, so unpickling builds a picture of its
 content and calls nothing.
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # of torch files before they were zip archives
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # begins torch files of the time before zip archives
 _PLAIN = (
     "list",
     "dict",
@@ -33,7 +33,7 @@ _SHOWN, _MOST_KEYS = 3, 8
 
 
 class _Stub:
-    """In place of what a pickle would make: what it is made of, in `parts` and `items`."""
+    """Stands for an object of a pickle; `parts` and `items` hold what it is made of."""
 
     asked = ""  # module.name of what it stands for
 
@@ -70,7 +70,7 @@ class _Stub:
 
 
 class _Mapping(dict):
-    """In place of an OrderedDict."""
+    """Stands for an OrderedDict."""
 
 
 class _Picture(pickle.Unpickler):

@@ -1,4 +1,4 @@
-"""What the examples bring along: models, weights, data, features and routers, by name.
+"""The examples' models, weights, data, features and routers, by name.
 
 An example is a folder of `examples/` whose `__init__.py` holds a record EXAMPLE. The record is plain values,
 so reading it costs nothing; code is named as "module:function" and imported when it is called for.

@@ -1,4 +1,4 @@
-"""How long things take and what they need: timing in turn, the device's ceilings, peak memory."""
+"""Time and memory: alternating timing, ceilings of the device, peak memory."""
 
 import contextlib
 import math
@@ -33,7 +33,7 @@ def timed(function: Callable[[], Tensor], device: torch.device) -> tuple[Tensor,
 def alternating(
     functions: Sequence[Callable[[], object]], repeats: int, device: torch.device, warm_up: int = 1
 ) -> list[list[float]]:
-    """Seconds of every repeat, one list per function: A B A B, so that a machine that slows down slows all.
+    """Seconds of every repeat, one list per function. They alternate, A B A B: a slower machine slows all.
 
     Warm-up runs come first and are not counted.
     """
@@ -47,12 +47,12 @@ def alternating(
 
 
 def paired_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
-    """The median over repeats of the ratio of two neighbours in turn: what slows both down cancels."""
+    """The median over repeats of the ratio of two neighbouring runs; what slows both cancels."""
     return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
 
 
 def latency(own: Sequence[float], plain: Sequence[float]) -> dict[str, float]:
-    """Of a row: median, least and most milliseconds, and the speed-up over `plain`, timed in turn with it."""
+    """Median, least and most milliseconds, and the speed-up over `plain`, which was timed alternately."""
     columns = {"ms": 1000 * statistics.median(own), "ms_least": 1000 * min(own), "ms_most": 1000 * max(own)}
     return columns | {"speedup_latency": paired_ratio(plain, own)}
 
@@ -61,7 +61,7 @@ def latency(own: Sequence[float], plain: Sequence[float]) -> dict[str, float]:
 
 
 def captured(function: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    """What `function` runs on the GPU, to be replayed, and the tensor that each replay fills anew."""
+    """A CUDA graph of `function`, and the tensor that each replay fills anew."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # libraries and the compiler set themselves up outside of the capture
@@ -103,7 +103,7 @@ def copy_ceiling(device: torch.device) -> float:
 
 
 def peak_memory(device: torch.device | str = "cpu") -> int:
-    """The most bytes held since the process began or `reset_peak_memory`: of the GPU, or of RAM."""
+    """The most bytes of GPU memory or RAM held since the process began, or since `reset_peak_memory`."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -116,7 +116,7 @@ def peak_memory(device: torch.device | str = "cpu") -> int:
 
 
 def reset_peak_memory(device: torch.device | str = "cpu") -> None:
-    """Begin anew to look for the peak, where the system can; elsewhere it stays the process's."""
+    """Restart the peak, where the system can; elsewhere it stays that of the whole process."""
     device = torch.device(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -1,7 +1,7 @@
-"""Files of weights, whoever wrote them: found in a folder, read by their content, checked.
+"""Files of weights from any program: found in a folder, read by their content, checked.
 
-Folders are those of diffusers and accelerate (whole, in shards under an index, of a variant such as fp16), a
-pipeline's and the root of a model in the Hub's cache. Nothing in a file is executed.
+A folder may be one of diffusers or accelerate (whole files, shards under an index, a variant such as fp16), a
+pipeline, or the root of a model in the Hub's cache. Nothing in a file is executed.
 """
 
 import json
@@ -21,7 +21,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 _VARIANTS = ("ema", "fp32", "bf16", "fp16")  # the best first, where the folder has no plain files
 _FORMATS = ("safetensors", "bin")
-# What DistributedDataParallel, torch.compile, FSDP and activation checkpointing put into names.
+# Parts of names that DistributedDataParallel, torch.compile, FSDP and activation checkpointing add.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _SHARD = re.compile(r"-\d+-of-\d+\.\w+$")
 
@@ -80,7 +80,7 @@ def find_weights(folder: Path) -> Path:
 
 
 def _instead(folder: Path, names: list[str]) -> str:
-    """What to do about a folder without weights, by what it holds."""
+    """A remedy for a folder without weights, which depends on its files."""
     dangling = [name for name in names if (folder / name).is_symlink() and not (folder / name).exists()]
     if dangling:
         return f"its {dangling[0]} is a link to what is not there: fetch the files again"
@@ -103,7 +103,7 @@ def _instead(folder: Path, names: list[str]) -> str:
 
 
 def read_weights(file: Path):
-    """What a file of weights holds, by its content and not its name; of an index, all of its shards.
+    """The content of a file of weights, whatever its name; for an index, of all its shards.
 
     Raises FileNotFoundError or ValueError in one line, naming the file that is at fault.
     """
@@ -149,7 +149,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
 
 def unwrapped(state: dict[str, object]) -> tuple[dict[str, object], list[str]]:
-    """Names without the parts that wrappers put into them, and those parts; as it is where two would meet."""
+    """Names without the parts that wrappers add, and these parts; unchanged where two names would meet."""
     names = {name: ".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in state}
     if len(set(names.values())) < len(names):
         return state, []

@@ -22,13 +22,13 @@ __all__ = [
     "space_timesteps",
 ]
 
-NUM_TIMESTEPS = 1000  # of the chain that the models were trained on
+NUM_TIMESTEPS = 1000  # length of the chain that the models were trained on
 
 
 def create_diffusion(
     timestep_respacing: str | int = "", diffusion_steps: int = NUM_TIMESTEPS, learn_sigma: bool = True
 ) -> GaussianDiffusion:
-    """A linear-beta chain of `diffusion_steps`, of which `timestep_respacing` keeps some.
+    """A linear-beta chain of `diffusion_steps`, shortened to the steps that `timestep_respacing` keeps.
 
     timestep_respacing: `"10"` (ten, first and last kept), `"ddim50"` (fixed stride, DDIM's spacing),
     `"10,15,20"` (that many from each third), or `""` for all. Raises ValueError where the chain cannot be

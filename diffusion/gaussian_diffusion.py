@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 class Posterior(NamedTuple):
-    """What a model output says of x_0 and of the next x_t; every field is (N, C, H, W)."""
+    """The estimates of x_0, eps and the next x_t from a model output; every field is (N, C, H, W)."""
 
     pred_x0: Tensor
     eps: Tensor
@@ -57,7 +57,7 @@ class GaussianDiffusion:
         return torch.full((n,), self.timestep_map[step], device=device)
 
     def posterior(self, model_output: Tensor, x_t: Tensor, step: int | Tensor) -> Posterior:
-        """What a model output (N, C or 2C, H, W) at x_t (N, C, H, W) says.
+        """The estimates from a model output (N, C or 2C, H, W) at x_t (N, C, H, W).
 
         step: an int for the whole batch, or an integer tensor (N,).
         """
@@ -93,7 +93,7 @@ class GaussianDiffusion:
         return posterior.mean + torch.exp(0.5 * posterior.log_variance) * noise
 
     def add_noise(self, x_0: Tensor, steps: int | Tensor, noise: Tensor) -> Tensor:
-        """x_t of q(x_t | x_0) at one step, or at a tensor of steps (N,)."""
+        """A draw x_t from q(x_t | x_0) at one step, or at a tensor of steps (N,)."""
         signal = _at(np.sqrt(self.alphas_cumprod), steps)
         return signal * x_0 + _at(np.sqrt(1.0 - self.alphas_cumprod), steps) * noise
 

@@ -1,4 +1,4 @@
-"""Triton kernels for sampling on a GPU: what a branch does to its rows between the matrix products.
+"""Triton kernels for sampling on a GPU: the work of a branch on its rows between the matrix products.
 
 One program has a whole row in registers, so a row is read once and written once. Without gradients. As
 operators of torch they can be called from compiled functions and captured in a CUDA graph; with
@@ -12,7 +12,7 @@ from torch import Tensor
 
 FP8 = torch.float8_e4m3fn
 LARGEST = tl.constexpr(torch.finfo(FP8).max)
-SMALLEST_SCALE = tl.constexpr(1e-12)  # of a row of zeros
+SMALLEST_SCALE = tl.constexpr(1e-12)  # the scale of a row of zeros
 
 
 @triton.jit

@@ -75,4 +75,4 @@ def add_arguments(parser: argparse.ArgumentParser, with_device: bool = True) -> 
         help="dtype of the stored branch outputs (default: the model's dtype)",
     )  # fmt: skip
     if with_device:
-        devices.add_arguments(parser)
+        devices.add_arguments(group)

@@ -1,4 +1,4 @@
-"""What every metric asks of its input: a number from one that is not finite would look like any other."""
+"""Checks for finite numbers: a metric of NaN or infinity could look like any other number."""
 
 from pathlib import Path
 

@@ -27,7 +27,7 @@ STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
 @dataclass
 class Reference:
-    """What samples are compared with: statistics by kind, or images to take them from, or both."""
+    """The reference of samples: statistics by kind, or images to compute them from, or both."""
 
     path: Path
     statistics: dict[str, tuple[np.ndarray, np.ndarray]]
@@ -46,7 +46,7 @@ class Reference:
 
 
 def read_statistics(file: ArrayFile) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """What a file holds of ("pool": (mu, sigma), "spatial": (mu_s, sigma_s)), in float64.
+    """The statistics in a file, in float64: {"pool": (mu, sigma), "spatial": (mu_s, sigma_s)}, or a part.
 
     Raises ValueError for one without the other and for what `check_statistics` refuses.
     """
@@ -69,7 +69,7 @@ def read_statistics(file: ArrayFile) -> dict[str, tuple[np.ndarray, np.ndarray]]
 
 @dataclass
 class Summary:
-    """What is kept of a file's features: statistics; pool features and probabilities of every image."""
+    """The features of a file: statistics by kind; pool features and probabilities of every image."""
 
     statistics: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
     pool: Tensor | None = None
@@ -146,7 +146,7 @@ def against_uncached(samples: Images, plain: Images, lpips, batch_size: int) -> 
 def check_features(
     samples: Images, reference: Reference | None, extractor: Extractor, features_name: str
 ) -> list[str]:
-    """Refuse what the features of --features cannot be compared on; returns notes on what is left out."""
+    """Refuse files whose features cannot be compared; returns notes on figures that are left out."""
     if len(samples) < 2:
         raise ValueError(f"{samples.path} holds one image, which has no covariance; give more")
     widths = {}
@@ -191,7 +191,7 @@ def check_features(
 
 
 def check_pairs(samples: Images, plain: Images) -> None:
-    """Refuse pairs of other shapes or names, or of other noise where sample_ddp.py said of which."""
+    """Refuse pairs of other shapes or names, or, where sample_ddp.py recorded it, of other noise."""
     if samples.shape != plain.shape:
         raise ValueError(f"{samples.path} is {samples.shape}, {plain.path} {plain.shape}; pairs are needed")
     for one, other in zip(samples.names or [], plain.names or [], strict=False):
@@ -209,7 +209,7 @@ def check_pairs(samples: Images, plain: Images) -> None:
 
 
 def _drawn_from(samples: Path) -> dict:
-    """What sample_ddp.py wrote beside its samples; empty where there is none."""
+    """The settings that sample_ddp.py wrote beside its samples; empty where there are none."""
     path = Path(f"{samples}.settings.json")
     if not path.is_file():
         return {}

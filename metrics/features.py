@@ -1,4 +1,4 @@
-"""Feature extractors: what turns uint8 images into the numbers that FID, sFID, IS and the others compare.
+"""Feature extractors: they turn uint8 images into the numbers that FID, sFID, IS and the others compare.
 
 | name | pool | spatial | probabilities |
 |---|---|---|---|
@@ -22,7 +22,7 @@ WEIGHTS_SOURCE = "weights-inception-2015-12-05-6726825d.pth of torch-fidelity's 
 
 
 class Features(NamedTuple):
-    """Of n images: pool (n, D), spatial (n, S) or None, class probabilities (n, K); float32 on the host."""
+    """Features of n images in float32: pool (n, D), spatial (n, S) or None, probabilities (n, classes)."""
 
     pool: Tensor
     spatial: Tensor | None

@@ -12,7 +12,7 @@ ROUNDING = 1e-5
 class RunningStatistics:
     """Mean and unbiased covariance of features that come in batches; memory (D, D), whatever their number.
 
-    Sums are of differences to the mean of the first batch, so that a large common offset costs no precision.
+    It sums differences from the mean of the first batch, so a large common offset costs no precision.
     """
 
     def __init__(self):
@@ -113,7 +113,7 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
 
 
 def _root_and_trace(covariance: np.ndarray) -> tuple[np.ndarray, float]:
-    """Of the covariance without the eigenvalues that rounding left below zero."""
+    """Square root and trace of a covariance; eigenvalues that rounding left below zero count as zero."""
     values, vectors = np.linalg.eigh(covariance)
     values = values.clip(min=0)
     return (vectors * np.sqrt(values)) @ vectors.T, float(values.sum())

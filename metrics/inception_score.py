@@ -4,8 +4,8 @@ import numpy as np
 
 from metrics.checks import require_finite
 
-SPLIT_SIZE = 5000  # of ADM's evaluator
-_ROUNDING = 1e-3  # by which a row may miss the sum of 1: half precision
+SPLIT_SIZE = 5000  # as in ADM's evaluator
+_ROUNDING = 1e-3  # how far a row's sum may be from 1, as in half precision
 
 
 def inception_score(probabilities: np.ndarray, split_size: int = SPLIT_SIZE) -> tuple[float, float]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from common.files import load_pickle_safely
 from metrics.checks import require_finite, require_finite_weights
 
-SMALLEST = 32  # pixels a side that AlexNet's pooling leaves something of
+SMALLEST = 32  # pixels a side; of smaller images AlexNet's pooling leaves nothing
 
 
 def load_lpips(weights: str | Path, device: torch.device | str = "cpu"):

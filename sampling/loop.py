@@ -20,10 +20,11 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """All that fixes a trajectory but its noise and labels: backbone x sampler x schedule.
+    """All that fixes a trajectory, except for its noise and labels: backbone x sampler x schedule.
 
-    sampler: or a chain, for deterministic DDIM on it. cfg_scale: guidance, 1 = off. schedule: which branches
-    are computed; None: all. Raises ValueError where the schedule fits neither the backbone nor the sampler.
+    sampler: a sampler, or a chain for deterministic DDIM. cfg_scale: guidance, 1 = off. schedule: which
+    branches are computed; None: all. Raises ValueError where the schedule fits neither the backbone nor the
+    sampler.
     """
 
     backbone: Backbone
@@ -79,8 +80,8 @@ def denoise_loop(
 ) -> Iterator[tuple[int, Tensor]]:
     """Denoise step by step under a cache policy; yields (step, x after it), at last x_0.
 
-    cache: any policy, in place of the trajectory's schedule; None: every branch is computed. step_noise: what
-    `draw_step_noise` gives. Nothing in here makes the device wait for the host.
+    cache: any policy, which replaces the trajectory's schedule; None: every branch is computed. step_noise:
+    from `draw_step_noise`. The device never waits for the host here.
     """
     computed = None if cache is None else cache.computed
     denoise = Denoiser(trajectory.backbone, trajectory.sampler, labels, trajectory.cfg_scale, computed)
@@ -114,7 +115,7 @@ def sample(
     return x_0
 
 
-Sample = Callable[[Trajectory, Tensor, Tensor, Generators], Tensor]  # `sample`, or what stands for it
+Sample = Callable[[Trajectory, Tensor, Tensor, Generators], Tensor]  # `sample`, or a function in its place
 
 
 def generate(
@@ -152,10 +153,10 @@ def generate_seeded(
     first: int = 0,
     sample: Sample = sample,
 ) -> Tensor:
-    """x_0 (n, C, H, W) for labels (n,), those of samples first .. first + n; k depends on (seed, k) alone.
+    """x_0 (n, C, H, W) of n samples from `first` on, with labels (n,). Sample k depends on (seed, k) alone.
 
     So methods are compared on the same noise, whatever their batch size. sample: the function above, or one
-    of `execution` that stands for it. Works on the model's device. Raises ValueError where a sample is not
+    of `execution` in its place. Works on the model's device. Raises ValueError where a sample is not
     finite, naming it.
     """
     device, batch_size = trajectory.backbone.device, batch_size or len(labels)
@@ -173,9 +174,9 @@ def generate_seeded(
 def draw_step_noise(trajectory: Trajectory, noise: Tensor, generator: Generators) -> Tensor | None:
     """Fresh noise (T, N, C, H, W) for every step, N = n or 2n; None where the sampler adds none.
 
-    All of it is drawn before the first step, in the order of execution, or the device would wait for the host
-    at each step. From one generator both halves of a guided batch draw, as in the official sampler. Only the
-    first half of x_t is ever read, so with one generator per sample the halves share their noise.
+    All of it is drawn before the first step, in the order of execution, so that the device never waits for
+    the host. With one generator both halves of a guided batch draw their own noise, as in the official
+    sampler. With one generator per sample the halves share their noise: only the first half of x_t is read.
     """
     if not trajectory.sampler.adds_noise:
         return None
@@ -192,6 +193,3 @@ def draw_step_noise(trajectory: Trajectory, noise: Tensor, generator: Generators
 
     drawn = [draw() for _ in range(trajectory.sampler.num_steps)]
     return torch.stack(drawn[::-1]).to(noise.device)
-
-
-# ---- decoding --------------------------------------------------------------------------------------

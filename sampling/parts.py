@@ -54,7 +54,7 @@ class Parts:
 
     @cached_property
     def _facts(self) -> Path:
-        """What the .npz was sampled with, beside it."""
+        """The file beside the .npz with the settings that it was sampled with."""
         return self.output.with_name(f"{self.output.name}.settings.json")
 
     @property

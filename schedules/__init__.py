@@ -1,1 +1,1 @@
-"""Schedules without a training: baselines, calibrated reuse, and what `--accelerate-method` names."""
+"""Schedules without gradients: baselines, calibrated reuse, and the values of `--accelerate-method`."""

@@ -4,8 +4,8 @@
 |---|---|
 | `full_schedule` | everything; with fewer steps this is plain DDIM, the baseline of every table |
 | `fora_schedule` | all branches of every N-th step, none between (FORA, Selvaraju et al. 2024) |
-| `random_schedule` | all but a given share of the cells, drawn at random |
-| `forecast` | as another one, reused outputs extrapolated (TaylorSeer) |
+| `random_schedule` | all but a random share of the cells |
+| `forecast` | the cells of another schedule; reused outputs are extrapolated (TaylorSeer) |
 """
 
 import math
@@ -65,7 +65,9 @@ def fora_schedule(
 
 
 def random_schedule(num_steps: int, num_branches: int, cur: float, seed: int = 0) -> Schedule:
-    """`cur` of all cells reused, to the nearest cell, the first step never. Raises ValueError beyond reach.
+    """A share `cur` of all cells reused, rounded to whole cells; never the first step.
+
+    Raises ValueError where so many cells cannot be reused.
 
     For one seed the reused cells at a lower CUR are among those at a higher one.
     """
@@ -108,8 +110,8 @@ def forecast(schedule: Schedule, order: int) -> Schedule:
 
 
 def _forecast_weights(computed_at: list[int], step: int, order: int) -> torch.Tensor:
-    """(order + 1,) of the outputs computed at these steps, the last one first."""
-    outputs = torch.eye(order + 1, dtype=torch.float64)  # row k: the k-th last output, in terms of all
+    """Weights (order + 1,) of the outputs computed at these steps, the last one first."""
+    outputs = torch.eye(order + 1, dtype=torch.float64)  # row k: the k-th last output as weights
     distance = computed_at[0] - step
     total, known = outputs[0].clone(), len(computed_at)
     if known > 1 and order > 0:

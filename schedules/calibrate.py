@@ -1,9 +1,9 @@
 """The weights of reuse of any schedule, solved by least squares in one run: no training, no images.
 
-For another guidance, sampler, number of samples or checkpoint than a router was trained with, or for
-schedules that nobody trained (FORA). Along a trajectory sampled under the schedule every reused branch is
+It serves untrained schedules (FORA), and routers that sample in another setting (guidance, sampler, number of
+samples, checkpoint) than they were trained in. Along a trajectory under the schedule every reused branch is
 computed too, and its output is fitted by its last K computed outputs, cell by cell, in the order of
-execution: each fit sees the errors that reuse has made before it.
+execution: each fit sees the errors that earlier reuse has made.
 """
 
 import torch

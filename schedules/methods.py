@@ -47,7 +47,7 @@ class Method:
 
 
 def uncached(model: Backbone, sampling: SamplingSettings) -> Method:
-    """What every method is compared with: all branches of all steps computed."""
+    """The method with which all are compared: every branch of every step computed."""
     return Method("none", sampling.chain(model), None)
 
 
@@ -77,13 +77,13 @@ def load_method(
 
 
 def calibration(settings: MethodSettings) -> dict[str, int]:
-    """What the weights of a method that samples to solve them depend on; empty for any other method."""
+    """The values that a calibrated method's weights depend on; empty for any other method."""
     by_sampling = settings.reuse and REUSES[settings.reuse].by_sampling
     return settings.reuse_values() if by_sampling else {}
 
 
 def solved(settings: MethodSettings, model: Backbone, sampling: SamplingSettings, method: Method) -> Method:
-    """The method with its weights of reuse: of the forecast, or solved by sampling."""
+    """The method with its weights of reuse, forecast or calibrated."""
     request = Request(model, None, sampling, method.diffusion.num_timesteps)
     schedule = REUSES[settings.reuse].apply(request, method.schedule, **settings.reuse_values())
     return dataclasses.replace(method, schedule=schedule)

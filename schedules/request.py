@@ -1,4 +1,4 @@
-"""What a schedule is built for: model, setting of sampling, number of steps."""
+"""The request for a schedule: model, settings of sampling, number of steps."""
 
 from dataclasses import dataclass, field
 
@@ -8,7 +8,7 @@ from sampling.settings import SamplingSettings
 
 @dataclass(frozen=True)
 class Request:
-    """What a schedule is built for. num_steps: those of the uncached chain.
+    """A schedule is built for this model and sampling. num_steps: number of steps of the uncached chain.
 
     notes: lines for the user, which the function that builds the schedule may add.
     """

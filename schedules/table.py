@@ -3,7 +3,7 @@
 | value | schedule | flags |
 |---|---|---|
 | `none` | every branch computed | |
-| `fewer-steps` | every branch computed, of a shorter chain | `--steps N` |
+| `fewer-steps` | every branch of a shorter chain computed | `--steps N` |
 | `fora` | every N-th step computed | `--interval N`, `--anchor A`, `--first-steps F` |
 | `random` | a random share of the branches reused | `--cur X`, `--schedule-seed S` |
 | `dynamiclayer` | a router's, however it was trained | `--path ROUTER`, `--thres X` |
@@ -77,7 +77,7 @@ def static(build: Callable[..., Schedule]) -> Callable[..., Schedule]:
 
 
 def fewer_steps(request: Request, steps: int) -> str:
-    """The respacing of `steps` steps, of the same kind as the request's."""
+    """A respacing to `steps` steps, with the same kind of spacing as the request's."""
     if steps > request.num_steps:
         raise ValueError(f"--steps {steps} is more than --num-sampling-steps {request.num_steps}")
     ddim = "ddim" if str(request.sampling.num_sampling_steps).startswith("ddim") else ""

@@ -76,7 +76,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a row measures: a method, sampled so, on `samples` samples.
+    """A measurement: the method, how it samples and executes, and the number of samples.
 
     step_errors: number of samples whose errors of each step are measured too; None: none.
     """
@@ -108,7 +108,7 @@ def draw(asked: Measurement, trajectory: Trajectory, run: Sample = sample) -> Te
 
 
 def timed_batch(asked: Measurement, trajectory: Trajectory, run: Sample = sample) -> Callable[[], Tensor]:
-    """What is timed: `draw` of LATENCY_BATCH samples."""
+    """The function that is timed: `draw` of LATENCY_BATCH samples."""
     return partial(draw, dataclasses.replace(asked, samples=LATENCY_BATCH), trajectory, run)
 
 

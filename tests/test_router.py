@@ -1,7 +1,6 @@
 import argparse
 import pickle
 from collections import OrderedDict
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +8,6 @@ from commands import error_line, run
 from safetensors.torch import save_file
 
 from router import Router, Schedule, find_router, load_router, save_router
-
-L2C_ROUTERS = Path(__file__).parents[2] / "shared" / "routers"
 
 
 def write_released(path, logits, **args):
@@ -58,6 +55,12 @@ def test_only_rows_before_the_first_step_train():
     assert [tuple(p.shape) for p in router.parameters()] == [(4,)] * 5
     assert torch.equal(router.logits[5], torch.full((4,), 5.0))
     assert router.scores().shape == (6, 4)
+
+
+def test_a_score_at_the_threshold_is_reused():
+    """As in the released code, which computes where score > threshold."""
+    schedule = Router.from_logits(torch.tensor([[0.0, 1e-6, -1e-6], [5.0, 5.0, 5.0]])).schedule(0.5)
+    assert schedule.compute[0].tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("threshold", [-0.1, 1.0, 2.0])
@@ -125,11 +128,36 @@ def test_l2c_file_computes_odd_steps_whatever_they_hold(tmp_path):
     assert not schedule.compute[0::2].any()
 
 
-@pytest.mark.skipif(not L2C_ROUTERS.exists(), reason="the published L2C routers are not here")
+L2C_ARGUMENTS = {
+    "data_path": "imagenet/train", "results_dir": "ddp_results", "model": "DiT-XL/2", "image_size": 256,
+    "num_classes": 1000, "epochs": 1, "global_batch_size": 64, "global_seed": 0, "vae": "ema",
+    "num_workers": 4, "log_every": 100, "ckpt_every": 1000, "wandb": True, "ckpt": None, "l1": 5e-06,
+    "lr": 0.001, "max_steps": 50000, "ste_threshold": None,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(("steps", "reused"), [(20, 248), (50, 664)])
-def test_published_l2c_routers(steps, reused):
-    router = load_router(L2C_ROUTERS / f"l2c_dit_xl2_256_ddim{steps}.pt", "DiT-XL/2", steps, 56)
+def test_files_as_learning_to_cache_released_them(tmp_path, steps, reused):
+    """In their layout, of DiT-XL/2, with as many reused cells; the odd rows keep their random start."""
+    generator = torch.Generator().manual_seed(steps)
+    logits = torch.randn(steps, 56, generator=generator)
+    cells = torch.randperm(steps // 2 * 56, generator=generator)
+    trained = torch.full((steps // 2 * 56,), 5.0)
+    trained[cells[:reused]] = -5.0
+    logits[::2] = trained.view(steps // 2, 56)
+    rows = [torch.nn.Parameter(row) for row in logits]
+    optimizer = torch.optim.AdamW(rows, lr=0.001)
+    sum(row.sum() for row in rows[::2]).backward()
+    optimizer.step()
+    content = {"routers": OrderedDict((f"{i}.prob", row.data) for i, row in enumerate(rows))}
+    content |= {"opt": optimizer.state_dict()}
+    content |= {"args": argparse.Namespace(**L2C_ARGUMENTS, num_sampling_steps=steps)}
+    torch.save(content, tmp_path / f"l2c_dit_xl2_256_ddim{steps}.pt")
+    router = load_router(tmp_path / f"l2c_dit_xl2_256_ddim{steps}.pt", "DiT-XL/2", steps, 56)
+    assert (router.info["method"], router.info["reg_weight"]) == ("l2c", 5e-6)
+    assert "threshold" not in router.info
     schedule = router.schedule(0.1)
+    assert schedule.compute[1::2].all()
     assert int((~schedule.compute).sum()) == reused
     assert schedule.cur == pytest.approx(reused / (56 * steps))
 

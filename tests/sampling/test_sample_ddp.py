@@ -2,21 +2,18 @@
 
 import io
 import json
-import random
+import os
+import pkgutil
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from collections import namedtuple
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from commands import (
-    ENVIRONMENT,
-    ROOT,
     alive,
     error_line,
     file_size_limit,
@@ -29,6 +26,7 @@ from commands import (
 )
 
 from backbones.loading import load_model
+from common.distributed import Processes
 from diffusion import create_diffusion
 from sampling.decoding import decode
 from sampling.loop import Trajectory, generate, generate_seeded
@@ -83,28 +81,72 @@ def test_two_processes_write_the_same_bytes(plain, tmp_path):
     assert (tmp_path / "x.npz").read_bytes() == plain.read_bytes()
 
 
-@pytest.mark.slow
-def test_killed_and_run_again(plain, tmp_path):
-    """kill -9 while batches are being written; the next run, in other batches, draws only the rest."""
+def at_call(function, number: int):
+    """The function, but its call of this number ends the process at once, as kill -9 would."""
+    calls = iter(range(1, number))
+    return lambda *given, **named: function(*given, **named) if next(calls, None) else os._exit(KILLED)
+
+
+def after_call(function, number: int):
+    """The same, at once after the call."""
+
+    def called(*given, **named):
+        result = function(*given, **named)
+        return result if next(calls, None) else os._exit(KILLED)
+
+    calls = iter(range(1, number))
+    return called
+
+
+def then_killed(name: str, kill, number: int, arguments: list) -> None:
+    """Run the command in a process of its own, which ends at a call of the function of this name."""
+    child = os.fork()
+    if child == 0:
+        try:
+            with mock.patch(name, kill(pkgutil.resolve_name(name), number)):
+                run(*arguments)
+        finally:
+            os._exit(1)  # it was not killed
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == KILLED
+
+
+KILLED = 137  # what a shell says of kill -9
+MOMENTS = {  # what is called at the end of the process, which of its calls, how many of 75 are left to draw
+    "before the first batch": ("sampling.parts.Parts.write", at_call, 1, 75),
+    "in the second batch's file": ("sampling.parts._trailer", at_call, 2, 59),
+    "after the third batch": ("sampling.parts.Parts.write", after_call, 3, 27),
+    "before the .npz": ("sampling.parts.Parts.assemble", at_call, 1, 0),
+    "in the .npz": ("sampling.parts.Parts._read", at_call, 2, 0),
+    "before the parts are removed": ("sampling.parts.Parts._remove_folder", at_call, 1, None),
+    "before the folder is": ("shutil.rmtree", after_call, 1, None),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_and_run_again(plain, tmp_path, moment):
+    """The next run, in other batches, draws only the rest."""
+    name, kill, number, left = MOMENTS[moment]
     output = tmp_path / "x.npz"
     arguments = [*SAMPLE, "--num-samples", 75, "--output", output]
-    command = [sys.executable, *map(str, arguments), "--batch-size", "16"]
-    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT)
-    parts, deadline = tmp_path / "x.npz.parts", time.monotonic() + 120
-    while len(list(parts.glob("*-00016.npy"))) < 1:
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not output.exists()
-    finished = {path.name for path in parts.glob("*-00016.npy")}
-    (parts / f"0000016-00016.{process.pid}.part.npy").write_bytes(b"half a batch")  # what a kill leaves
+    then_killed(name, kill, number, [*arguments, "--batch-size", 16])
+    assert output.exists() == (left is None)
     text = run(*arguments)
-    assert f"{75 - 16 * len(finished)} to draw" in text
+    assert ("holds these samples already" if left is None else f"{left} to draw") in text
     assert output.read_bytes() == plain.read_bytes()
-    assert not parts.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"x.npz", "x.npz.settings.json"}
     assert "holds these samples already" in run(*arguments)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_killed_with_weights_of_reuse(calibrated, tmp_path, number):
+    """While they are solved, and after the first batch that was drawn with them."""
+    output = tmp_path / "x.npz"
+    arguments = [*SAMPLE, *CALIBRATED, "--num-samples", 40, "--output", output]
+    name = ("schedules.methods.solved", "sampling.parts.Parts.write")[number - 1]
+    then_killed(name, at_call, number, [*arguments, "--batch-size", 16])
+    assert f"{(40, 24)[number - 1]} to draw" in run(*arguments)
+    assert output.read_bytes() == calibrated.read_bytes()
 
 
 def test_killed_while_it_puts_things_in_place(plain, tmp_path):
@@ -268,9 +310,9 @@ def facts_of(path) -> dict:
 @pytest.mark.parametrize("arguments", [CALIBRATED, ["--p-sample"], ["--accelerate-method", "none"]])
 def test_threads_change_no_bit(tmp_path, monkeypatch, arguments):
     """Ten rows, the embeddings of ten steps, are a product that two threads round otherwise."""
-    drawn, arguments = [], [*arguments, "--num-sampling-steps", 10, "--num-samples", 20]
+    drawn, arguments = [], [*arguments, "--num-sampling-steps", 10, "--num-samples", 16]
     monkeypatch.setattr("sampling.parts.decode", lambda x_0, vae, **_: drawn.append(x_0) or decode(x_0, vae))
-    for threads in (1, 2, 3):
+    for threads in (1, 3):
         torch.set_num_threads(threads)
         run(*SAMPLE, *arguments, "--output", tmp_path / f"{threads}.npz")
         assert torch.get_num_threads() == threads
@@ -282,8 +324,9 @@ def test_threads_change_no_bit(tmp_path, monkeypatch, arguments):
 @pytest.mark.parametrize("batch_size", [32, 64])
 def test_batch_size_changes_no_bit_where_few_steps_are_made_ready_at_once(monkeypatch, batch_size):
     """As DiT-XL/2 has it in batches of 64: products of less than five rows are rounded otherwise."""
+    model, labels = load_model("DiT-digits/2"), torch.arange(64)
     monkeypatch.setattr("backbones.denoiser.PREPARED_BYTES", 2**24)
-    trajectory, labels = Trajectory(load_model("DiT-digits/2"), create_diffusion("10"), 1.5), torch.arange(64)
+    trajectory = Trajectory(model, create_diffusion("10"), 1.5, fora_schedule(10, 24, 10))
     wanted, found = (generate_seeded(trajectory, labels % 10, 0, n) for n in (16, batch_size))
     assert torch.equal(found, wanted)
 
@@ -337,23 +380,38 @@ def test_calibrated_on_any_number_of_processes(calibrated, tmp_path, processes):
     assert facts_of(tmp_path / "x.npz") == facts_of(calibrated)
 
 
+def test_each_rank_draws_its_share(plain, tmp_path, monkeypatch):
+    """One rank after the other, without a process group: the first one misses the share of the second."""
+    arguments = [*SAMPLE, "--num-samples", 75, "--batch-size", 16, "--output", tmp_path / "x.npz"]
+    parts = tmp_path / "x.npz.parts"
+    for rank, firsts in ((0, [0, 32, 64]), (1, [16, 48])):
+        before = set(parts.glob("*.npy"))
+        with monkeypatch.context() as patch:
+            processes = Processes(rank, 2, torch.device("cpu"))
+            patch.setattr("common.distributed.start", lambda *_, own=processes: own)
+            if rank == 0:
+                assert "lacks 32 samples that were drawn" in error_line(*arguments)
+            else:
+                patch.setattr("sampling.parts.Parts.missing", lambda _: list(range(75)))
+                run(*arguments)
+        drawn = sorted(int(path.stem[:7]) for path in set(parts.glob("*.npy")) - before)
+        assert drawn == firsts
+    assert "0 to draw" in run(*arguments)
+    assert (tmp_path / "x.npz").read_bytes() == plain.read_bytes()
+
+
 @pytest.mark.slow
-def test_killed_at_random_moments_on_two_processes(tmp_path):
-    """kill -9 of torchrun, at start-up and while batches are written, at once run again each time."""
-    arguments = [*SAMPLE, *CALIBRATED, "--num-sampling-steps", 20, "--num-samples", 400, "--batch-size", 16]
-    run(*arguments, "--output", tmp_path / "whole.npz")
-    moments, parts = random.Random(3), tmp_path / "x.npz.parts"
-    for number in range(3):
-        process = start_torchrun(2, *arguments, "--output", tmp_path / "x.npz")
-        wait_for(lambda: len(alive(process)) >= 3, process)  # noqa: B023
-        before = len(list(parts.glob("*-00016.npy")))
-        wait_for(lambda: not number or len(list(parts.glob("*-00016.npy"))) > before, process)  # noqa: B023
-        time.sleep(moments.uniform(0, 0.3))
-        assert process.poll() is None
-        assert kill(process) == []
-    text = torchrun(2, *arguments, "--output", tmp_path / "x.npz")
-    assert "400 to draw" not in text
-    assert (tmp_path / "x.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
+def test_killed_on_two_processes(calibrated, tmp_path):
+    """kill -9 of torchrun while batches are written: its processes end too, and the next run goes on."""
+    arguments = [*SAMPLE, *CALIBRATED, "--num-samples", 40, "--batch-size", 16]
+    arguments += ["--output", tmp_path / "x.npz"]
+    process, parts = start_torchrun(2, *arguments), tmp_path / "x.npz.parts"
+    wait_for(lambda: list(parts.glob("*-00016.npy")), process)
+    assert len(alive(process)) >= 3
+    assert kill(process) == []
+    finished = sum(int(path.stem.split("-")[1]) for path in parts.glob("*[0-9].npy"))
+    assert f"{40 - finished} to draw" in torchrun(2, *arguments)
+    assert (tmp_path / "x.npz").read_bytes() == calibrated.read_bytes()
     assert not list(tmp_path.glob("*.part*"))
 
 
