@@ -73,7 +73,8 @@ def ten_steps():
 def train_tiny(tiny_model, tmp_path, monkeypatch):
     """Train the tiny model from settings, in this process and without pictures; returns the run's folder.
 
-    The settings' model is only a name. Further arguments replace settings.
+    The settings' model is only a name; `model` of the result is the one that is trained. Further arguments
+    replace settings.
     """
     model = copy.deepcopy(tiny_model)
     model.source = "tiny"
@@ -81,15 +82,18 @@ def train_tiny(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr("training.run.schedule_heat_map", lambda *_: Image.new("L", (1, 1)))
     rounds = training.rounds.ROUNDS | end_to_end.rounds.ROUNDS
 
-    def train(method, folder: str = "results", show=lambda _: None, **settings) -> Path:
+    alone = Processes(0, 1, torch.device("cpu"))
+
+    def train(method, folder="results", show=lambda _: None, processes=alone, **settings) -> Path:
         output = {"results_dir": tmp_path / folder, "log_every": 5, "ckpt_every": 5}
         output |= {name: settings.pop(name) for name in ("ckpt_every", "resume") if name in settings}
         settings = {"num_sampling_steps": "4", "global_batch_size": 4} | settings
         settings = TrainSettings(
             method, ModelSettings("DiT-tiny"), output=OutputSettings(**output), **settings
         )
-        return run.train(settings, rounds, Processes(0, 1, torch.device("cpu")), show)
+        return run.train(settings, rounds, processes, show)
 
+    train.model = model
     return train
 
 

@@ -37,14 +37,23 @@ TRAIN = [
 TRAIN += ["--num-sampling-steps", 6, "--global-batch-size", 4, "--lr", 0.05, "--l1", 1e-3, "--log-every", 5]
 
 
+@pytest.fixture(autouse=True)
+def _quick_pictures(monkeypatch):
+    picture = Image.new("L", (1, 1))
+    monkeypatch.setattr("training.run.schedule_heat_map", lambda *_: picture)
+
+
 def trained(results):
     return load_router(find_router(next(results.glob("0*"))))
+
+
+STEPS = 10
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     results = tmp_path_factory.mktemp("results")
-    run(*TRAIN, "--results-dir", results, "--max-steps", 20)
+    run(*TRAIN, "--results-dir", results, "--max-steps", STEPS)
     return trained(results)
 
 
@@ -61,7 +70,7 @@ def test_even_rows_are_trained_and_odd_ones_compute(uninterrupted):
 
 
 def test_every_row_trains_all_but_the_first(tmp_path):
-    run(*TRAIN, "--results-dir", tmp_path, "--max-steps", 30, "--every-row")
+    run(*TRAIN, "--results-dir", tmp_path, "--max-steps", 8, "--every-row")
     router = trained(tmp_path)
     assert torch.isfinite(router.logits).all()
     initial = torch.randn(5, 24, generator=torch.Generator().manual_seed(42))
@@ -70,8 +79,8 @@ def test_every_row_trains_all_but_the_first(tmp_path):
 
 
 def test_resumed_run_is_the_same(uninterrupted, tmp_path):
-    run(*TRAIN, "--results-dir", tmp_path, "--max-steps", 9)
-    run(*TRAIN, "--results-dir", tmp_path, "--max-steps", 20, "--resume", "auto")
+    run(*TRAIN, "--results-dir", tmp_path, "--max-steps", 4)
+    run(*TRAIN, "--results-dir", tmp_path, "--max-steps", STEPS, "--resume", "auto")
     assert torch.equal(trained(tmp_path).logits, uninterrupted.logits)
 
 
@@ -94,13 +103,13 @@ def test_several_processes_train_the_same_bits(tmp_path, processes):
 
 
 def test_a_step_updates_the_rows_that_its_groups_drew(uninterrupted):
-    """20 steps of 4 groups: Adam has counted for each row the steps in which a group drew it."""
+    """Steps of 4 groups: Adam has counted for each row the steps in which a group drew it."""
     drawn = Counter()
-    for number in range(20):
+    for number in range(STEPS):
         drawn.update({step - 1 for step in draw_steps(42, number, full_steps(6), 4)})
     steps = load_file(uninterrupted.info["path"])["resume.step"]
     assert steps.tolist() == [drawn[row] for row in range(5)]
-    assert sum(drawn.values()) > 20 + 20  # one group would have updated 20 rows
+    assert sum(drawn.values()) > 2 * STEPS  # one group would have updated a row a step
 
 
 @pytest.mark.parametrize("every_row", [False, True])

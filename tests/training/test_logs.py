@@ -1,12 +1,69 @@
-"""A training's record: what a full disk, a kill or a damaged line leaves of it."""
+"""A training's record: its losses, and what a full disk, a kill or a damaged line leaves of it."""
 
 import json
 
 import pytest
+import torch
 from commands import file_size_limit
 from PIL import Image
 
-from training.logs import RunLog
+from objectives import TrainStep
+from training.logs import LossLog, RunLog
+
+
+def update(loss: float, step=3) -> TrainStep:
+    return TrainStep(step, torch.tensor(loss), torch.tensor(loss / 2), torch.tensor(8.0))
+
+
+def test_losses_are_means_since_the_last_summary():
+    losses = LossLog()
+    losses.add(1, update(1.0))
+    losses.add(2, update(2.0))
+    assert len(losses) == 2
+    losses.settle()
+    assert len(losses) == 0
+    losses.add(3, update(6.0))
+    assert losses.summary() == {"loss": 3.0, "data_loss": 1.5, "score_sum": 8.0}
+    assert losses.summary() == {}
+    losses.add(4, update(5.0))
+    assert losses.summary()["loss"] == 5.0
+
+
+def test_losses_are_means_over_ranks(monkeypatch):
+    """In one exchange of all that is pending."""
+    exchanged = []
+
+    def mean(rows: torch.Tensor) -> torch.Tensor:
+        exchanged.append(rows.shape)
+        return rows + 1
+
+    monkeypatch.setattr("training.logs.distributed.mean", mean)
+    losses = LossLog()
+    for step in range(3):
+        losses.add(step, update(1.0))
+    assert losses.summary() == {"loss": 2.0, "data_loss": 1.5, "score_sum": 9.0}
+    assert exchanged == [(3, 3)]
+
+
+@pytest.mark.parametrize(("value", "step", "said"), [
+    (float("nan"), 3, r"the loss is nan at train step 7 \(denoising step 3\)"),
+    (float("inf"), (1, 4), r"the loss is inf at train step 7 \(denoising steps \(1, 4\)\)"),
+])  # fmt: skip
+def test_a_loss_that_is_not_finite_names_its_step(value, step, said):
+    losses = LossLog()
+    losses.add(6, update(1.0))
+    losses.add(7, update(value, step))
+    with pytest.raises(ValueError, match=said):
+        losses.settle()
+
+
+def test_lines_are_shown_and_kept(tmp_path):
+    shown = []
+    log = RunLog(tmp_path, show=shown.append)
+    log.info("one")
+    log.info("two")
+    assert shown == ["one", "two"]
+    assert (tmp_path / "log.txt").read_text() == "one\ntwo\n"
 
 
 def test_lines_that_do_not_fit_are_not_begun(tmp_path):

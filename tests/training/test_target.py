@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from commands import error_line, run, torchrun
+from PIL import Image
 
 from backbones.loading import build_model
 from router import Router, load_router
@@ -13,6 +14,12 @@ from training.target import RegWeightControl, Target
 
 TRAIN = ["train_router.py", "--model", "DiT-digits/2", "--num-sampling-steps", 5, "--global-batch-size", 2]
 TRAIN += ["--lr", 0.2, "--lambda-c", 100, "--cfg-scale", 1, "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def _quick_pictures(monkeypatch):
+    picture = Image.new("L", (1, 1))
+    monkeypatch.setattr("training.run.schedule_heat_map", lambda *_: picture)
 
 
 @pytest.fixture(scope="module")
