@@ -65,13 +65,8 @@ def script_of(line: str) -> tuple[str, list[str]] | None:
 @cache
 def options_of(module: str) -> frozenset[str]:
     """All options that a command's help names."""
-    output = io.StringIO()
-    with (
-        mock.patch.object(sys, "argv", [module, "--help"]),
-        contextlib.redirect_stdout(output),
-        contextlib.suppress(SystemExit),
-    ):
-        importlib.import_module(module).parse_args()
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        parsed(module, importlib.import_module(module).parse_args, ["--help"])
     return frozenset(re.findall(r"--([a-z][\w-]*)", output.getvalue()))
 
 
@@ -86,8 +81,8 @@ def test_readme_is_short():
     assert len((ROOT / "README.md").read_text().split()) <= 1300
 
 
-@pytest.mark.parametrize(("page", "line"), EVERY)
-def test_commands_parse(page, line):
+@pytest.mark.parametrize("line", sorted({line for _, line in EVERY}))
+def test_commands_parse(line):
     """Every option is known, and the whole line parses where it is whole."""
     words = shlex.split(line)
     if words[0] == "make":
@@ -105,11 +100,17 @@ def test_commands_parse(page, line):
         if not hasattr(command, "parse_args"):
             assert not arguments
             return
-        with mock.patch.object(sys, "argv", [module, *arguments]):
-            try:
-                command.parse_args()
-            except SystemExit as ended:
-                assert ended.code in (0, None), line
+        assert parsed(module, command.parse_args, arguments) in (0, None), line
+
+
+def parsed(module: str, parse, arguments: list[str]) -> int | None:
+    """The exit status in which parsing ends, None where it goes on."""
+    with mock.patch.object(sys, "argv", [module, *arguments]):
+        try:
+            parse()
+        except SystemExit as ended:
+            return ended.code
+    return None
 
 
 @pytest.mark.parametrize("page", [name_of(page) for page in PAGES])
@@ -128,20 +129,16 @@ def test_options_are_known(page):
 
 # What a page's command needs so that it takes seconds; those that are whole take nothing.
 RUN = {
-    "python demo.py": ["--results-dir", "demo", "--train-steps", "10", "--samples", "70"],
     "python sample.py --model DiT-digits/2 --num-sampling-steps 20 --cfg-scale 1 --accelerate-method "
     "dynamiclayer --path digits-T20-1.96x --compare": ["--repeats", "1"],
     "python router.py digits-T20-1.96x": [],
 }
 
 
-@pytest.mark.parametrize(
-    "line", [pytest.param(line, marks=pytest.mark.slow if "demo" in line else ()) for line in RUN]
-)
+@pytest.mark.parametrize("line", RUN)
 def test_commands_run(line, tmp_path, monkeypatch):
     assert line in {line for _, line in EVERY}, "no page has this command"
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("demo.BATCH_SIZE", 2)
     script, arguments = script_of(line)
     output = run(script, *arguments, *RUN[line])
     if script == "sample":
@@ -151,15 +148,20 @@ def test_commands_run(line, tmp_path, monkeypatch):
 
 
 def test_every_command_of_the_readme_is_known():
-    """It runs above, or is one that needs a GPU, a download or hours: those are checked elsewhere."""
+    """It runs above or in the test named beside it, or is one that needs a download or hours."""
     readme = fenced(ROOT / "README.md", "")
     [block] = [body for body in readme if "torchrun" in body]
     download, train, sample = block.splitlines()
     assert download.startswith("python download.py")
     assert train.endswith(TRAIN)  # runs in test_published_commands.py, but for its size
     assert re.sub(r"--path \S+", "--path X", sample) == "python " + re.sub(r"--path \S+", "--path X", SAMPLE)
-    lines = {line for page, line in EVERY if page == "README.md"} - {download.partition("  ")[0], train, sample}
-    apart = ("make ", "pip install -r ", "python -m study.run", "python train_router.py ...")
+    lines = {line for page, line in EVERY if page == "README.md"} - {
+        download.partition("  ")[0],
+        train,
+        sample,
+    }
+    apart = ("make ", "pip install -r ", "python train_router.py ...")
+    apart += ("python demo.py", "python -m study.run")  # test_demo.py, test_study.py
     assert {line for line in lines if not line.startswith(apart)} <= RUN.keys()
 
 
@@ -177,7 +179,12 @@ def test_make_lists_its_targets_and_the_demo_begins_with_what_it_does():
 
 @pytest.mark.parametrize(
     ("page", "code"),
-    [(name_of(page), code) for page in PAGES if page.parent.parent.name != "examples" for code in fenced(page, "python")],
+    [
+        (name_of(page), code)
+        for page in PAGES
+        if page.parent.parent.name != "examples"
+        for code in fenced(page, "python")
+    ],
 )
 def test_python_runs(page, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -216,7 +223,11 @@ def test_files_and_names_exist(page):
         ):
             if not span.startswith(("results/", "Path/")):  # what commands write
                 assert (ROOT / span).exists() or (page.parent / span).exists(), span
-        elif re.fullmatch(r"\w+(\.\w+)+", span) and not re.search(r"\.(png|npz|pt|jsonl?)$", span) and span.partition(".")[0] in ROOMS:
+        elif (
+            re.fullmatch(r"\w+(\.\w+)+", span)
+            and not re.search(r"\.(png|npz|pt|jsonl?)$", span)
+            and span.partition(".")[0] in ROOMS
+        ):
             assert resolves(span), span
 
 
