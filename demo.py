@@ -34,7 +34,7 @@ from sampling.decoding import decode
 from sampling.loop import Trajectory, generate_seeded
 from schedules.baselines import full_schedule
 from study.measure import fidelity
-from training.state import runs
+from training.checkpoints import runs
 
 NUM_STEPS, THRESHOLD = 10, 0.1
 CFG_SCALE = 1.0  # no guidance: there the uncached model is closest to the data

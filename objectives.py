@@ -1,11 +1,10 @@
-"""What a router is trained on: HarmoniCa's trajectories and image error proxy, Learning-to-Cache's pairs, and
-the error of the final image.
+"""What a router is trained on: HarmoniCa's trajectories and image error proxy, Learning-to-Cache's pairs.
 
 Step-wise denoising training (SDT) and the image error proxy (IEPO) are sections 4.2 and 4.3 of HarmoniCa
-(Huang et al., ICML 2025); the pair of steps is Learning-to-Cache's (Ma et al., NeurIPS 2024); the error of
-the image is what HarmoniCa sets aside for its cost (docs/beyond.md says why it is affordable after all). Pure
-mathematics: no processes, files or logging. The training trajectory is a generator that yields after every
-update; its caller logs, saves and stops.
+(Huang et al., ICML 2025); the pair of steps is Learning-to-Cache's (Ma et al., NeurIPS 2024). Our own
+objective, the error of the final image, is in `end_to_end/`. Pure mathematics: no processes, files or
+logging. A training trajectory is a generator that yields after every update; its caller logs, saves and
+stops.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,12 +26,12 @@ PROXY_DEFINITIONS = ("released", "paper")
 
 @dataclass(frozen=True)
 class Variant:
-    """What may differ from the published objective; the defaults are the published ones.
+    """What may differ from the published objective; the defaults are the published one.
 
-    branch_costs: (B,) weights of the scores in the regularization, their mean 1; None counts all alike.
-    one_step: no rollout, x_t and the store come from an uncached trajectory. eps_only: leave the variance
-    channels, which DDIM never reads, out of the data loss. straight_through: train the thresholded router,
-    see `SoftCache`.
+    branch_costs: (B,) factors of the scores in the regularization, with mean 1; None counts all alike.
+    eps_only: leave the variance channels, which DDIM never reads, out of the data loss. straight_through:
+    train the thresholded router, see `SoftCache`. one_step: take x_t and the store of every step from the
+    uncached trajectory instead of the routed one.
     """
 
     branch_costs: Tensor | None = None
@@ -41,7 +40,7 @@ class Variant:
     one_step: bool = False
 
     def compared(self, out: Tensor, model: DiT) -> Tensor:
-        """The channels of a model output that the data loss is about."""
+        """The channels of a model output that enter the data loss."""
         return model.predicted_noise(out) if self.eps_only else out
 
     def score_sum(self, scores: Tensor) -> Tensor:
@@ -49,9 +48,9 @@ class Variant:
 
 
 class TrainStep(NamedTuple):
-    """One update of row `step`; the losses are 0-dim tensors left on the device.
+    """One update of row `step`; the losses are 0-dim tensors that stay on the device.
 
-    Where several groups train rows of their own, `step` has each group's and the losses are their means.
+    Where several groups train a row each, `step` holds all their rows and the losses are means over groups.
     """
 
     step: int | tuple[int, ...]
@@ -76,38 +75,40 @@ def train_trajectory(
     """Step-wise denoising training: one full run from `noise`, one update of row i at every step i < T-1.
 
     noise: (n, C, H, W); labels: (n,); proxy_weights: (T,) lambda. The model must be frozen and in eval mode.
-    Row i's loss is `lambda_i * mean((teacher - routed)^2) + reg_weight * sum_b score[i, b]`, over the whole
-    guided output.
+    The loss of row i is `lambda_i * mean((teacher - routed)^2) + reg_weight * sum_b score[i, b]`. The mean is
+    over the whole guided output.
     """
     variant = variant or Variant()
     denoise = Denoiser(model, diffusion, labels, cfg_scale)
     first_step, *steps = executed(denoise.num_steps)
-    rows, done = router.score_rows(), []
-    cache = SoftCache(rows, threshold, variant.straight_through)
+    rows = router.score_rows()
 
-    def train(state: State, step: int) -> State:
-        nonlocal cache
-        computed = SoftCache(rows, threshold, variant.straight_through)  # empty: it computes and stores
+    def train(place: tuple[State, SoftCache, TrainStep | None], step: int) -> tuple:
+        state, cache, _ = place
+        fresh = SoftCache(rows, threshold, variant.straight_through)  # empty: computes and stores everything
         with torch.no_grad():
-            teacher = denoise(state.x, step, computed if variant.one_step else None)
+            teacher = denoise(state.x, step, fresh if variant.one_step else None)  # (N, C or 2C, H, W)
         routed = denoise(state.x, step, cache)
         difference = variant.compared(teacher - routed, model)
         losses = _losses(difference, rows[step], proxy_weights[step], reg_weight, variant)
         _update(router, optimizer, step, losses[0])
-        done.append(TrainStep(step, *(loss.detach() for loss in losses)))
-        cache = computed if variant.one_step else cache
-        return denoise.sampler.step(teacher if variant.one_step else routed.detach(), state, step)
+        update = TrainStep(step, *(loss.detach() for loss in losses))
+        if variant.one_step:
+            return denoise.sampler.step(teacher, state, step), fresh, update
+        return denoise.sampler.step(routed.detach(), state, step), cache, update
 
+    cache = SoftCache(rows, threshold, variant.straight_through)
     with torch.no_grad():
         state = denoise.advance(denoise.start(noise), first_step, cache)
-    for _ in walk(train, state, steps):
-        yield done.pop()
+    for _, (_, _, update) in walk(train, (state, cache, None), steps):
+        yield update
 
 
 class Pair(NamedTuple):
     """What a group of Learning-to-Cache trains on: its samples, and the step that it computes in full.
 
-    x_0: (n, C, H, W) data, which `noise` brings to `step`; labels: (n,), null ones dropped by the caller.
+    x_0: (n, C, H, W) data, to which `noise` is added up to `step`. labels: (n,); the caller has replaced some
+    by the null label.
     """
 
     x_0: Tensor
@@ -148,20 +149,21 @@ def train_pairs(
 ) -> TrainStep:
     """Learning-to-Cache: one update of the rows that the groups drew, from data and without guidance.
 
-    For each pair the model computes its step in full, which fills a fresh store, and goes one DDIM step down;
-    there the loss of row `step - 1` is `mean((plain - routed)^2) + reg_weight * sum_b score[step - 1, b]`. A
-    row's gradient is the sum over the groups that drew it, divided by the number of all groups: what
-    `DistributedDataParallel` makes of one group a rank. A row that nobody drew has no gradient, and Adam
-    leaves it as it is.
+    For each pair the model computes its step in full, which fills a fresh store, and takes one DDIM step.
+    There the loss of row `step - 1` is `mean((plain - routed)^2) + reg_weight * sum_b score[step - 1, b]`. A
+    row's gradient is the sum over the groups that drew it, divided by the number of all groups, as
+    `DistributedDataParallel` computes it with one group per rank. A row that no group drew has no gradient,
+    and Adam leaves it as it is.
 
-    pairs: the groups of this process. steps: of all groups of all processes in their order, in which
-    gradients are summed; None: those of `pairs`. gather: from one row of numbers a group of this process
-    to those of all groups.
+    pairs: the groups of this process. steps: the steps of all groups of all processes, in the order in which
+    gradients are summed; None: those of `pairs`. gather: turns this process's numbers, (own groups, 3 + B),
+    into those of all groups, (groups, 3 + B).
     """
     variant = variant or Variant()
     rows = [step - 1 for step in (steps or [pair.step for pair in pairs])]
-    found = [_of_pair(model, diffusion, router, pair, threshold, reg_weight, variant) for pair in pairs]
-    losses, gradients = gather(torch.stack(found)).split([3, router.num_branches], dim=1)  # (groups, .)
+    setting = threshold, reg_weight, variant
+    own = [_losses_and_gradient(model, diffusion, router, pair, *setting) for pair in pairs]
+    losses, gradients = gather(torch.stack(own)).split([3, router.num_branches], dim=1)  # (groups, .)
     update_rows(router, optimizer, rows, gradients)
     return TrainStep(rows[0] if len(rows) == 1 else tuple(rows), *losses.mean(0))
 
@@ -169,9 +171,10 @@ def train_pairs(
 def update_rows(
     router: Router, optimizer: torch.optim.Optimizer, rows: Sequence[int], gradients: Tensor
 ) -> None:
-    """Descend on the rows that groups drew, (groups,), along the mean of their gradients (groups, B).
+    """Descend on the rows that the groups drew, one row each, along the mean of their gradients (groups, B).
 
-    A row's gradient counts as zero in a group that drew another one; a row of none has no gradient.
+    In this mean a row's gradient counts as zero for a group that drew another row. Rows that no group drew
+    have no gradient.
     """
     optimizer.zero_grad(set_to_none=True)
     for row, gradient in zip(rows, gradients / len(rows), strict=True):
@@ -182,7 +185,7 @@ def update_rows(
         router.clamp_(row)
 
 
-def _of_pair(
+def _losses_and_gradient(
     model: DiT,
     diffusion: GaussianDiffusion,
     router: Router,
@@ -191,7 +194,7 @@ def _of_pair(
     reg_weight: float,
     variant: Variant,
 ) -> Tensor:
-    """(3 + B): loss, data loss and score sum of a pair, and the gradient of the row that it trains."""
+    """Loss, data loss and score sum of a pair, and the gradient of the row that it trains: (3 + B)."""
     x_0, noise, labels, step = pair
     denoise = Denoiser(model, diffusion, labels, cfg_scale=1.0)
     cache = SoftCache(router.score_rows(), threshold, variant.straight_through)
@@ -213,10 +216,11 @@ def step_errors(
     labels: Tensor,
     cfg_scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """What SDT trains on, of a schedule as it is sampled: (T,) data loss of every step, and of eps alone.
+    """The data loss of SDT for a schedule as it is sampled: (T,) over all channels, and (T,) over eps alone.
 
-    The mean squared difference per element between the routed and the uncached model output from the same
-    x_t, along the routed trajectory; 0 where nothing is reused. Arguments as in `sampling.generate`.
+    At every step it is the mean squared difference per element between the routed and the uncached model
+    output from the same x_t, along the routed trajectory; 0 where nothing is reused. Arguments as in
+    `sampling.generate`.
     """
     denoise = Denoiser(model, diffusion, labels, cfg_scale)
     cache = None if schedule is None else StaticCache(schedule)
@@ -229,8 +233,8 @@ def step_errors(
         return denoise.sampler.step(routed, state, step)
 
     arrive(compare, denoise.start(noise), executed(denoise.num_steps))
-    of_all, of_noise = errors
-    return of_all, of_noise
+    all_channels, eps_channels = errors
+    return all_channels, eps_channels
 
 
 def _losses(
@@ -242,7 +246,7 @@ def _losses(
 
 
 def _update(router: Router, optimizer: torch.optim.Optimizer, step: int, loss: Tensor) -> None:
-    """Descend on row `step` alone: no other row has a gradient."""
+    """Descend on row `step`, the only one with a gradient."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
@@ -261,15 +265,14 @@ def image_error_proxy(
     definition: str = "released",
     thresholded: bool = False,
 ) -> Tensor:
-    """Proxy weights lambda (T,): how much the final image changes with the router's work at each step.
+    """Proxy weights lambda (T,): how much reuse at each step changes the final image.
 
-    Mean squared change of x_0 per element, over the whole guided batch, with the soft blend of training. (The
-    paper writes a squared norm, a sum over elements: larger by their number, and beta with it.)
-    `"paper"` (eq. 9) computes step i alone in full where all others are routed; `"released"` switches steps
-    to the router one after the other, noisiest first, and takes each one's change. The last entry belongs to
-    the first step, never routed: 0. thresholded: scores become 0 or 1 first, as straight-through training and
-    sampling have them.
-    Raises ValueError for another `definition`.
+    They are the mean squared change of x_0 per element, over the whole guided batch, with the soft blend of
+    training. (The paper writes a squared norm, a sum over elements: larger by their number, and beta with
+    it.) definition: `"paper"` (eq. 9) computes step i alone in full while all others are routed; `"released"`
+    switches steps to the router one after the other, noisiest first, and takes each one's change. The last
+    entry belongs to the first step, which is never routed: 0. thresholded: scores first become 0 or 1, as in
+    straight-through training and in sampling. Raises ValueError for another `definition`.
     """
     if definition not in PROXY_DEFINITIONS:
         raise ValueError(
@@ -287,11 +290,11 @@ def image_error_proxy(
 
 
 def _released_proxy(advance: Callable[..., State], state: State, scores: Tensor, threshold: float) -> Tensor:
-    """Pass i is routed down to step i and computed after it: each continues the routed run that all share."""
+    """Pass i is routed down to step i and computed after it. All passes continue one shared routed run."""
     proxy_weights = scores.new_zeros(len(scores))
     first_step = len(scores) - 1
     cache = SoftCache(scores, threshold)
-    state = advance(state, range(first_step, first_step - 1, -1), cache)  # where all is computed in any case
+    state = advance(state, range(first_step, first_step - 1, -1), cache)  # computes everything in any case
     previous_x0 = advance(state, range(first_step - 1, -1, -1)).x
     for step in reversed(range(first_step)):
         state = advance(state, range(step, step - 1, -1), cache)
@@ -302,7 +305,7 @@ def _released_proxy(advance: Callable[..., State], state: State, scores: Tensor,
 
 
 def _paper_proxy(advance: Callable[..., State], state: State, scores: Tensor, threshold: float) -> Tensor:
-    """Pass i leaves the routed run before step i, with a copy of its store, and goes on to its own x_0."""
+    """Pass i leaves the shared routed run before step i with a copy of its store; it ends in its own x_0."""
     first_step = len(scores) - 1
     cache = SoftCache(scores, threshold)
     state = advance(state, range(first_step, first_step - 1, -1), cache)

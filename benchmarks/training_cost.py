@@ -29,7 +29,7 @@ from backbones.loading import load_model
 from cache import GatedCache
 from common.timing import in_turn, peak_memory, reset_peak_memory
 from diffusion import GaussianDiffusion, create_diffusion
-from end_to_end.trajectory import Paired, toggle_effects
+from end_to_end.trajectory import ReferenceTrajectory, toggle_effects
 from execution.modes import compile_branches, recompute_branches
 from models import DiT
 from objectives import image_error_proxy, train_trajectory
@@ -98,16 +98,16 @@ def case(
             update()
 
     def end_to_end() -> None:
-        paired = Paired.draw(model, diffusion, *setting)
+        reference = ReferenceTrajectory.draw(model, diffusion, *setting)
         weights = torch.tensor([1.0, 0.1, -0.1], device=device)
         weights = weights.repeat(num_steps, model.num_branches, 1).requires_grad_()
         cache = GatedCache(table.to(noise), weights)
-        paired.errors(cache, recompute=name == "end-to-end")[0].mean().log().backward()
+        reference.errors(cache, recompute=name == "end-to-end")[0].mean().log().backward()
 
     def search() -> None:
-        paired = Paired.draw(model, diffusion, *setting)
+        reference = ReferenceTrajectory.draw(model, diffusion, *setting)
         weights = torch.tensor([1.0, 0.1, -0.1], device=device).repeat(num_steps, model.num_branches, 1)
-        toggle_effects(paired, table, weights, False, [generator] * batch_size, recompute=True)
+        toggle_effects(reference, table, weights, False, [generator] * batch_size, recompute=True)
 
     if name == "forward":
         return lambda: plain_loop(model, diffusion, labels, noise, cfg_scale)

@@ -1,20 +1,23 @@
-"""`--method end-to-end`: a schedule and its weights of reuse, trained on the error of the final image.
+"""`--method end-to-end`: a schedule and its reuse weights, trained on the error of the final image.
 
-A train step is one of three, each on fresh noise, and each resumable:
+A training is a plan of phases. Every train step draws a fresh batch and belongs to one phase.
 
-| train steps | what happens |
-|---|---|
-| 4 per candidate | a skeleton of full rows grows by cells towards the budget (`search.py`) |
-| 5 | the best candidate exchanges cells, kept where the error falls |
-| all that are left | one Adam step on all weights of reuse at once, on the log of the MSE of x_0 |
+| phase | train steps | what a step does |
+|---|---|---|
+| grow, one per candidate | 4 each | a skeleton of full rows grows by cells towards the budget (`search.py`) |
+| exchange | 5 | the best candidate exchanges cells, kept where the error falls |
+| update | all that are left | one Adam step on all reuse weights at once, on the log of the MSE of x_0 |
 
-With `--terms 0` (reuse as stored) there are no weights, and exchanges take all that is left. Why it is built
-so, and what did worse, is in docs/beyond.md.
+With `--terms 0` (reuse as stored) there are no weights to train, and the exchanges take all steps that are
+left. With a pool and weights nothing is exchanged: one step settles the best candidate. docs/beyond.md says
+why it is built so, and what did worse.
 """
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,268 +28,313 @@ from cache import GatedCache
 from common import distributed
 from end_to_end import search
 from end_to_end.importance import inclusion, systematic_sample
-from end_to_end.trajectory import Paired, toggle_effects
+from end_to_end.trajectory import ReferenceTrajectory, toggle_effects
 from objectives import TrainStep
 from router import Router, Schedule, load_router, weights_read
 from sampling.seeds import TRAINING_STREAM, sample_generator
 from training.rounds import Rounds
-from training.state import Training, fresh_moments, set_moments
+from training.state import Training
 from training.target import Target
 
 LEAST_ERROR = 1e-12
-POOL_ROUNDS = 32  # that draw from one pool
+POOL_ROUNDS = 32  # rounds that draw from one pool
 GROWTHS, EXCHANGES = 4, 5  # train steps of a candidate, and of the chosen one
 
 
 class EndToEndTraining(Training):
-    """Candidate schedules (C, T, B), of which `current` is at work, and the weights of the chosen one.
+    """Candidate schedules (C, T, B), the one that is worked on, and the reuse weights of the chosen one.
 
-    The weights are `fitted + scale @ moves`: `moves` is what Adam sees, see `search.moving_scale`.
+    The reuse weights are `fitted + scale @ moves`. Adam sees `moves`, see `search.moving_scale`.
+    exchange_share: the share of the budget that the next exchange may move.
     """
 
     def __init__(
-        self, num_tables: int, size: tuple[int, int], num_terms: int, lr: float, target: Target, device
+        self,
+        num_candidates: int,
+        size: tuple[int, int],
+        num_terms: int,
+        lr: float,
+        target: Target,
+        device: torch.device,
     ):
         super().__init__(1, target)
         terms = max(1, num_terms)
         self.num_terms, self.device = num_terms, device
-        self.tables = torch.zeros(num_tables, *size, dtype=torch.bool)
-        self.tables[:, -1] = True
-        self.current, self.part = 0, search.EXCHANGED
+        self.candidates = torch.zeros(num_candidates, *size, dtype=torch.bool)
+        self.candidates[:, -1] = True
+        self.current, self.exchange_share = 0, search.FIRST_EXCHANGE
         self.fitted = torch.zeros(*size, terms, device=device)
         self.fitted[..., 0] = 1
         self.scale = torch.zeros(*size, terms, terms, device=device)
         self.moves = nn.Parameter(torch.zeros(*size, terms, device=device))
         self.optimizer = torch.optim.Adam([self.moves], lr=lr, betas=(0.9, 0.99), fused=True)
         distributed.average_gradients(self.optimizer)
-        self.mark_boundary()
+        self.state.add_attribute(self, "candidates", "tables")
+        self.state.add_attribute(self, "exchange_share", "part")
+        for name in ("current", "fitted", "scale", "moves"):
+            self.state.add_attribute(self, name)
+        self.state.add_adam(self.optimizer, self.moves)
 
     @property
-    def table(self) -> Tensor:
-        return self.tables[self.current]
+    def compute(self) -> Tensor:
+        """The schedule (T, B) that is worked on."""
+        return self.candidates[self.current]
 
-    @table.setter
-    def table(self, table: Tensor) -> None:
-        self.tables[self.current] = table
+    @compute.setter
+    def compute(self, compute: Tensor) -> None:
+        self.candidates[self.current] = compute
 
-    def weights(self) -> Tensor:
+    def choose(self, compute: Tensor) -> None:
+        """From here on this schedule alone is worked on."""
+        self.current, self.candidates[0] = 0, compute
+
+    def reuse_weights(self) -> Tensor:
         """(T, B, K), differentiable in `moves`."""
         return self.fitted + (self.scale @ self.moves[..., None])[..., 0]
 
     def start_moving(self, fitted: search.Fit) -> None:
-        """From here on the weights move away from the fitted ones, those of reused cells alone."""
-        used = weights_read(self.table, max(1, self.num_terms))
-        plain = torch.zeros_like(fitted.weights)
+        """From here on the weights of reused cells move away from the fitted ones."""
+        read = weights_read(self.compute, max(1, self.num_terms))
+        plain = torch.zeros_like(fitted.reuse_weights)
         plain[..., 0] = 1
-        reused = used.any(-1, keepdim=True)
-        self.fitted = torch.where(reused, fitted.weights * used, plain).float().to(self.device)
-        scale = search.moving_scale(fitted) * used[..., None]
+        reused = read.any(-1, keepdim=True)
+        self.fitted = torch.where(reused, fitted.reuse_weights * read, plain).float().to(self.device)
+        scale = search.moving_scale(fitted) * read[..., None]
         self.scale = scale.float().to(self.device)
 
     @property
     def schedule(self) -> Schedule:
-        weights = self.weights().detach() if self.num_terms else None
-        return Schedule(self.table, "end-to-end", weights)
+        weights = self.reuse_weights().detach() if self.num_terms else None
+        return Schedule(self.compute, "end-to-end", weights)
 
     @property
     def router_to_save(self) -> Router:
         return Router.from_schedule(self.schedule)
 
-    def state(self) -> dict[str, Tensor]:
-        moments = self.optimizer.state.get(self.moves) or fresh_moments(self.moves)
-        own = {"current": torch.tensor(self.current), "part": torch.tensor(self.part, dtype=torch.float64)}
-        own |= {"tables": self.tables.to(torch.uint8), "fitted": self.fitted, "scale": self.scale}
-        return own | {"moves": self.moves} | moments
 
-    def set_state(self, state: dict[str, Tensor]) -> None:
-        if len(state["tables"]) != len(self.tables):
-            raise ValueError(
-                f"--resume: the run searched {len(state['tables'])} candidates, this version takes "
-                f"{len(self.tables)}; start a new one"
-            )
-        self.tables, self.current = state["tables"].bool(), int(state["current"])
-        self.part = state["part"].item()
-        self.fitted, self.scale = state["fitted"].to(self.device), state["scale"].to(self.device)
-        with torch.no_grad():
-            self.moves.copy_(state["moves"])
-        set_moments(self.optimizer, self.moves, {key: state[key] for key in fresh_moments(self.moves)})
+class Batch(NamedTuple):
+    """What a train step is about: this process's samples, and a generator for each of them."""
+
+    reference: ReferenceTrajectory
+    generators: list[torch.Generator]
+
+
+class Phase(NamedTuple):
+    """Consecutive train steps of one kind. step: does number 0 .. num_steps - 1 of them."""
+
+    num_steps: int
+    step: Callable[[EndToEndTraining, Batch, int], TrainStep]
 
 
 class EndToEnd(Rounds):
-    """Needs no images."""
+    """Training on the error of the final image. Needs no images."""
 
-    steps_per_round = 1
     extra_steps = 0.0  # the budget is met by construction
 
-    def __init__(self, args, processes, model, diffusion, target):
-        super().__init__(args, processes, model, diffusion, target)
-        self.budget = search.Budget.of(target, args.terms)
-        self.warm_start = self._pool = None
-        if args.init:
-            router = load_router(args.init, args.model, num_branches=model.num_branches)
+    def __init__(self, settings, processes, model, diffusion, target):
+        super().__init__(settings, processes, model, diffusion, target)
+        method, num_steps = settings.method, diffusion.num_timesteps
+        self.total_steps, self.num_terms = method.max_steps, method.terms
+        self.budget = search.Budget.of(target, method.terms)
+        self.warm_start = None
+        if method.init:
+            router = load_router(method.init, settings.model.model, num_branches=model.num_branches)
             source = router.schedule(router.info.get("threshold", 0.1))
-            self.warm_start = search.interpolated(source.compute, diffusion.num_timesteps)
-        num_steps = diffusion.num_timesteps
-        self.candidates = self.budget.early_candidates(num_steps) if args.pool else search.CANDIDATES
-        self.num_tables = 1 if args.init else len(self.candidates)
-        self.num_growths = self.num_tables * GROWTHS
-        # What an exchange gains on one batch by importance is lost on the next.
-        self.num_exchanges = 0 if args.pool and args.terms else EXCHANGES
-        self.search_steps = self.num_growths + max(1, self.num_exchanges)
-        if args.max_steps < self.search_steps:
-            raise ValueError(
-                f"--max-steps {args.max_steps} ends within the search, which takes {self.search_steps}; "
-                "give more"
-            )
-
-    @property
-    def total_steps(self) -> int:
-        return self.args.max_steps
+            self.warm_start = search.interpolated(source.compute, num_steps)
+        self.candidates = self.budget.candidates_for_pool(num_steps) if method.pool else search.CANDIDATES
+        self.num_candidates = 1 if method.init else len(self.candidates)
+        self.plan = self._plan()
+        self._pool: tuple[int, Tensor] | None = None  # its first round, and the samples' probabilities
 
     @property
     def name(self) -> str:
-        return "end-to-end+forecast" if self.args.terms else "end-to-end"
+        return "end-to-end+forecast" if self.num_terms else "end-to-end"
 
     def new_training(self) -> EndToEndTraining:
-        args, size = self.args, (self.diffusion.num_timesteps, self.model.num_branches)
-        return EndToEndTraining(
-            self.num_tables, size, args.terms, args.lr, self.target, self.processes.device
-        )
+        size, lr = (self.diffusion.num_timesteps, self.model.num_branches), self.settings.method.lr
+        device = self.processes.device
+        return EndToEndTraining(self.num_candidates, size, self.num_terms, lr, self.target, device)
 
-    def run(self, training: EndToEndTraining) -> Iterator[TrainStep | None]:
-        generators, step = self.generators(training.round), training.train_steps
-        paired = self._from_pool(training.round) if self.args.pool else self._paired(generators)
-        if step < self.num_growths:
-            yield self._grow(training, paired, generators)
-        elif step < self.search_steps or not self.args.terms:
-            if step == self.num_growths:
-                self._choose(training, paired)
-            if self.num_exchanges:
-                yield self._exchange(training, paired, generators)
-            else:
-                yield self._outcome(training, self._fit(paired, training.table))
+    def run(self, training: EndToEndTraining) -> Iterator[TrainStep]:
+        generators = self.generators(training.round)
+        if self.settings.method.pool:
+            reference = self._draw_from_pool(training.round)
         else:
-            yield self._update(training, paired, step - self.search_steps)
+            reference = self._reference(generators)
+        phase, number = self._place(training.train_steps)
+        yield phase.step(training, Batch(reference, generators), number)
 
-    def _paired(self, generators: list) -> Paired:
-        return Paired.draw(self.model, self.diffusion, *self.draw(generators), self.args.cfg_scale)
+    # ---- the plan --------------------------------------------------------------------------------------
 
-    def _from_pool(self, number: int) -> Paired:
-        """A batch of the pool that round `number` draws from, by importance."""
-        first = number - number % POOL_ROUNDS
-        if self._pool is None or self._pool[0] != first:
-            self._pool = first, self._inclusion(first)
-        args, processes = self.args, self.processes
-        generator = sample_generator(args.global_seed, TRAINING_STREAM, number)
-        indices, importance = systematic_sample(self._pool[1], generator)
-        local = len(indices) // processes.world_size
-        own = slice(processes.rank * local, (processes.rank + 1) * local)
-        keys = ((TRAINING_STREAM, first, index) for index in indices[own].tolist())
-        paired = self._paired([sample_generator(args.global_seed, *key) for key in keys])
-        return dataclasses.replace(paired, importance=importance[own].to(processes.device))
+    def _plan(self) -> list[Phase]:
+        """The phases of a run, `max_steps` train steps together.
 
-    def _inclusion(self, first: int) -> Tensor:
-        """Probabilities (P,) of the pool that begins with round `first`.
-
-        In proportion to the errors of a regular schedule, which does not depend on the training so far.
+        Raises ValueError where the search alone takes more.
         """
-        args, rank, world_size = self.args, self.processes.rank, self.processes.world_size
-        table = self.budget.skeletons(self.diffusion.num_timesteps, 1.0, warps=(1.0,))[0]
-        weights, errors = None, torch.zeros(args.pool, device=self.processes.device)
-        batches = torch.arange(rank, args.pool, world_size).split(self.num_samples // world_size)
-        for part in tqdm(batches, desc="pool", leave=False, disable=True if rank else None):
-            keys = ((TRAINING_STREAM, first, index) for index in part.tolist())
-            paired = self._paired([sample_generator(args.global_seed, *key) for key in keys])
-            if weights is None:
-                weights = self._fit(paired, table).weights.to(paired.noise)
-            with torch.no_grad():
-                (errors[part],) = paired.errors(GatedCache(table.to(paired.noise), weights))
-        return inclusion(distributed.mean(errors).cpu(), self.num_samples)
+        method = self.settings.method
+        phases = [Phase(GROWTHS, partial(self._grow, candidate)) for candidate in range(self.num_candidates)]
+        if method.pool and self.num_terms:  # what an exchange gains on one batch is lost on the next
+            phases.append(Phase(1, self._settle))
+        else:
+            phases.append(Phase(EXCHANGES, self._exchange))
+        search_steps = sum(phase.num_steps for phase in phases)
+        if method.max_steps < search_steps:
+            raise ValueError(
+                f"--max-steps {method.max_steps} ends within the search, which takes {search_steps}; "
+                "give more"
+            )
+        left = method.max_steps - search_steps
+        last = partial(self._update, left) if self.num_terms else phases.pop().step
+        before = sum(phase.num_steps for phase in phases)
+        return [*phases, Phase(method.max_steps - before, last)]
 
-    def _grow(self, training: EndToEndTraining, paired: Paired, generators: list) -> TrainStep:
-        """One growth of one candidate: the first builds its skeleton, the last meets the budget."""
-        training.current, growth = divmod(training.train_steps, GROWTHS)
-        if growth == 0:
-            training.table = self._skeleton(training.current, paired)
-        effects, _ = self._effects(training, paired, generators)
-        spent = self.budget.spent(training.table)
-        goal = spent + (self.budget.allowed - spent) / (GROWTHS - growth)
-        training.table = search.spending(training.table, effects, self.budget, goal)
-        return self._outcome(training, self._fit(paired, training.table))
+    def _place(self, train_steps: int) -> tuple[Phase, int]:
+        """The phase of the train step that follows so many, and its number within the phase."""
+        for phase in self.plan:
+            if train_steps < phase.num_steps:
+                return phase, train_steps
+            train_steps -= phase.num_steps
+        raise AssertionError("the plan has ended")
 
-    def _skeleton(self, candidate: int, paired: Paired) -> Tensor:
+    # ---- a step of each phase --------------------------------------------------------------------------
+
+    def _grow(self, candidate: int, training: EndToEndTraining, batch: Batch, number: int) -> TrainStep:
+        """One growth of a candidate: the first builds its skeleton, the last meets the budget."""
+        training.current = candidate
+        if number == 0:
+            training.compute = self._skeleton(candidate, batch.reference)
+        effects, _ = self._effects(training, batch)
+        spent = self.budget.spent(training.compute)
+        goal = spent + (self.budget.allowed - spent) / (GROWTHS - number)
+        training.compute = search.spending(training.compute, effects, self.budget, goal)
+        return self._outcome(training, self._fit(batch.reference, training.compute))
+
+    def _exchange(self, training: EndToEndTraining, batch: Batch, number: int) -> TrainStep:
+        """Keep an exchange that lowers the error on this batch; else the next one is half as large."""
+        if number == 0:
+            self._choose(training, batch.reference)
+        effects, fitted = self._effects(training, batch)
+        compute = search.exchanged(training.compute, effects, self.budget, training.exchange_share)
+        changed = self._fit(batch.reference, compute)
+        if changed.error < fitted.error:
+            training.compute, fitted = compute, changed
+        else:
+            training.exchange_share /= 2
+        return self._outcome(training, fitted)
+
+    def _settle(self, training: EndToEndTraining, batch: Batch, _number: int) -> TrainStep:
+        """The best candidate as it is."""
+        self._choose(training, batch.reference)
+        return self._outcome(training, self._fit(batch.reference, training.compute))
+
+    def _update(self, num_updates: int, training: EndToEndTraining, batch: Batch, number: int) -> TrainStep:
+        """One Adam step on all reuse weights."""
+        method, reference = self.settings.method, batch.reference
+        (group,) = training.optimizer.param_groups
+        group["lr"] = search.learning_rate(method.lr, number, num_updates)
+        cache = GatedCache(training.compute.to(reference.noise), training.reuse_weights())
+        deviations = reference.deviations(cache, not method.keep_activations, method.window)
+        losses = errors = torch.stack([one.square().mean(1).mean() for one in deviations])
+        if method.moments_weight:
+            in_pixels, count = not is_latent(self.model), self.settings.num_samples
+            moments = reference.moment_error(deviations[0], in_pixels, count, distributed.mean)
+            losses = torch.cat([errors[:1] + method.moments_weight * moments, errors[1:]])
+        # The loss is the logarithm of the mean over all ranks, not the mean of the ranks' logarithms.
+        means = distributed.mean(torch.stack([losses.detach(), errors.detach()]))  # (2, windows)
+        means = means.clamp(min=LEAST_ERROR)  # a window whose steps are all computed has no error
+        training.optimizer.zero_grad()
+        (losses / means[0]).mean().backward()
+        training.optimizer.step()
+        return TrainStep(0, means[0].log().mean(), means[1, 0], training.compute.sum().to(means))
+
+    # ---- what the steps share --------------------------------------------------------------------------
+
+    def _skeleton(self, candidate: int, reference: ReferenceTrajectory) -> Tensor:
+        """The full rows (T, B) that a candidate starts from."""
         if self.warm_start is not None:
             return self.warm_start
         num_steps = self.diffusion.num_timesteps
-        first = self.budget.early_steps(num_steps) if self.args.pool else 1
-        tables = self.budget.skeletons(num_steps, *self.candidates[candidate], first)
-        return search.best_of(paired, tables, self.args.terms, distributed.mean)
+        leading = self.budget.leading_steps(num_steps) if self.settings.method.pool else 1
+        skeletons = self.budget.skeletons(num_steps, *self.candidates[candidate], leading)
+        return search.best_of(reference, skeletons, self.num_terms, distributed.mean)
 
-    def _choose(self, training: EndToEndTraining, paired: Paired) -> None:
-        best = search.best_of(paired, list(training.tables), self.args.terms, distributed.mean)
-        training.current, training.tables[0] = 0, best
+    def _choose(self, training: EndToEndTraining, reference: ReferenceTrajectory) -> None:
+        candidates = list(training.candidates)
+        training.choose(search.best_of(reference, candidates, self.num_terms, distributed.mean))
 
-    def _exchange(self, training: EndToEndTraining, paired: Paired, generators: list) -> TrainStep:
-        """Keep an exchange that lowers the error on this batch; else the next one is half as large."""
-        effects, fitted = self._effects(training, paired, generators)
-        table = search.exchanged(training.table, effects, self.budget, training.part)
-        changed = self._fit(paired, table)
-        if changed.error < fitted.error:
-            training.table, fitted = table, changed
-        else:
-            training.part /= 2
-        return self._outcome(training, fitted)
+    def _fit(self, reference: ReferenceTrajectory, compute: Tensor) -> search.Fit:
+        return search.fit(reference, compute, self.num_terms, distributed.mean)
 
-    def _update(self, training: EndToEndTraining, paired: Paired, update: int) -> TrainStep:
-        args = self.args
-        (group,) = training.optimizer.param_groups
-        group["lr"] = search.learning_rate(args.lr, update, args.max_steps - self.search_steps)
-        gates = training.table.to(paired.noise)
-        cache = GatedCache(gates, training.weights())
-        deviations = paired.deviations(cache, not args.keep_activations, args.window)
-        losses = errors = torch.stack([one.square().mean(1).mean() for one in deviations])
-        if args.moments_weight:
-            in_pixels, count = not is_latent(self.model), self.num_samples
-            moments = paired.moments(deviations[0], in_pixels, count, distributed.mean)
-            losses = torch.cat([errors[:1] + args.moments_weight * moments, errors[1:]])
-        # The loss is the logarithm of the mean over all ranks: the mean of their own logarithms is another.
-        of_all = distributed.mean(torch.stack([losses.detach(), errors.detach()]))
-        of_all = of_all.clamp(min=LEAST_ERROR)  # a window of computed steps has none
-        training.optimizer.zero_grad()
-        (losses / of_all[0]).mean().backward()
-        training.optimizer.step()
-        return TrainStep(0, of_all[0].log().mean(), of_all[1, 0], training.table.sum().to(of_all))
-
-    def _fit(self, paired: Paired, table: Tensor) -> search.Fit:
-        return search.fit(paired, table, self.args.terms, distributed.mean)
-
-    def _effects(
-        self, training: EndToEndTraining, paired: Paired, generators: list
-    ) -> tuple[Tensor, search.Fit]:
-        """(T, B) what toggles would change, infinite where not asked, and the schedule fitted as it is."""
-        args, table = self.args, training.table
-        fitted = self._fit(paired, table)
-        soft = None
-        if args.open_share < 1:
-            generator = sample_generator(args.global_seed, TRAINING_STREAM, training.round)
-            soft = torch.rand(table.shape, generator=generator) < args.open_share
-            soft[-1] = False
+    def _effects(self, training: EndToEndTraining, batch: Batch) -> tuple[Tensor, search.Fit]:
+        """Effects (T, B) of toggles, infinite where not asked for, and the schedule fitted as it is."""
+        method, compute = self.settings.method, training.compute
+        fitted, asked = self._fit(batch.reference, compute), None
+        if method.open_share < 1:
+            seed = self.settings.global_seed
+            generator = sample_generator(seed, TRAINING_STREAM, training.round)
+            asked = torch.rand(compute.shape, generator=generator) < method.open_share
+            asked[-1] = False
         effects = toggle_effects(
-            paired, table, fitted.weights.to(paired.noise), args.terms <= 1, generators, soft,
-            recompute=not args.keep_activations,
+            batch.reference, compute, fitted.reuse_weights.to(batch.reference.noise), self.num_terms <= 1,
+            batch.generators, asked, recompute=not method.keep_activations,
         )  # fmt: skip
         effects = distributed.mean(effects).cpu()
-        if soft is not None:
-            effects[~soft] = torch.inf
+        if asked is not None:
+            effects[~asked] = torch.inf
         return effects, fitted
 
     def _outcome(self, training: EndToEndTraining, fitted: search.Fit) -> TrainStep:
+        """A step of the search as it is logged; training goes on from its fitted weights."""
         if not math.isfinite(fitted.error):
             raise ValueError(
                 f"the error of x_0 is {fitted.error} at train step {training.train_steps + 1}; check the "
                 "model's weights, or use --precision fp32"
             )
-        if self.args.terms:
+        if self.num_terms:
             training.start_moving(fitted)
         error = torch.tensor(fitted.error, device=training.device)
-        return TrainStep(0, error.clamp(min=LEAST_ERROR).log(), error, training.table.sum().to(error))
+        return TrainStep(0, error.clamp(min=LEAST_ERROR).log(), error, training.compute.sum().to(error))
+
+    # ---- batches ---------------------------------------------------------------------------------------
+
+    def _reference(self, generators: list[torch.Generator]) -> ReferenceTrajectory:
+        cfg_scale = self.settings.method.cfg_scale
+        return ReferenceTrajectory.draw(self.model, self.diffusion, *self.draw(generators), cfg_scale)
+
+    def _pool_samples(self, first: int, indices: list[int]) -> ReferenceTrajectory:
+        """Samples by their index in the pool that begins with round `first`."""
+        seed = self.settings.global_seed
+        return self._reference([sample_generator(seed, TRAINING_STREAM, first, index) for index in indices])
+
+    def _draw_from_pool(self, number: int) -> ReferenceTrajectory:
+        """A batch of the pool that round `number` draws from, by importance."""
+        first = number - number % POOL_ROUNDS
+        if self._pool is None or self._pool[0] != first:
+            self._pool = first, self._inclusion(first)
+        rank, world_size = self.processes.rank, self.processes.world_size
+        generator = sample_generator(self.settings.global_seed, TRAINING_STREAM, number)
+        indices, importance = systematic_sample(self._pool[1], generator)
+        local = len(indices) // world_size
+        own = slice(rank * local, (rank + 1) * local)
+        reference = self._pool_samples(first, indices[own].tolist())
+        return dataclasses.replace(reference, importance=importance[own].to(self.processes.device))
+
+    def _inclusion(self, first: int) -> Tensor:
+        """Probabilities (P,) of the samples of the pool that begins with round `first`.
+
+        They follow the errors of a regular schedule, which does not depend on the training so far.
+        """
+        size, rank, world_size = self.settings.method.pool, self.processes.rank, self.processes.world_size
+        compute = self.budget.skeletons(self.diffusion.num_timesteps, 1.0, warps=(1.0,))[0]
+        reuse_weights, errors = None, torch.zeros(size, device=self.processes.device)
+        batches = torch.arange(rank, size, world_size).split(self.settings.num_samples // world_size)
+        for indices in tqdm(batches, desc="pool", leave=False, disable=True if rank else None):
+            reference = self._pool_samples(first, indices.tolist())
+            if reuse_weights is None:
+                reuse_weights = self._fit(reference, compute).reuse_weights.to(reference.noise)
+            with torch.no_grad():
+                (errors[indices],) = reference.errors(GatedCache(compute.to(reference.noise), reuse_weights))
+        return inclusion(distributed.mean(errors).cpu(), self.settings.num_samples)
+
+
+ROUNDS: dict[str, type[Rounds]] = {"end-to-end": EndToEnd}

@@ -1,28 +1,29 @@
-"""The error of the final image: trajectories under a cache beside the uncached ones, and its gradients."""
+"""The error of the final image under a cache, against an uncached reference trajectory, and its gradients."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from backbones.contract import Backbone
 from backbones.denoiser import Denoiser, executed, walk
-from cache import GatedCache
-from diffusion import GaussianDiffusion, State
-from models import DiT
+from cache import FittingCache, GatedCache
+from diffusion import GaussianDiffusion, Sampler, State
+from end_to_end.moments import Reduce, moment_error_over_ranks
 
 
 @dataclass(frozen=True)
-class Paired:
-    """Noise and labels, and the uncached DDIM trajectory that starts from them.
+class ReferenceTrajectory:
+    """Noise and labels, and the uncached trajectory that starts from them.
 
     noise: (n, C, H, W); labels: (n,). states: T tensors (n, C, H, W), x after every step; states[0] is x_0.
-    importance: (n,), what each sample weighs in a mean; None: all the same.
+    importance: (n,), the weight of each sample in a mean; None: all count alike.
     """
 
-    model: DiT
-    diffusion: GaussianDiffusion
+    model: Backbone
+    diffusion: GaussianDiffusion | Sampler
     noise: Tensor
     labels: Tensor
     cfg_scale: float
@@ -32,21 +33,27 @@ class Paired:
     @classmethod
     @torch.no_grad()
     def draw(
-        cls, model: DiT, diffusion: GaussianDiffusion, noise: Tensor, labels: Tensor, cfg_scale: float
-    ) -> "Paired":
+        cls,
+        model: Backbone,
+        diffusion: GaussianDiffusion | Sampler,
+        noise: Tensor,
+        labels: Tensor,
+        cfg_scale: float,
+    ) -> "ReferenceTrajectory":
+        """Sample it. diffusion: a sampler, or a chain for deterministic DDIM."""
         denoise = Denoiser(model, diffusion, labels, cfg_scale)
-        reference = walk(denoise.advance, denoise.start(noise), executed(denoise.num_steps))
-        states = [state.x[: len(noise)] for _, state in reference]
+        uncached = walk(denoise.advance, denoise.start(noise), executed(denoise.num_steps))
+        states = [state.x[: len(noise)] for _, state in uncached]
         return cls(model, diffusion, noise, labels, cfg_scale, states[::-1])
 
     def rollout(
-        self, cache: GatedCache, recompute: bool = False, window: int | None = None
+        self, cache: GatedCache | FittingCache, recompute: bool = False, window: int | None = None
     ) -> Iterator[tuple[int, Tensor]]:
         """The trajectory under `cache`, differentiable; yields (step, x after it), at last x_0 (n, C, H, W).
 
-        recompute: keep only x_t and what is new in the store between steps, and run each step again for its
-        gradient (activation checkpointing by step; the same gradients, a third more time). window: no
-        gradient passes from one stretch of as many steps to the one before it.
+        recompute: between steps keep only x_t and what is new in the store, and run each step again for its
+        gradient (activation checkpointing by step): the same gradients for a third more time. window: cut
+        the gradient after every `window` steps.
         """
         denoise = Denoiser(self.model, self.diffusion, self.labels, self.cfg_scale, cache.computed)
 
@@ -68,87 +75,82 @@ class Paired:
         for step, (state, _) in walk(advance, place, executed(denoise.num_steps)):
             yield step, state.x[: len(self.noise)]
 
-    def errors(self, cache: GatedCache, recompute: bool = False, window: int | None = None) -> list[Tensor]:
+    def errors(
+        self, cache: GatedCache | FittingCache, recompute: bool = False, window: int | None = None
+    ) -> list[Tensor]:
         """Mean squared error (n,) of every sample against its uncached x, times its importance.
 
-        The first entry is x_0's. With a window there is one for the x at each window's end, noisiest last.
+        The first entry is the error of x_0. With a window there is one for x at each window's end, the
+        noisiest last.
         """
         return [one.square().mean(1) for one in self.deviations(cache, recompute, window)]
 
     def deviations(
-        self, cache: GatedCache, recompute: bool = False, window: int | None = None
+        self, cache: GatedCache | FittingCache, recompute: bool = False, window: int | None = None
     ) -> list[Tensor]:
-        """(n, C * H * W) each: x less the uncached x, times the root of each sample's importance."""
+        """x minus the uncached x, times the root of each sample's importance: (n, C * H * W) an entry.
+
+        The entries are those of `errors`.
+        """
         every = window or len(self.states)
-        away = [
+        deviations = [
             (x - self.states[step]).flatten(1)
             for step, x in self.rollout(cache, recompute, window)
             if step % every == 0
         ]
         if self.importance is not None:
-            away = [one * self.importance.sqrt()[:, None] for one in away]
-        return away[::-1]
+            deviations = [one * self.importance.sqrt()[:, None] for one in deviations]
+        return deviations[::-1]
 
-    def moments(
-        self, deviation: Tensor, in_pixels: bool, count: int, reduce: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        """How far the images' mean and variance are from the uncached ones': 0-dim, differentiable.
+    def moment_error(self, deviation: Tensor, in_pixels: bool, count: int, reduce: Reduce) -> Tensor:
+        """How far the images' mean and variance are from the uncached ones', 0-dim and differentiable.
 
-        `count * (mean(change of the mean image ^ 2) + (change of the variance)^2 / variance)`; the variance
-        is one number, the mean squared distance of elements from the uncached mean image. The least squared
-        error has some of both: what cannot be told is left at its mean. deviation: (n, d) of x_0, from
-        `deviations`. in_pixels: values outside [-1, 1] are cut first, as a picture would. count: samples of
-        all ranks, over which `reduce` averages; errors that samples do not share add about their own mean
-        square, whatever it is. Means are weighed by importance. The gradient is that of this rank's samples,
-        to be averaged.
+        deviation: (n, d) of x_0, from `deviations`. in_pixels: values are first cut to [-1, 1], as a picture
+        cuts them. count, reduce: see `moments.moment_error_over_ranks`.
         """
-        weights = torch.ones_like(deviation[:, :1]) if self.importance is None else self.importance[:, None]
+        importance = (
+            torch.ones_like(deviation[:, :1]) if self.importance is None else self.importance[:, None]
+        )
         before = self.states[0].flatten(1)
-        after = before + deviation / weights.sqrt()
+        after = before + deviation / importance.sqrt()
         if in_pixels:
             before, after = before.clamp(-1, 1), after.clamp(-1, 1)
-        centre = reduce((weights * before).mean(0))
-        variance = reduce((weights * (before - centre).square()).mean())
-        of_mean = _square((weights * (after - before)).mean(0), reduce).mean()
-        gained = weights * ((after - centre).square() - (before - centre).square())
-        return count * (of_mean + _square(gained.mean(), reduce) / variance.clamp(min=1e-12))
-
-
-def _square(own: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
-    """The square of the mean of all ranks' `own`; averaged over ranks it has the right gradient, too."""
-    of_all = reduce(own.detach().clone())
-    return 2 * own * of_all - of_all.square()
+        return moment_error_over_ranks(before, after, importance, count, reduce)
 
 
 def toggle_effects(
-    paired: Paired,
+    reference: ReferenceTrajectory,
     compute: Tensor,
-    weights: Tensor,
+    reuse_weights: Tensor,
     store_gradient: bool,
     generators: Sequence[torch.Generator],
-    soft: Tensor | None = None,
+    asked: Tensor | None = None,
     probes: int = 2,
     recompute: bool = False,
 ) -> Tensor:
-    """What the mean squared error would change by if a cell were toggled, (T, B), to second order.
+    """Change (T, B) of the mean squared error of x_0 by toggling each cell of a schedule, to second order.
 
-    A gate w moves x_0 by u = dx_0/dw. With e the error as it is, toggling changes |e|^2 by `+-2 e.u + |u|^2`:
-    the first term is the gradient of |e|^2, the second the mean of (v.u)^2 over random v of unit covariance,
-    so one forward and 1 + `probes` backward passes with one gate per sample tell it of all cells at once. The
-    second term matters: around a computed cell the first alone is nearly zero, whatever reuse would do.
+    A gate w moves x_0 by u = dx_0/dw. With e = x_0 - uncached x_0, toggling changes |e|^2 by
+    `+-2 e.u + |u|^2`. The first term is the gradient of |e|^2. The second is the mean of (v.u)^2 over random
+    v of unit covariance: a Hutchinson estimate (M. F. Hutchinson 1989, A stochastic estimator of the trace of
+    the influence matrix for Laplacian smoothing splines) of the diagonal of J^T J, with normal probes v,
+    where J is the Jacobian of x_0 in the gates. With one gate per sample, one forward and 1 + `probes`
+    backward passes give both terms for all cells at once. The second term matters: around a computed cell the
+    first alone is nearly zero, whatever reuse would do.
 
-    compute: bool (T, B); weights: (T, B, K), those of computed cells too. generators: of v, one per sample.
-    soft: the cells asked about (None: all but the first step's); others are 0. store_gradient: whether later
-    readers of the store count, as they do where they take its last output (scaled at most).
+    compute: bool (T, B). reuse_weights: (T, B, K), those of computed cells included. generators: one per
+    sample, for v. asked: bool (T, B), the cells whose effect is wanted (None: all but the first step's); the
+    effect of the others is 0. store_gradient: whether later readers of the store count, as they do where
+    reuse takes its last output (scaled at most).
     """
-    n = len(paired.noise)
-    if soft is None:
-        soft = torch.ones_like(compute)
-        soft[-1] = False
-    gates = compute.to(paired.noise)[..., None].repeat(1, 1, n).requires_grad_()
-    cache = GatedCache(gates, weights, soft, store_gradient)
-    (e,) = paired.deviations(cache, recompute)
-    size = paired.noise[0].numel()
+    n = len(reference.noise)
+    if asked is None:
+        asked = torch.ones_like(compute)
+        asked[-1] = False
+    gates = compute.to(reference.noise)[..., None].repeat(1, 1, n).requires_grad_()
+    cache = GatedCache(gates, reuse_weights, asked, store_gradient)
+    (e,) = reference.deviations(cache, recompute)
+    size = reference.noise[0].numel()
     (first,) = torch.autograd.grad(e.square().sum(), gates, retain_graph=True)
     second = torch.zeros_like(first)
     for probe in range(probes):

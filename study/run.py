@@ -25,8 +25,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import train_router
-from common import cli, lifeline
+import end_to_end.rounds
+import training.rounds
+from common import cli, distributed, lifeline
 from common.arrays import ArrayFile
 from common.files import read_json, replacing, write_json
 from common.identity import same_weights, weights_fingerprint
@@ -38,7 +39,9 @@ from study import measure
 from study.plan import FULL, QUICK, QUICK_RESULTS, RESULTS, ROOT, Task, digits_model, plan
 from study.report import write_study
 from study.tables import is_main
-from training.state import runs
+from training.arguments import parse_args as parse_training
+from training.run import train as train_router
+from training.settings import TrainSettings
 
 HIDDEN = ("images", "arguments", "router_hash")  # of rows/ alone
 
@@ -95,11 +98,12 @@ def quietly(log: Path) -> Iterator[None]:
 
 
 def train(folder: Path, task: Task) -> str:
-    """Run train_router.py's main, keep the router without its training state, and its curves."""
+    """Train as train_router.py does, keep the router without its training state, and its curves."""
     results = folder / "scratch" / f"{task.id}-{short_hash(' '.join(task.arguments).encode())}"
     where = ["--results-dir", str(results), "--resume", "auto", "--device", "cpu"]
-    train_router.main(train_router.parse_args([*task.arguments, *where]))
-    run, *_ = runs(results)  # one that was stopped before its first checkpoint is left behind
+    settings = TrainSettings.from_arguments(parse_training([*task.arguments, *where]))
+    rounds = training.rounds.ROUNDS | end_to_end.rounds.ROUNDS
+    run = train_router(settings, rounds, distributed.start("cpu"), show=print)
     router = load_router(find_router(run))
     (folder / "curves").mkdir(exist_ok=True)
     if (run / "metrics.jsonl").exists():  # not in a very short training

@@ -91,7 +91,7 @@ def file_size_limit(size: int):
 def writing_elsewhere(folder: Path):
     """Another process at work in a folder, and a child of it that outlives its kill; yields its number."""
     script = (
-        "import os, sys, time; from pathlib import Path; from files import writing\n"
+        "import os, sys, time; from pathlib import Path; from common.files import writing\n"
         "with writing(Path(sys.argv[1])):\n"
         "    child = os.fork()\n"
         "    if child: print(child, flush=True)\n"

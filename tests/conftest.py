@@ -1,17 +1,25 @@
+import copy
 import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 if not torch.cuda.is_available():  # before anything imports triton
     os.environ["TRITON_INTERPRET"] = "1"
 
 from safetensors.torch import load_file
 
+import end_to_end.rounds
+import training.rounds
+from backbones.settings import ModelSettings
+from common.distributed import Processes
 from diffusion import create_diffusion
 from models import DiT
+from training import run
+from training.settings import OutputSettings, TrainSettings
 
 REFERENCE = Path(__file__).parent / "reference"
 
@@ -59,6 +67,30 @@ def tiny_batch() -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.fixture(scope="session")
 def ten_steps():
     return create_diffusion("10")
+
+
+@pytest.fixture
+def train_tiny(tiny_model, tmp_path, monkeypatch):
+    """Train the tiny model from settings, in this process and without pictures; returns the run's folder.
+
+    The settings' model is only a name. Further arguments replace settings.
+    """
+    model = copy.deepcopy(tiny_model)
+    model.source = "tiny"
+    monkeypatch.setattr(ModelSettings, "load", lambda *_, **__: (model, None))
+    monkeypatch.setattr("training.run.schedule_heat_map", lambda *_: Image.new("L", (1, 1)))
+    rounds = training.rounds.ROUNDS | end_to_end.rounds.ROUNDS
+
+    def train(method, folder: str = "results", show=lambda _: None, **settings) -> Path:
+        output = {"results_dir": tmp_path / folder, "log_every": 5, "ckpt_every": 5}
+        output |= {name: settings.pop(name) for name in ("ckpt_every", "resume") if name in settings}
+        settings = {"num_sampling_steps": "4", "global_batch_size": 4} | settings
+        settings = TrainSettings(
+            method, ModelSettings("DiT-tiny"), output=OutputSettings(**output), **settings
+        )
+        return run.train(settings, rounds, Processes(0, 1, torch.device("cpu")), show)
+
+    return train
 
 
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:

@@ -9,7 +9,7 @@ from backbones.denoiser import Denoiser
 from backbones.loading import load_model
 from cache import GatedCache, SoftCache
 from diffusion import create_diffusion
-from end_to_end.trajectory import Paired, toggle_effects
+from end_to_end.trajectory import ReferenceTrajectory, toggle_effects
 from models import DiT
 from objectives import (
     PROXY_DEFINITIONS,
@@ -412,11 +412,11 @@ def test_step_errors_are_the_data_losses_of_a_router_of_zeros_and_ones(tiny_mode
 
 
 @pytest.fixture(scope="module")
-def paired(tiny_model):
+def reference(tiny_model):
     """Four steps in float64, guided."""
     generator = torch.Generator().manual_seed(3)
     noise = torch.randn(3, 4, 4, 4, generator=generator, dtype=torch.float64)
-    return Paired.draw(
+    return ReferenceTrajectory.draw(
         copy.deepcopy(tiny_model).double(), create_diffusion("4"), noise, torch.tensor([0, 3, 1]), 1.5
     )
 
@@ -428,16 +428,16 @@ def drawn(*size: int, seed: int) -> torch.Tensor:
 WEIGHTS = torch.tensor([1.0, 0, 0], dtype=torch.float64) + 0.4 * (drawn(4, 4, 3, seed=6) - 0.5)
 
 
-def test_uncached_states_are_those_of_sampling(paired):
-    x_0 = generate(paired.model, paired.diffusion, paired.labels, paired.noise, 1.5)
-    torch.testing.assert_close(paired.states[0], x_0, rtol=0, atol=0)
+def test_uncached_states_are_those_of_sampling(reference):
+    x_0 = generate(reference.model, reference.diffusion, reference.labels, reference.noise, 1.5)
+    torch.testing.assert_close(reference.states[0], x_0, rtol=0, atol=0)
     everything = GatedCache(torch.ones(4, 4), WEIGHTS)
-    assert paired.errors(everything)[0].tolist() == [0, 0, 0]
+    assert reference.errors(everything)[0].tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("store_gradient", [True, False])
 @pytest.mark.parametrize("per_sample", [False, True])
-def test_gradients_equal_finite_differences(paired, store_gradient, per_sample):
+def test_gradients_equal_finite_differences(reference, store_gradient, per_sample):
     """Of log MSE of x_0, in gates and weights. Without its gradient the store is held where it is."""
     gates = (drawn(4, 4, 3, seed=4) if per_sample else drawn(4, 4, seed=4)).requires_grad_()
     if not store_gradient:  # then gates move the store, but their gradient does not say so
@@ -446,7 +446,7 @@ def test_gradients_equal_finite_differences(paired, store_gradient, per_sample):
 
     def loss(gates, weights):
         cache = GatedCache(gates, weights, torch.ones(4, 4, dtype=torch.bool), store_gradient)
-        return paired.errors(cache)[0].mean().log()
+        return reference.errors(cache)[0].mean().log()
 
     of_gates, of_weights = torch.autograd.grad(loss(gates, weights), (gates, weights))
     picked = torch.Generator().manual_seed(0)
@@ -466,11 +466,11 @@ def test_gradients_equal_finite_differences(paired, store_gradient, per_sample):
 
 
 @pytest.mark.parametrize("window", [None, 2])
-def test_recomputed_gradients_equal_plain_ones(paired, window):
+def test_recomputed_gradients_equal_plain_ones(reference, window):
     gradients = []
     for recompute in (False, True):
         gates, weights = drawn(4, 4, seed=4).requires_grad_(), WEIGHTS.clone().requires_grad_()
-        errors = torch.stack(paired.errors(GatedCache(gates, weights), recompute, window))
+        errors = torch.stack(reference.errors(GatedCache(gates, weights), recompute, window))
         assert len(errors) == (2 if window else 1)
         gradients.append(torch.autograd.grad(errors.mean(1).log().sum(), (gates, weights)))
     for plain, recomputed in zip(*gradients, strict=True):
@@ -478,7 +478,7 @@ def test_recomputed_gradients_equal_plain_ones(paired, window):
         assert plain.abs().max() > 1e-4
 
 
-def test_recomputing_keeps_less(paired):
+def test_recomputing_keeps_less(reference):
     """Counted in what autograd saves: within a step or over all of them."""
     kept = {}
     for recompute in (False, True):
@@ -489,16 +489,16 @@ def test_recomputing_keeps_less(paired):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            paired.errors(GatedCache(drawn(4, 4, seed=4), weights), recompute)[0].mean().backward()
+            reference.errors(GatedCache(drawn(4, 4, seed=4), weights), recompute)[0].mean().backward()
         kept[recompute] = sum(saved.values())
     assert kept[True] < 0.5 * kept[False]
 
 
-def test_windows_cut_the_gradient(paired):
+def test_windows_cut_the_gradient(reference):
     """What the first window's cells do to x_0 is not seen through a later window's start."""
     weights = WEIGHTS.clone().requires_grad_()
     gates = torch.tensor([[0.0] * 4, [0.0] * 4, [0.0] * 4, [1.0] * 4], dtype=torch.float64)
-    at_x_0, at_the_cut = paired.errors(GatedCache(gates, weights), window=2)
+    at_x_0, at_the_cut = reference.errors(GatedCache(gates, weights), window=2)
     (of_x_0,) = torch.autograd.grad(at_x_0.sum(), weights, retain_graph=True)
     (of_cut,) = torch.autograd.grad(at_the_cut.sum(), weights)
     assert (of_x_0[2:] == 0).all()
@@ -508,13 +508,13 @@ def test_windows_cut_the_gradient(paired):
 
 
 @pytest.fixture(scope="module")
-def grey(paired):
+def grey(reference):
     """Pictures on both sides of black and white, and changes of them that carry some across."""
     states = [3 * drawn(4, 4, 4, 4, seed=9) - 1.5]
     noise, labels = drawn(4, 4, 4, 4, seed=10), torch.tensor([0, 3, 1, 2])
     importance = torch.tensor([0.5, 1.5, 1.0, 0.8], dtype=torch.float64)
     deviation = 0.4 * (drawn(4, 64, seed=8) - 0.3)
-    own = dataclasses.replace(paired, noise=noise, labels=labels, states=states, importance=importance)
+    own = dataclasses.replace(reference, noise=noise, labels=labels, states=states, importance=importance)
     return own, deviation.requires_grad_()
 
 
@@ -522,12 +522,12 @@ def grey(paired):
 @pytest.mark.parametrize("weighed", [False, True])
 def test_moments_are_the_changes_of_mean_and_variance(grey, in_pixels, weighed):
     """Written out, with their gradient; and none where nothing changes."""
-    paired, deviation = grey
-    paired = paired if weighed else dataclasses.replace(paired, importance=None)
-    weights = paired.importance[:, None] if weighed else torch.ones(4, 1, dtype=torch.float64)
+    reference, deviation = grey
+    reference = reference if weighed else dataclasses.replace(reference, importance=None)
+    weights = reference.importance[:, None] if weighed else torch.ones(4, 1, dtype=torch.float64)
 
     def expected(deviation):
-        before = paired.states[0].flatten(1)
+        before = reference.states[0].flatten(1)
         after = before + deviation / weights.sqrt()
         if in_pixels:
             before, after = before.clamp(-1, 1), after.clamp(-1, 1)
@@ -536,7 +536,7 @@ def test_moments_are_the_changes_of_mean_and_variance(grey, in_pixels, weighed):
         variances = [(weights * (x - mean).square()).mean() for x in (before, after)]
         return 7 * (of_mean + (variances[1] - variances[0]).square() / variances[0])
 
-    found = paired.moments(deviation, in_pixels, 7, lambda mean: mean)
+    found = reference.moment_error(deviation, in_pixels, 7, lambda mean: mean)
     torch.testing.assert_close(found, expected(deviation))
     gradients = [torch.autograd.grad(value, deviation)[0] for value in (found, expected(deviation))]
     torch.testing.assert_close(*gradients)
@@ -544,22 +544,22 @@ def test_moments_are_the_changes_of_mean_and_variance(grey, in_pixels, weighed):
     assert cut.any() == in_pixels
     assert not cut.all()
     assert found > 0
-    assert paired.moments(0 * deviation, in_pixels, 7, lambda mean: mean) == 0
+    assert reference.moment_error(0 * deviation, in_pixels, 7, lambda mean: mean) == 0
 
 
 def test_moments_of_two_ranks_are_those_of_all_samples(grey):
     """Every mean that is asked for is that of what the ranks hand in, and so are result and gradient."""
-    paired, deviation = grey
+    reference, deviation = grey
 
     def moments(part: slice, reduce) -> torch.Tensor:
         own = dataclasses.replace(
-            paired,
-            noise=paired.noise[part],
-            labels=paired.labels[part],
-            importance=paired.importance[part],
-            states=[paired.states[0][part]],
+            reference,
+            noise=reference.noise[part],
+            labels=reference.labels[part],
+            importance=reference.importance[part],
+            states=[reference.states[0][part]],
         )
-        return own.moments(deviation[part], True, 4, reduce)
+        return own.moment_error(deviation[part], True, 4, reduce)
 
     of_all, handed_in = [], ([], [])
 
@@ -582,14 +582,14 @@ def test_moments_of_two_ranks_are_those_of_all_samples(grey):
     torch.testing.assert_close(of_both, of_one)
 
 
-def error_of(paired, compute, weights) -> float:
+def error_of(reference, compute, weights) -> float:
     """The mean squared error of x_0, samples weighed by importance, of a schedule as it is sampled."""
     schedule = Schedule(compute, weights=weights)
     x_0 = generate(
-        paired.model, paired.diffusion, paired.labels, paired.noise, 1.5, schedule=schedule
+        reference.model, reference.diffusion, reference.labels, reference.noise, 1.5, schedule=schedule
     )  # fmt: skip
-    errors = (x_0 - paired.states[0]).square().flatten(1).mean(1)
-    return (errors if paired.importance is None else paired.importance * errors).mean().item()
+    errors = (x_0 - reference.states[0]).square().flatten(1).mean(1)
+    return (errors if reference.importance is None else reference.importance * errors).mean().item()
 
 
 @pytest.mark.parametrize("weighed", [False, True])
@@ -601,25 +601,25 @@ def test_toggle_effects_tell_what_toggles_do(tiny_model, weighed):
         block.adaLN_modulation[1].bias.mul_(0.05)
     generator = torch.Generator().manual_seed(3)
     noise = torch.randn(64, 4, 4, 4, generator=generator, dtype=torch.float64)
-    paired = Paired.draw(model, create_diffusion("4"), noise, torch.arange(64) % 5, 1.5)
+    reference = ReferenceTrajectory.draw(model, create_diffusion("4"), noise, torch.arange(64) % 5, 1.5)
     if weighed:
         importance = 4 * torch.rand(64, generator=generator, dtype=torch.float64) ** 4
-        paired = dataclasses.replace(paired, importance=importance)
+        reference = dataclasses.replace(reference, importance=importance)
     compute = torch.tensor([[1, 0, 0, 1], [0, 1, 1, 0], [0, 0, 1, 1], [1, 1, 1, 1]], dtype=torch.bool)
     weights = torch.ones(4, 4, 1, dtype=torch.float64)
     generators = [torch.Generator().manual_seed(k) for k in range(64)]
-    effects = toggle_effects(paired, compute, weights, True, generators, probes=8)
+    effects = toggle_effects(reference, compute, weights, True, generators, probes=8)
     assert (effects[-1] == 0).all()
-    before, true = error_of(paired, compute, weights), torch.zeros(4, 4, dtype=torch.float64)
+    before, true = error_of(reference, compute, weights), torch.zeros(4, 4, dtype=torch.float64)
     for step in range(3):
         for branch in range(4):
             toggled = compute.clone()
             toggled[step, branch] ^= True
-            true[step, branch] = error_of(paired, toggled, weights) - before
+            true[step, branch] = error_of(reference, toggled, weights) - before
     large = true.abs() > 0.1 * true.abs().max()
     assert large.sum() >= 4
     assert (effects.sign() == true.sign())[large].all()
     torch.testing.assert_close(effects[large], true[large], rtol=0.35, atol=0)
     some = torch.rand(4, 4, generator=generator) < 0.5
-    asked = toggle_effects(paired, compute, weights, True, generators, soft=some)
+    asked = toggle_effects(reference, compute, weights, True, generators, asked=some)
     assert (asked[~some] == 0).all()

@@ -1,6 +1,7 @@
 """The flags of `train_router.py`: their defaults by method, and what does not go together."""
 
 import argparse
+import dataclasses
 import math
 from pathlib import Path
 
@@ -11,28 +12,20 @@ from common.cli import Unread
 from diffusion import NUM_TIMESTEPS, space_timesteps
 from objectives import PROXY_DEFINITIONS
 from router import MAX_TERMS
+from training.settings import METHODS, L2CSettings, OutputSettings, TrainSettings
 
-# Published, but for end-to-end, which is ours.
-DEFAULTS = {
-    "harmonica": {"lr": 0.01, "l1": 7e-8, "max_steps": 20000, "log_every": 100, "ckpt_every": 1000},
-    "l2c": {"lr": 0.001, "max_steps": 20000, "log_every": 100, "ckpt_every": 1000},
-    "end-to-end": {
-        "lr": 0.1, "max_steps": 100, "log_every": 5, "ckpt_every": 10, "terms": 3, "open_share": 1.0,
-        "moments_weight": 0.0,
-    },
-}  # fmt: skip
-BATCH_SIZE, GROUPS = 64, 8
-THRESHOLD, L2C_THRESHOLD_512 = 0.1, 0.9
-# Learning-to-Cache's beta by (T, pixels) where it was published; all others take the weaker of the two.
+# Train steps between lines of the log and between checkpoints where the usual ones are too many.
+INTERVALS = {"end-to-end": {"log_every": 5, "ckpt_every": 10}}
+L2C_THRESHOLD_512 = 0.9
+# Learning-to-Cache's beta by (T, pixels) where it was published; all others take `L2CSettings.l1`.
 L2C_L1 = {(50, 256): 1e-6, (20, 256): 5e-6, (10, 256): 1e-6, (50, 512): 5e-6}
-L2C_L1_ELSEWHERE = 1e-6
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train a caching router for a frozen DiT.")
     model_settings.add_arguments(parser)
     method = parser.add_argument_group("method (defaults: the published ones for T = 10)")
-    method.add_argument("--method", choices=DEFAULTS, default="harmonica", help="default harmonica")
+    method.add_argument("--method", choices=METHODS, default="harmonica", help="default harmonica")
     method.add_argument("--num-sampling-steps", default="10", help="T, or a respacing such as ddim50")
     method.add_argument("--cfg-scale", type=cli.finite, help="guidance, 1 = off (default 1.5); not l2c")
     method.add_argument(
@@ -44,10 +37,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     method.add_argument(
         "--proxy", choices=(*PROXY_DEFINITIONS, "none"), default="released",
-        help="lambda (none: all ones); a mean per element where the paper writes a sum, so --l1 differs too",
+        help="definition of lambda (none: all ones); it is a mean per element where the paper writes a sum, "
+        "so --l1 differs from the paper's too",
     )  # fmt: skip
     method.add_argument(
-        "--data-loss", choices=("all", "eps"), default="all", help="compare all channels, or eps alone"
+        "--data-loss", choices=("all", "eps"), default="all", help="channels that the data loss compares"
     )
     method.add_argument(
         "--router-train", choices=("soft", "ste"), default="soft",
@@ -55,9 +49,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     method.add_argument(
         "--rollout", choices=("sdt", "one-step"), default="sdt",
-        help="train along the routed trajectory, or each step from an uncached one",
+        help="train along the routed trajectory (sdt), or start each step from the uncached one",
     )  # fmt: skip
-    speed = parser.add_argument_group("speed: a weight, or the target that it is adjusted to")
+    speed = parser.add_argument_group("speed: a weight, or a target to which it is adjusted")
     speed.add_argument(
         "--l1", type=cli.non_negative,
         help="regularization weight beta, or its start with a target (default 7e-8; l2c by T and pixels as "
@@ -72,7 +66,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         help="speed-up by MACs; a run may go on for a quarter of its steps to meet it",
     )
     speed.add_argument(
-        "--cost", choices=("count", "macs"), default="count", help="what beta weighs a branch by"
+        "--cost", choices=("count", "macs"), default="count", help="what beta counts: branches, or their MACs"
     )
     add_single_method_arguments(parser)
     add_run_arguments(parser)
@@ -83,7 +77,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """How long and how a run trains, and what it leaves."""
+    """Length, batch and output of a run."""
     training = parser.add_argument_group("training")
     training.add_argument("--lr", type=cli.positive, help="default 0.01, l2c 0.001, end-to-end 0.1")
     training.add_argument(
@@ -98,12 +92,12 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     batch = training.add_mutually_exclusive_group()
     batch.add_argument(
         "--global-batch-size", type=cli.positive_int, metavar="N",
-        help="rows of a forward pass, of all processes: under guidance conditional and unconditional ones "
-        "together, so N / 2 trajectories; without it N; l2c: images (default 64)",
+        help="rows of a forward pass over all processes (default 64). Guidance needs a conditional and an "
+        "unconditional row for each trajectory, so N / 2 trajectories; without guidance N. l2c: images",
     )  # fmt: skip
     batch.add_argument(
         "--trajectories", type=cli.positive_int, metavar="N",
-        help="trajectories of all processes instead; under guidance 2 N rows; not l2c",
+        help="trajectories over all processes, instead of rows; not l2c",
     )  # fmt: skip
     training.add_argument("--compile", action="store_true", help="compile the branches (torch.compile)")
     training.add_argument(
@@ -116,43 +110,53 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--log-every", type=cli.positive_int, help="default 100, end-to-end 5")
     output.add_argument("--ckpt-every", type=cli.positive_int, help="default 1000, end-to-end 10")
     output.add_argument(
-        "--resume", metavar="PATH|auto", help="a run's folder or checkpoint; auto: the newest like this"
+        "--resume",
+        metavar="PATH|auto",
+        help="a run's folder or checkpoint; auto: the newest run with the same settings",
     )
     output.add_argument("--wandb", action="store_true", help="log to Weights & Biases too")
 
 
 def add_single_method_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags that one method alone reads."""
-    beyond = parser.add_argument_group("end-to-end")
-    beyond.add_argument(
+    """Flags that only one method reads."""
+    own = parser.add_argument_group("end-to-end")
+    own.add_argument(
         "--terms", type=int, choices=range(MAX_TERMS + 1),
-        help="last outputs that a reused branch combines (default 3); 0: it takes the last one as it is",
+        help="number of last outputs that a reused branch combines (default 3); 0: the last one as it is",
     )  # fmt: skip
-    beyond.add_argument("--init", metavar="ROUTER", help="start from its schedule, of any number of steps")
-    beyond.add_argument(
+    own.add_argument(
+        "--init",
+        metavar="ROUTER",
+        help="a router whose schedule is the start; its number of steps may differ",
+    )
+    own.add_argument(
         "--pool",
         type=cli.positive_int,
         metavar="N",
-        help="draw batches from N samples by importance: more of those that errors lead astray; and search "
-        "among schedules that compute noisy steps often enough for them",
+        help="draw batches from N samples by importance, more often samples with large errors, and search "
+        "among schedules that compute the noisy steps often enough for them",
     )
-    beyond.add_argument(
+    own.add_argument(
         "--moments-weight",
         type=cli.non_negative,
         metavar="W",
-        help="count what reuse does to the images' mean and variance too, W times, while weights are trained "
+        help="add W times the error of the images' mean and variance to the loss of the reuse weights "
         "(default 0)",
     )
-    beyond.add_argument(
-        "--window", type=cli.positive_int, help="steps that gradients of the weights pass (default: all)"
+    own.add_argument(
+        "--window",
+        type=cli.positive_int,
+        help="steps through which gradients of the weights pass (default: all)",
     )
-    beyond.add_argument(
+    own.add_argument(
         "--open-share",
         type=cli.finite,
         help="share of the cells that a step of the search asks about (default 1)",
     )
-    beyond.add_argument(
-        "--keep-activations", action="store_true", help="of all steps: a third faster, T times the memory"
+    own.add_argument(
+        "--keep-activations",
+        action="store_true",
+        help="keep the activations of all steps: a third faster, T times the memory",
     )
     data = parser.add_argument_group("data (l2c)")
     data.add_argument(
@@ -162,20 +166,24 @@ def add_single_method_arguments(parser: argparse.ArgumentParser) -> None:
     )
     data.add_argument(
         "--groups", type=cli.positive_int, metavar="N",
-        help="equal parts of the batch, each with a pair of steps of its own: a train step updates the rows "
-        "that they draw (default 8, or what of it divides the batch; the released code: one per rank)",
+        help="equal parts of the batch; each draws its own pair of steps, and a train step updates the rows "
+        "that they drew (default 8, or the largest divisor of 8 that divides the batch)",
     )  # fmt: skip
     data.add_argument(
-        "--every-row", action="store_true", help="train all rows, not the even ones alone (not in the paper)"
+        "--every-row", action="store_true", help="train all rows, not only the even ones (not in the paper)"
     )
     data.add_argument(
-        "--vae", help="encodes an image folder (default ema); of a VAE's folder every method reads the factor"
+        "--vae",
+        help="VAE that encodes an image folder: ema (default), mse or a folder; every method reads the "
+        "downsampling factor of a VAE that is given as a folder",
     )
-    data.add_argument("--num-works", "--num-workers", type=cli.non_negative_int, help="loading processes")
+    data.add_argument(
+        "--num-works", "--num-workers", type=cli.non_negative_int, help="number of loading processes"
+    )
 
 
 def complete_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Fill in what the method decides, refuse what it cannot do, note what it does not read."""
+    """Fill in the method's defaults, refuse what it cannot do, note what it does not read."""
     cli.note_unread(parser, args, UNREAD)
     if args.method == "l2c" and not args.data:
         names = " or ".join(registry.data())
@@ -184,11 +192,11 @@ def complete_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace
     if args.method == "end-to-end" and not has_target:
         parser.error("--method end-to-end needs --target-speedup or --target-cur, such as --target-speedup 2")
     try:
-        defaults = DEFAULTS[args.method] | _more_defaults(args)
-    except ValueError as error:  # of the respacing
+        defaults = _defaults(args)
+    except ValueError as error:  # an unknown respacing
         parser.error(str(error))
     for name, value in defaults.items():
-        if getattr(args, name) is None:
+        if getattr(args, name, value) is None:
             setattr(args, name, value)
     if args.l1 == 0 and has_target:
         parser.error("--l1 0 cannot be adjusted to a target; leave it out")
@@ -199,27 +207,31 @@ def complete_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace
         parser.error(f"--pool {args.pool} is less than a batch ({args.trajectories}); give as many or more")
 
 
-def _more_defaults(args: argparse.Namespace) -> dict:
-    """Those that depend on more than the method. Raises ValueError for an unknown respacing."""
-    if args.method != "l2c":
-        return {"ste_threshold": THRESHOLD, "cfg_scale": 1.5}
-    num_steps = len(space_timesteps(NUM_TIMESTEPS, args.num_sampling_steps))
-    pixels = (args.image_size or 256) if is_latent(args.model) else None
-    return {
-        "l1": L2C_L1.get((num_steps, pixels), L2C_L1_ELSEWHERE),
-        "ste_threshold": L2C_THRESHOLD_512 if pixels == 512 else THRESHOLD,
-        "cfg_scale": 1.0,
-        "vae": "ema",
-        "num_works": 0,
+def _defaults(args: argparse.Namespace) -> dict[str, object]:
+    """What flags that are not given mean for this method. Raises ValueError for an unknown respacing."""
+    method = METHODS[args.method]
+    own = {field.name: field.default for field in dataclasses.fields(method)}
+    own = {
+        name: value for name, value in own.items() if value is not dataclasses.MISSING and name != "groups"
     }
+    output = {"log_every": OutputSettings.log_every, "ckpt_every": OutputSettings.ckpt_every}
+    defaults = own | output | INTERVALS.get(args.method, {})
+    defaults |= {"cfg_scale": method.cfg_scale, "ste_threshold": method.ste_threshold}
+    if method is L2CSettings:
+        num_steps = len(space_timesteps(NUM_TIMESTEPS, args.num_sampling_steps))
+        pixels = (args.image_size or 256) if is_latent(args.model) else None
+        defaults["l1"] = L2C_L1.get((num_steps, pixels), L2CSettings.l1)
+        if pixels == 512:
+            defaults["ste_threshold"] = L2C_THRESHOLD_512
+    return defaults
 
 
 def _count_samples(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Settle `global_batch_size`, rows or images, and `trajectories` or Learning-to-Cache's `groups`."""
-    rows = 1 if args.cfg_scale == 1 else 2  # of a trajectory in a forward pass
+    """Set `global_batch_size` (rows or images), and `trajectories` or Learning-to-Cache's `groups`."""
+    rows = 1 if args.cfg_scale == 1 else 2  # rows of a trajectory in a forward pass
     if args.trajectories is not None:
         args.global_batch_size = rows * args.trajectories
-    size = args.global_batch_size = args.global_batch_size or BATCH_SIZE
+    size = args.global_batch_size = args.global_batch_size or TrainSettings.global_batch_size
     if size % rows:
         parser.error(
             f"--global-batch-size {size} is odd: under guidance a trajectory is two rows, conditional and "
@@ -229,9 +241,11 @@ def _count_samples(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
         args.trajectories = size // rows
         return
     if args.groups is None:
-        args.groups = math.gcd(size, GROUPS)
-        if args.groups < GROUPS:
-            args.notes.append(f"{GROUPS} groups do not share --global-batch-size {size}: {args.groups} do")
+        args.groups = math.gcd(size, L2CSettings.groups)
+        if args.groups < L2CSettings.groups:
+            args.notes.append(
+                f"{L2CSettings.groups} groups do not share --global-batch-size {size}: {args.groups} do"
+            )
     if size % args.groups:
         parser.error(
             f"--global-batch-size {size} is no multiple of --groups {args.groups}; groups are of one size"
@@ -239,22 +253,22 @@ def _count_samples(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
 
 
 def _names_a_folder(args: argparse.Namespace) -> bool:
-    """Whether --vae is a VAE's folder: whatever is trained, its factor says what --image-size means."""
+    """Whether --vae is a VAE's folder. Its downsampling factor says what --image-size means."""
     return args.vae is not None and Path(args.vae).is_dir()
 
 
-# Flags that are not read, and what of the others decides it.
-_OF_L2C = ("data", "every_row", "groups", "num_works")
-_OF_HARMONICA = ("proxy", "lambda_c", "rollout")
-_OF_BEYOND = ("terms", "init", "pool", "moments_weight", "window", "open_share", "keep_activations")
-_OF_ROWS = ("epochs", "l1", "cost", "data_loss", "router_train", "ste_threshold")
-_OF_TRAJECTORIES = ("cfg_scale", "trajectories")
+# Flags without effect, and when the other flags make them so.
+_L2C = ("data", "every_row", "groups", "num_works")
+_HARMONICA = ("proxy", "lambda_c", "rollout")
+_END_TO_END = ("terms", "init", "pool", "moments_weight", "window", "open_share", "keep_activations")
+_ROWS = ("epochs", "l1", "cost", "data_loss", "router_train", "ste_threshold")
+_TRAJECTORIES = ("cfg_scale", "trajectories")
 UNREAD = (
-    Unread(_OF_L2C, lambda args: args.method != "l2c", "with --method {method}"),
-    Unread(_OF_HARMONICA, lambda args: args.method != "harmonica", "with --method {method}"),
-    Unread(_OF_BEYOND, lambda args: args.method != "end-to-end", "with --method {method}"),
-    Unread(_OF_ROWS, lambda args: args.method == "end-to-end", "with --method {method}"),
-    Unread(_OF_TRAJECTORIES, lambda args: args.method == "l2c", "with --method {method}"),
+    Unread(_L2C, lambda args: args.method != "l2c", "with --method {method}"),
+    Unread(_HARMONICA, lambda args: args.method != "harmonica", "with --method {method}"),
+    Unread(_END_TO_END, lambda args: args.method != "end-to-end", "with --method {method}"),
+    Unread(_ROWS, lambda args: args.method == "end-to-end", "with --method {method}"),
+    Unread(_TRAJECTORIES, lambda args: args.method == "l2c", "with --method {method}"),
     Unread(("lambda_c",), lambda args: args.proxy == "none", "with --proxy none: lambda stays at 1"),
     Unread(("cost",), lambda args: args.l1 == 0, "with --l1 0"),
     Unread(

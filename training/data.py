@@ -1,7 +1,7 @@
-"""Images that Learning-to-Cache trains on: a folder of pictures through the VAE, latents, an example's.
+"""The data of Learning-to-Cache: a folder of pictures that a VAE encodes, latents, or an example's data.
 
-`numbered_batches` hands out the samples of any process and any moment of a training by their number alone, so
-a resumed run, or one on more processes, sees the same ones.
+`numbered_batches` hands out samples by their number in the training alone. So a resumed run, or one on more
+processes, sees the same samples.
 """
 
 import warnings
@@ -25,12 +25,12 @@ from sampling.seeds import DATA_STREAM, sample_generator
 
 
 def open_data(spec: str, model: DiT) -> Dataset:
-    """Samples (x, label) of an example's data by name, of an image folder (one a class), or .npz of latents.
+    """Samples (x, label) of an example by its name, an image folder (one per class), or an .npz of latents.
 
-    x is uint8 (3, H, W) from a folder, which `to_model_space` brings to the model, else what the model
-    denoises, (C, H, W). `images.py` says how pictures are read. An .npz holds `latents` (n, C, H, W), scaled
-    as the model has them, and `labels` (n,). Raises FileNotFoundError or ValueError where the data are absent
-    or not of the model's shape.
+    x from an image folder is uint8 (3, H, W), which `to_model_space` turns into what the model denoises;
+    otherwise it is that already, (C, H, W). An .npz holds `latents` (n, C, H, W), scaled as the model has
+    them, and `labels` (n,). Raises FileNotFoundError or ValueError where the data are absent or do not have
+    the model's shape.
     """
     path, own = Path(spec), registry.data()
     if spec in own:
@@ -61,12 +61,12 @@ def open_data(spec: str, model: DiT) -> Dataset:
 
 
 def are_pictures(data: Dataset) -> bool:
-    """Whether the samples of `open_data` are pictures, told without reading one."""
+    """Whether the samples of `open_data` are pictures; none of them is read."""
     return not isinstance(data, TensorDataset)
 
 
 def _read_latents(path: Path, num_classes: int) -> TensorDataset:
-    """`latents`, any real floating point, and `labels`, any integers; other arrays are not looked at."""
+    """The samples of an .npz: `latents` of any real floating point, `labels` of any integers."""
     file = ArrayFile(path, f"--data {path}")
     if not file.is_npz:
         raise ValueError(f"--data {path} cannot be read as an .npz; write it with np.savez")
@@ -80,7 +80,7 @@ def _read_latents(path: Path, num_classes: int) -> TensorDataset:
         )
     x = torch.from_numpy(latents.astype(np.float32, copy=False))
     require_finite(x, f"--data {path}: latents")
-    if (spread := x[:1000].std().item()) > 3:  # those of the DiT's VAE have 5.5 before they are scaled
+    if (spread := x[:1000].std().item()) > 3:  # unscaled latents of the DiT's VAE have 5.5
         warnings.warn(
             f"--data {path}: latents have a standard deviation of {spread:.1f}, models have about 1; "
             f"multiply them by the VAE's scaling factor, {VAE_SCALE} for --vae ema and mse",
@@ -101,7 +101,7 @@ def _image_folder(path: Path, size: int) -> Dataset:
 def center_crop(image: Image.Image, size: int) -> Image.Image:
     """The middle square of an image at `size` pixels: halved while twice too large, then resized, then cut.
 
-    The preprocessing of ADM and DiT, with which their models were trained.
+    ADM and DiT were trained with this preprocessing.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -112,7 +112,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 class _Numbered(Dataset):
-    """Sample number k of an endless stream that passes the data in a new order every epoch."""
+    """An endless stream of samples by their number, with a new order of the data in every epoch."""
 
     def __init__(self, data: Dataset, seed: int):
         self.data, self.seed = data, seed
@@ -125,18 +125,18 @@ class _Numbered(Dataset):
             self._order = epoch, torch.randperm(len(self.data), generator=generator)
         try:
             return self.data[int(self._order[1][position])]
-        except OSError as error:  # raised in a worker, it would arrive as that one's traceback
+        except OSError as error:  # raised in a worker, it would arrive as a traceback
             return error
 
 
 def _collate(samples: list) -> tuple[Tensor, Tensor] | OSError:
-    """A batch; or the first error among its samples."""
+    """A batch, or the first error among its samples."""
     errors = [sample for sample in samples if isinstance(sample, OSError)]
     return errors[0] if errors else default_collate(samples)
 
 
 class _Batches:
-    """The sample numbers of one process, batch after batch, from a given one on, without an end."""
+    """The sample numbers of one process, batch after batch from batch `first` on, without an end."""
 
     def __init__(self, first: int, global_batch_size: int, rank: int, world_size: int):
         self.first, self.global_batch_size = first, global_batch_size
@@ -154,9 +154,9 @@ class _Batches:
 def numbered_batches(
     data: Dataset, seed: int, first: int, global_batch_size: int, rank: int, world_size: int, num_workers: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches (x, labels) of this process from number `first` on; what is in them depends on the seed.
+    """Batches (x, labels) of this process from batch `first` on; the seed decides what they hold.
 
-    Raises OSError for a picture that cannot be read, when its batch comes, whoever reads it.
+    Raises OSError for a picture that cannot be read, at its batch, with and without loading processes.
     """
     batches = _Batches(first, global_batch_size, rank, world_size)
     data = _Numbered(data, seed)
@@ -183,13 +183,13 @@ def _next_batch(loader: Iterator) -> tuple[Tensor, Tensor] | OSError:
 
 
 def _follow_trainer(_worker: int) -> None:
-    """A loading process ends when the one that trains does."""
+    """A loading process ends when the training process does."""
     lifeline.follow_starter()
 
 
 @torch.no_grad()
 def to_model_space(x: Tensor, vae, generators: list[torch.Generator]) -> Tensor:
-    """What the model denoises: uint8 pictures are flipped at random and encoded, all else is left alone."""
+    """What the model denoises: uint8 pictures are flipped at random and encoded, other data are kept."""
     if x.dtype != torch.uint8:
         return x
     flipped = torch.tensor([bool(torch.rand((), generator=one) < 0.5) for one in generators], device=x.device)

@@ -2,25 +2,23 @@
 
 | `--method` | a round | train steps |
 |---|---|---|
-| `harmonica` | a trajectory from fresh noise (SDT), lambda refreshed before it where due | T |
+| `harmonica` | a trajectory from fresh noise (SDT); before it, where it is due, lambda is refreshed | T |
 | `l2c` | a pair of steps for each group of a batch of data | 1 |
-| `end-to-end` | a step of the search, or an update of all weights of reuse (`end_to_end.py`) | 1 |
+| `end-to-end` | a step of the search, or an update of all reuse weights (`end_to_end/rounds.py`) | 1 |
 
-A round's noise, labels and data depend on the seed, the round's number and the sample's index alone: not on
-the number of processes, nor on interruptions.
+A round's noise, labels and data depend on the seed, the round's number and the sample's index alone. They
+depend neither on the number of processes nor on interruptions.
 """
 
-import argparse
 from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from backbones.loading import is_latent
 from backbones.vae import read_vae_config
-from common import distributed, registry
+from common import distributed
 from common.distributed import Processes
 from diffusion import GaussianDiffusion
 from models import DiT
@@ -28,73 +26,45 @@ from objectives import Pair, TrainStep, Variant, image_error_proxy, train_pairs,
 from router import Router
 from sampling.seeds import TRAINING_STREAM, draw_labels, draw_noise, sample_generator
 from training.data import are_pictures, numbered_batches, open_data, to_model_space
+from training.settings import TrainSettings
 from training.state import RowTraining, Training
 from training.target import EXTRA_STEPS, Target
 
 LABEL_DROPOUT = 0.1  # Learning-to-Cache trains on null labels too, as the DiT was trained
 
 
-def vae_spec(args: argparse.Namespace) -> str:
-    """The `--vae` whose latents the model has: of the images to encode, or any that is a folder; else `none`.
-
-    Only images are encoded; but a VAE's factor says what `--image-size` means.
-    """
-    has_images = args.method == "l2c" and args.data not in registry.data() and Path(args.data).is_dir()
-    is_read = has_images or (args.vae is not None and Path(args.vae).is_dir())
-    return args.vae if is_read and is_latent(args.model) else "none"
-
-
 class Rounds:
-    """What the methods share: the model, and this process's samples."""
+    """What all methods share: the settings, the model, and this process's samples."""
 
-    steps_per_round: int
-    steps_per_epoch: int  # what --epochs counts
-    rows_per_step = 1.0  # of the router, that a train step updates on average
+    total_steps: int  # train steps of a run
     extra_steps = EXTRA_STEPS  # share by which a run may go on to meet its target
 
     def __init__(
         self,
-        args: argparse.Namespace,
+        settings: TrainSettings,
         processes: Processes,
         model: DiT,
         diffusion: GaussianDiffusion,
         target: Target | None,
     ):
-        self.args, self.processes, self.model, self.diffusion = args, processes, model, diffusion
+        self.settings, self.processes, self.model, self.diffusion = settings, processes, model, diffusion
         self.target = target
-        costs = torch.tensor(model.branch_macs, dtype=torch.float32, device=processes.device)
-        self.variant = Variant(
-            branch_costs=costs / costs.mean() if args.cost == "macs" else None,
-            eps_only=args.data_loss == "eps",
-            straight_through=args.router_train == "ste",
-            one_step=args.rollout == "one-step",
-        )
-
-    @property
-    def total_steps(self) -> int:
-        """Train steps of a run."""
-        return min(self.args.epochs * self.steps_per_epoch, self.args.max_steps)
 
     @property
     def name(self) -> str:
-        """What a router file calls the method."""
-        return self.args.method
+        """The method's name in a router file."""
+        return self.settings.method.name
 
-    def new_router(self) -> Router:
-        """The router that training starts from, a function of the seed."""
-        generator = torch.Generator().manual_seed(self.args.global_seed)
-        return Router(self.diffusion.num_timesteps, self.model.num_branches, generator)
+    def facts(self) -> dict[str, object]:
+        """What a router file says of the method beyond its settings."""
+        return {}
 
     def new_training(self) -> Training:
         """The state that training starts from."""
-        args = self.args
-        return RowTraining(
-            self.new_router(), args.lr, self.processes.device, self.steps_per_round, args.ste_threshold,
-            args.l1, self.target, self.rows_per_step,
-        )  # fmt: skip
+        raise NotImplementedError
 
     def run(self, training: Training) -> Iterator[TrainStep | None]:
-        """The train steps of round `training.round`; None for one that trains nothing."""
+        """The train steps of round `training.round`; None for a step that trains nothing."""
         raise NotImplementedError
 
     def draw(self, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
@@ -102,44 +72,75 @@ class Rounds:
         noise, labels = draw_noise(self.model, generators), draw_labels(self.model, generators)
         return noise.to(self.processes.device), labels.to(self.processes.device)
 
-    @property
-    def num_samples(self) -> int:
-        """Of all processes in a round: trajectories, for Learning-to-Cache images."""
-        return self.args.trajectories or self.args.global_batch_size
-
     def generators(self, number: int) -> list[torch.Generator]:
-        """One per sample of this process in round `number`."""
-        local = self.num_samples // self.processes.world_size
+        """One generator per sample of this process in round `number`."""
+        local = self.settings.num_samples // self.processes.world_size
         indices = range(self.processes.rank * local, (self.processes.rank + 1) * local)
-        return [sample_generator(self.args.global_seed, TRAINING_STREAM, number, index) for index in indices]
+        seed = self.settings.global_seed
+        return [sample_generator(seed, TRAINING_STREAM, number, index) for index in indices]
 
 
-class Trajectories(Rounds):
+class RowRounds(Rounds):
+    """HarmoniCa and Learning-to-Cache: each row of a router is trained by itself."""
+
+    steps_per_round: int
+    steps_per_epoch: int  # train steps that --epochs counts as one
+    rows_per_step = 1.0  # rows of the router that a train step updates, on average
+
+    def __init__(self, settings, processes, model, diffusion, target):
+        super().__init__(settings, processes, model, diffusion, target)
+        method = settings.method
+        costs = torch.tensor(model.branch_macs, dtype=torch.float32, device=processes.device)
+        self.variant = Variant(
+            branch_costs=costs / costs.mean() if method.cost == "macs" else None,
+            eps_only=method.data_loss == "eps",
+            straight_through=method.router_train == "ste",
+        )
+
+    @property
+    def total_steps(self) -> int:
+        method = self.settings.method
+        return min(method.epochs * self.steps_per_epoch, method.max_steps)
+
+    def new_router(self) -> Router:
+        """The router that training starts from, a function of the seed."""
+        generator = torch.Generator().manual_seed(self.settings.global_seed)
+        return Router(self.diffusion.num_timesteps, self.model.num_branches, generator)
+
+    def new_training(self) -> RowTraining:
+        method = self.settings.method
+        return RowTraining(
+            self.new_router(), method.lr, self.processes.device, self.steps_per_round, method.ste_threshold,
+            method.l1, self.target, self.rows_per_step,
+        )  # fmt: skip
+
+
+class Trajectories(RowRounds):
     """HarmoniCa. Needs no images."""
 
-    def __init__(self, args, processes, model, diffusion, target):
-        super().__init__(args, processes, model, diffusion, target)
+    def __init__(self, settings, processes, model, diffusion, target):
+        super().__init__(settings, processes, model, diffusion, target)
+        self.variant = replace(self.variant, one_step=settings.method.rollout == "one-step")
         self.steps_per_round = self.steps_per_epoch = diffusion.num_timesteps
 
-    def new_training(self) -> Training:
+    def facts(self) -> dict[str, object]:
+        return {"proxy": self.settings.method.proxy}
+
+    def new_training(self) -> RowTraining:
         training = super().new_training()
         distributed.average_gradients(training.optimizer)
         return training
 
     def run(self, training: RowTraining) -> Iterator[TrainStep | None]:
-        args = self.args
+        method = self.settings.method
         noise, labels = self.draw(self.generators(training.round))
-        setting = noise, labels, args.cfg_scale, args.ste_threshold
-        if args.proxy != "none" and self._refresh_due(training.train_steps):
-            weights = image_error_proxy(
-                self.model,
-                self.diffusion,
-                training.router,
-                *setting,
-                args.proxy,
+        setting = noise, labels, method.cfg_scale, method.ste_threshold
+        if method.proxy != "none" and self._refresh_due(training.train_steps):
+            proxy_weights = image_error_proxy(
+                self.model, self.diffusion, training.router, *setting, method.proxy,
                 self.variant.straight_through,
-            )
-            training.proxy_weights = distributed.mean(weights)
+            )  # fmt: skip
+            training.proxy_weights = distributed.mean(proxy_weights)
         updates = train_trajectory(
             self.model, self.diffusion, training.router, training.optimizer, *setting,
             training.proxy_weights, training.reg_weight, self.variant,
@@ -148,63 +149,66 @@ class Trajectories(Rounds):
         yield from updates
 
     def _refresh_due(self, train_steps: int) -> bool:
-        """Whether a multiple of --lambda-c train steps was passed since the last trajectory began."""
-        return train_steps // self.args.lambda_c > (train_steps - self.steps_per_round) // self.args.lambda_c
+        """Whether a multiple of lambda_c train steps was passed since the last trajectory began."""
+        interval = self.settings.method.lambda_c
+        return train_steps // interval > (train_steps - self.steps_per_round) // interval
 
 
-class Pairs(Rounds):
-    """Learning-to-Cache: a full step on noised data, then a routed one, for each group of the batch.
+class Pairs(RowRounds):
+    """Learning-to-Cache: for each group of the batch a full step on noised data, then a routed one.
 
-    The released trainer draws a step per rank. Here `--groups` are drawn for, each of one process, whatever
-    the number of processes: a group's forward passes have the same shapes and so the same bits.
+    The released trainer draws a step per rank. Here a step is drawn for each of `groups`, and one process
+    computes a whole group. So a group's forward passes have the same shapes, and the same bits, whatever the
+    number of processes.
     """
 
     steps_per_round = 1
 
-    def __init__(self, args, processes, model, diffusion, target):
-        super().__init__(args, processes, model, diffusion, target)
-        self.data = open_data(args.data, model)
-        is_folder = are_pictures(self.data)
-        if is_folder and args.vae == "none":
+    def __init__(self, settings, processes, model, diffusion, target):
+        super().__init__(settings, processes, model, diffusion, target)
+        method = settings.method
+        self.data = open_data(method.data, model)
+        is_folder, vae = are_pictures(self.data), settings.loaded_model.vae
+        if is_folder and vae == "none":
             raise ValueError(
-                f"--vae none: the images of --data {args.data} need a VAE; give ema, mse or a folder"
+                f"--vae none: the images of --data {method.data} need a VAE; give ema, mse or a folder"
             )
-        config = read_vae_config(vae_spec(args)) if is_folder else None
+        config = read_vae_config(vae) if is_folder else None
         if config is not None:
             config.check_encoder()
         self.vae = config and config.load(processes.device, fetch=processes.world_size == 1)
-        self.steps_per_epoch = max(1, len(self.data) // args.global_batch_size)
+        self.steps_per_epoch = max(1, len(self.data) // settings.global_batch_size)
         self._batches: Iterator[tuple[Tensor, Tensor]] | None = None  # begins with the first round
-        self.steps = full_steps(diffusion.num_timesteps, args.every_row)
-        missed = (1 - Fraction(1, len(self.steps))) ** args.groups  # a row, by all groups
+        self.steps = full_steps(diffusion.num_timesteps, method.every_row)
+        missed = (1 - Fraction(1, len(self.steps))) ** method.groups  # chance that no group draws a row
         self.rows_per_step = float(len(self.steps) * (1 - missed))
 
     @property
     def name(self) -> str:
-        return "l2c-every-row" if self.args.every_row else "l2c"
+        return "l2c-every-row" if self.settings.method.every_row else "l2c"
 
     def new_router(self) -> Router:
         router = super().new_router()
-        if not self.args.every_row:
+        if not self.settings.method.every_row:
             logits = router.logits.detach()
             logits[1::2] = torch.inf  # odd steps compute everything, whatever the threshold
             router.set_logits(logits)
         return router
 
     def run(self, training: RowTraining) -> Iterator[TrainStep | None]:
-        args, number, processes = self.args, training.round, self.processes
+        settings, number, processes = self.settings, training.round, self.processes
+        seed, method, batch_size = settings.global_seed, settings.method, settings.global_batch_size
         if self._batches is None:
             self._batches = numbered_batches(
-                self.data, args.global_seed, number, args.global_batch_size,
-                processes.rank, processes.world_size, args.num_works,
-            )  # fmt: skip
-        steps = draw_steps(args.global_seed, number, self.steps, args.groups)
-        local, size = args.groups // processes.world_size, args.global_batch_size // args.groups
+                self.data, seed, number, batch_size, processes.rank, processes.world_size, method.num_works
+            )
+        steps = draw_steps(seed, number, self.steps, method.groups)
+        local, size = method.groups // processes.world_size, batch_size // method.groups
         own_steps, generators = steps[processes.rank * local :][:local], self.generators(number)
         parts = zip(*(part.split(size) for part in next(self._batches)), own_steps, strict=True)
         pairs = [self._pair(generators[k * size :][:size], *part) for k, part in enumerate(parts)]
         yield train_pairs(
-            self.model, self.diffusion, training.router, training.optimizer, pairs, args.ste_threshold,
+            self.model, self.diffusion, training.router, training.optimizer, pairs, method.ste_threshold,
             training.reg_weight, self.variant, steps, distributed.gathered,
         )  # fmt: skip
 
@@ -226,5 +230,8 @@ def draw_steps(seed: int, number: int, steps: range, groups: int) -> list[int]:
 
 
 def full_steps(num_steps: int, every_row: bool = False) -> range:
-    """Learning-to-Cache: the steps that may be computed in full: odd, or all that have one after them."""
+    """Learning-to-Cache: the steps that may be computed in full: odd ones, or all but the last, step 0."""
     return range(1, num_steps, 1 if every_row else 2)
+
+
+ROUNDS: dict[str, type[Rounds]] = {"harmonica": Trajectories, "l2c": Pairs}

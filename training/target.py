@@ -1,10 +1,10 @@
-"""Asking for a speed instead of a coefficient: the regularization weight that meets a target.
+"""A target speed instead of a regularization weight: beta is adjusted until the schedule meets the target.
 
-A larger beta makes branches dearer and the schedule faster, so beta is raised while the schedule saves too
-little and lowered while it saves too much: dual ascent on the constraint "this much is saved". A schedule
-follows beta with a long delay (a logit moves by at most about the learning rate an update), and a logit that
-has reached its limit hardly comes back. So what counts is not the schedule of now but the one that the logits
-are heading for, as Adam's moments tell.
+You usually know the speed you want, not the weight. A larger beta makes branches dearer and the schedule
+faster. So beta is raised while the schedule saves too little and lowered while it saves too much: dual ascent
+on the constraint "this much is saved". A schedule follows beta with a long delay (a logit moves by at most
+about the learning rate per update), and a logit that has reached its limit hardly comes back. Beta therefore
+follows the schedule extrapolated from Adam's moments, not the present one.
 """
 
 import math
@@ -16,10 +16,10 @@ from torch import Tensor
 from models import DiT
 from router import LOGIT_LIMIT, Router, Schedule
 
-TOLERANCE = 0.01  # of what is saved: one point of CUR, or of the share of MACs
-EXTRA_STEPS = 0.25  # a run that has not met its target at its end goes on for this share of its steps
-_GAIN = 0.25  # e-folds of beta per update and root of what is missing
-_LOG_WEIGHTS = math.log(1e-15), math.log(1e6)  # beyond, more or less of it changes nothing
+TOLERANCE = 0.01  # one point of CUR, or of the share of MACs that is saved
+EXTRA_STEPS = 0.25  # share of its steps by which a run goes on that has not met its target
+_GAIN = 0.25  # change of log beta per update, times the square root of the missing share
+_LOG_WEIGHTS = math.log(1e-15), math.log(1e6)  # limits of log beta, beyond which nothing changes
 _LEAST_HORIZON = 10  # updates: the memory of Adam's first moment
 
 
@@ -52,7 +52,7 @@ class Target:
 
     @property
     def saved(self) -> float:
-        """The share that is to be saved."""
+        """The share of cells or MACs to save."""
         return self.value if self.kind == "cur" else 1 - 1 / self.value
 
     def missing(self, schedule: Schedule) -> float:
@@ -65,7 +65,7 @@ class Target:
 
 
 class RegWeightControl:
-    """Beta, moved after every round of training. `log_weight` is all that it remembers."""
+    """Beta, adjusted after every round of training. Its only state is `log_weight`, log beta."""
 
     def __init__(self, target: Target, threshold: float, log_weight: float):
         self.target, self.threshold, self.log_weight = target, threshold, log_weight
@@ -73,10 +73,10 @@ class RegWeightControl:
     def update(
         self, router: Router, optimizer: torch.optim.AdamW, updates: float, updates_left: float
     ) -> None:
-        """After a round with `updates` of every row on average; `updates_left` are to come."""
-        coming = Router.from_logits(_extrapolated(router, optimizer, updates_left))
-        missing = self.target.missing(coming.schedule(self.threshold))
-        if abs(missing) > TOLERANCE / 4:  # the root: small errors that last are to be corrected, too
+        """Adjust beta after a round with `updates` of every row on average, before `updates_left` more."""
+        extrapolated = Router.from_logits(_extrapolated(router, optimizer, updates_left))
+        missing = self.target.missing(extrapolated.schedule(self.threshold))
+        if abs(missing) > TOLERANCE / 4:  # the root: small lasting errors are corrected, too
             change = _GAIN * updates * math.copysign(math.sqrt(abs(missing)), missing)
             self.log_weight = min(max(self.log_weight + change, _LOG_WEIGHTS[0]), _LOG_WEIGHTS[1])
 
@@ -86,7 +86,7 @@ class RegWeightControl:
 
 
 def _extrapolated(router: Router, optimizer: torch.optim.AdamW, updates_left: float) -> Tensor:
-    """The logits (T, B) if every one went on as it moves now, for half its range or to the training's end."""
+    """The logits (T, B) extrapolated by Adam's moments, over half their range or to the training's end."""
     (group,) = optimizer.param_groups
     (beta1, beta2), lr = group["betas"], group["lr"]
     horizon = min(LOGIT_LIMIT / lr, max(updates_left, _LEAST_HORIZON))

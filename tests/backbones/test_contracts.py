@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from backbones.denoiser import Denoiser, executed, walk
 from cache import GatedCache, SoftCache
 from diffusion import State
-from end_to_end.trajectory import Paired, toggle_effects
+from end_to_end.trajectory import ReferenceTrajectory, toggle_effects
 from objectives import (
     PROXY_DEFINITIONS,
     Variant,
@@ -216,14 +216,14 @@ def test_pairs_and_step_errors(backbone, batch):
 def test_errors_of_the_image_are_differentiable(backbone, batch, recompute):
     """The gradient with respect to a gate and to a weight, against finite differences."""
     noise, labels = batch
-    paired = Paired.draw(backbone, TwoStep(), noise, labels, 3.0)
-    torch.testing.assert_close(paired.states[0], by_hand(backbone, noise, labels, 3.0)[-1])
+    reference = ReferenceTrajectory.draw(backbone, TwoStep(), noise, labels, 3.0)
+    torch.testing.assert_close(reference.states[0], by_hand(backbone, noise, labels, 3.0)[-1])
     generator = torch.Generator().manual_seed(0)
     gates = torch.rand(NUM_STEPS, 9, generator=generator, dtype=torch.float64)
     weights = torch.randn(NUM_STEPS, 9, 2, generator=generator, dtype=torch.float64)
 
     def error(gates: Tensor, weights: Tensor) -> Tensor:
-        return paired.errors(GatedCache(gates, weights), recompute)[0].mean()
+        return reference.errors(GatedCache(gates, weights), recompute)[0].mean()
 
     tensors = gates.requires_grad_(), weights.requires_grad_()
     gradients = torch.autograd.grad(error(*tensors), tensors)
@@ -238,15 +238,15 @@ def test_errors_of_the_image_are_differentiable(backbone, batch, recompute):
 
 def test_toggles_and_windows(backbone, batch):
     noise, labels = batch
-    paired = Paired.draw(backbone, TwoStep(), noise, labels, 1.0)
+    reference = ReferenceTrajectory.draw(backbone, TwoStep(), noise, labels, 1.0)
     table = fora_schedule(NUM_STEPS, 9, 2).compute
     weights = torch.tensor([1.0, 0.0], dtype=torch.float64).repeat(NUM_STEPS, 9, 1)
     generators = [torch.Generator().manual_seed(k) for k in range(3)]
-    effects = toggle_effects(paired, table, weights, True, generators)
+    effects = toggle_effects(reference, table, weights, True, generators)
     assert effects.shape == table.shape
     assert effects[:-1].isfinite().all()
     gated = GatedCache(table.double(), weights.requires_grad_())
-    assert len(paired.errors(gated, window=2)) == NUM_STEPS // 2
+    assert len(reference.errors(gated, window=2)) == NUM_STEPS // 2
 
 
 def test_branches_are_wrapped_by_the_contract(backbone, batch):

@@ -9,7 +9,7 @@ from conftest import relative_error
 from backbones.loading import build_model
 from end_to_end.search import (
     CANDIDATES,
-    EARLY,
+    FULL_ROW_CANDIDATES,
     Budget,
     best_of,
     exchanged,
@@ -19,7 +19,7 @@ from end_to_end.search import (
     moving_scale,
     spending,
 )
-from end_to_end.trajectory import Paired
+from end_to_end.trajectory import ReferenceTrajectory
 from router import Schedule, weights_read
 from sampling.loop import generate
 from schedules.baselines import fora_schedule, random_schedule
@@ -83,8 +83,8 @@ def test_skeletons_are_full_rows_of_one_number(digits, share):
 @pytest.mark.parametrize("speedup", [1.25, 1.52])
 def test_candidates_of_a_pool_begin_with_two_steps_where_more_than_half_can_be_computed(digits, speedup):
     budget = budget_of(digits, speedup, 20)
-    assert budget.early_candidates(20) == CANDIDATES
-    assert budget.early_steps(20) == 2
+    assert budget.candidates_for_pool(20) == CANDIDATES
+    assert budget.leading_steps(20) == 2
     for candidate in CANDIDATES:
         tables = budget.skeletons(20, *candidate, 2)
         assert len(tables) > 1
@@ -95,8 +95,8 @@ def test_candidates_of_a_pool_begin_with_two_steps_where_more_than_half_can_be_c
 def test_candidates_of_a_pool_leave_no_row_where_fewer_can(digits, speedup, in_a_row):
     """And take two in a row where there is room."""
     budget = budget_of(digits, speedup, 20)
-    assert budget.early_candidates(20) == EARLY
-    tables = [budget.skeletons(20, *candidate, budget.early_steps(20)) for candidate in EARLY]
+    assert budget.candidates_for_pool(20) == FULL_ROW_CANDIDATES
+    tables = [budget.skeletons(20, *candidate, budget.leading_steps(20)) for candidate in FULL_ROW_CANDIDATES]
     for (table,) in tables:
         assert budget.spent(table) + budget.costs.sum() > budget.allowed
         assert table.all(1)[-in_a_row:].all()
@@ -173,27 +173,27 @@ def test_interpolation_keeps_share_and_place(num_steps):
 def test_fitting_beats_plain_reuse_and_predicts_sampling(tiny_model, ten_steps):
     generator = torch.Generator().manual_seed(1)
     noise, labels = torch.randn(8, 4, 4, 4, generator=generator), torch.arange(8) % 5
-    paired = Paired.draw(tiny_model, ten_steps, noise, labels, 1.5)
+    reference = ReferenceTrajectory.draw(tiny_model, ten_steps, noise, labels, 1.5)
     compute = fora_schedule(10, 4, 2).compute
-    fitted = fit(paired, compute, 2)
-    schedule = Schedule(compute, weights=fitted.weights)
+    fitted = fit(reference, compute, 2)
+    schedule = Schedule(compute, weights=fitted.reuse_weights)
     x_0 = generate(tiny_model, ten_steps, labels, noise, 1.5, schedule=schedule)
-    assert (x_0 - paired.states[0]).square().mean().item() == pytest.approx(fitted.error, rel=1e-3)
+    assert (x_0 - reference.states[0]).square().mean().item() == pytest.approx(fitted.error, rel=1e-3)
     plain = generate(tiny_model, ten_steps, labels, noise, 1.5, schedule=Schedule(compute))
-    plain_error = fit(paired, compute, 0).error
+    plain_error = fit(reference, compute, 0).error
     assert relative_error(plain, x_0) > 1e-3
-    assert plain_error == pytest.approx((plain - paired.states[0]).square().mean().item(), rel=1e-3)
+    assert plain_error == pytest.approx((plain - reference.states[0]).square().mean().item(), rel=1e-3)
     everything = torch.ones(10, 4, dtype=torch.bool)
-    assert best_of(paired, [everything, compute], 2, lambda t: t) is everything
-    assert best_of(paired, [compute, everything], 2, lambda t: t) is everything
+    assert best_of(reference, [everything, compute], 2, lambda t: t) is everything
+    assert best_of(reference, [compute, everything], 2, lambda t: t) is everything
 
 
 def test_a_step_of_unit_length_matters_equally(tiny_model, ten_steps, tiny_batch):
     """It changes a reused output by what least squares left over, in the mean square, in every direction."""
     noise, labels = tiny_batch
-    paired = Paired.draw(tiny_model, ten_steps, noise, labels, 1.5)
+    reference = ReferenceTrajectory.draw(tiny_model, ten_steps, noise, labels, 1.5)
     compute = fora_schedule(10, 4, 2).compute
-    fitted = fit(paired, compute, 3)
+    fitted = fit(reference, compute, 3)
     scale, used = moving_scale(fitted), weights_read(compute, 3)
     assert not used[-1].any()
     assert used[2].all()

@@ -21,6 +21,7 @@ from router import Router, find_router, load_router
 from training.arguments import parse_args
 from training.data import center_crop, numbered_batches, open_data, to_model_space
 from training.rounds import Pairs, draw_steps, full_steps
+from training.settings import TrainSettings
 
 TRAIN = [
     "train_router.py",
@@ -121,8 +122,8 @@ def test_rows_that_a_step_updates_are_counted_for_the_target(groups, flags):
     """What moves beta towards a target: the mean number of rows, exactly 1 for one group."""
     arguments = ["--model", "DiT-digits/2", "--method", "l2c", "--data", "digits", "--groups", str(groups)]
     args = parse_args([*arguments, "--num-sampling-steps", "20", "--global-batch-size", "8", *flags])
-    model = build_model("DiT-digits/2")
-    rounds = Pairs(args, distributed.start("cpu"), model, create_diffusion("20"), None)
+    settings, model = TrainSettings.from_arguments(args), build_model("DiT-digits/2")
+    rounds = Pairs(settings, distributed.start("cpu"), model, create_diffusion("20"), None)
     drawn = [len(set(draw_steps(0, number, rounds.steps, groups))) for number in range(2000)]
     assert rounds.rows_per_step == pytest.approx(sum(drawn) / 2000, rel=0.02)
     assert (rounds.rows_per_step == 1) == (groups == 1)

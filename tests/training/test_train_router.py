@@ -36,7 +36,7 @@ from common.distributed import Processes
 from models import DiT
 from router import Router, find_router, load_router, save_router
 from training.arguments import parse_args
-from training.state import new_run_folder, runs
+from training.checkpoints import new_run_folder, runs
 
 RUN_NAME = "000-DiT-digits-2-T5-seed42"
 TRAIN = ["train_router.py", "--model", "DiT-digits/2", "--num-sampling-steps", 5, "--global-batch-size", 4]
