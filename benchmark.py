@@ -16,29 +16,27 @@ forward passes; `--compile` adds the update with compiled branches.
 
 import argparse
 import itertools
-import statistics
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
+import execution
 from backbones.loading import load_model, pixels_of
 from benchmarks import training_cost
-from common import cli, registry
-from common.columns import print_columns
+from benchmarks.sampling_cost import Setting, card, sampling_rows
+from common import cli, devices, registry
+from common.columns import aligned
 from common.files import check_writable, to_json, write_json
-from common.pictures import branch_types
-from common.timing import copy_ceiling, in_turn, latency, matmul_ceiling, peak_memory, reset_peak_memory
-from execution import modes as execution
-from metrics.paired import mse
+from common.timing import peak_memory
+from execution import settings as execution_settings
+from execution.settings import ExecutionSettings
 from models import DiT
-from sampling.decoding import require_finite
-from sampling.loop import Sample
+from sampling.settings import SamplingSettings
 from schedules import methods
 from schedules.methods import Method
+from schedules.settings import MethodSettings
 
-LOOP = "loop"
+EXECUTION = ("compile", "cuda_graph", "quantize", "cache_dtype")  # settings that a result holds
 
 
 def parse_args() -> argparse.Namespace:
@@ -47,7 +45,13 @@ def parse_args() -> argparse.Namespace:
         "--model", default="DiT-XL/2", help=f"DiT-XL/2 and its family, or {' or '.join(registry.presets())}"
     )
     parser.add_argument("--image-size", type=cli.positive_int, help="pixels (default 256)")
-    parser.add_argument("--methods", nargs="+", default=[], metavar="METHOD[:VALUE]", help="see above")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=[],
+        metavar="METHOD[:VALUE]",
+        help="methods to time, each one word such as fora:2; see above",
+    )
     parser.add_argument(
         "--batch-size", type=cli.positive_int, nargs="+", default=[8],
         help="images, one or more (default 8); with --train trajectories, two rows each under guidance",
@@ -58,23 +62,24 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--train", action="store_true", help="router training instead of sampling")
     parser.add_argument(
         "--cases", nargs="+", choices=(*training_cost.CASES, *training_cost.COMPILED), metavar="CASE",
-        help="of --train, beside `forward`; see training_cost.py (default: all)",
+        help="with --train: what to time beside `forward`; see benchmarks/training_cost.py (default: all)",
     )  # fmt: skip
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="the last line, indented")
-    execution.add_arguments(parser)
-    cli.add_device_arguments(parser)
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE.json", help="also write the last line to a file, indented"
+    )
+    execution_settings.add_arguments(parser)
     args = cli.parse(parser)
     for spec in args.methods:
         try:
-            methods.spec_flags(spec)
+            MethodSettings.from_spec(spec)
         except ValueError as error:
             parser.error(str(error))
     if args.cases and not args.train:
-        parser.error("--cases are of --train; leave them out")
+        parser.error("--cases requires --train; add it or leave --cases out")
     if args.cases and not args.compile and (compiled := set(training_cost.COMPILED) & set(args.cases)):
         parser.error(f"--cases '{min(compiled)}' needs --compile")
     if args.train:
-        unread = [name for name in ("methods", *execution.FLAGS) if name != "compile" and getattr(args, name)]
+        unread = [name for name in ("methods", *EXECUTION) if name != "compile" and getattr(args, name)]
         unread += [name for name in ("batch_size", "num_sampling_steps") if len(getattr(args, name)) > 1]
         if unread:
             parser.error(
@@ -87,7 +92,7 @@ def parse_args() -> argparse.Namespace:
 UNREAD = (
     cli.Unread(
         ("cache_dtype",),
-        lambda args: not any(methods.caches(spec) for spec in args.methods),
+        lambda args: not any(MethodSettings.from_spec(spec).caches for spec in args.methods),
         "without a caching method in --methods",
     ),
 )
@@ -95,94 +100,12 @@ UNREAD = (
 
 def load_methods(args: argparse.Namespace, model: DiT, num_steps: str) -> dict[str, Method]:
     """Every method asked for, `none` first, at one number of steps."""
-    setting = {"model": args.model, "cfg_scale": args.cfg_scale, "num_sampling_steps": num_steps}
+    sampling = SamplingSettings(num_steps, cfg_scale=args.cfg_scale)
     specs = dict.fromkeys(["none", *args.methods])
-    return {spec: methods.load_spec(spec, model, p_sample=False, **setting) for spec in specs}
-
-
-def card(args: argparse.Namespace, model: DiT, device: torch.device, dtype: torch.dtype, batch: int) -> dict:
-    """What is known before anything is timed, and the two ceilings, which are measured.
-
-    model: not quantised yet. The matmul ceiling is that of `dtype`, which 8-bit products can surpass.
-    """
-    rows = batch * (1 if args.cfg_scale == 1 else 2)
-    tokens = (model.input_size // model.patch_size) ** 2
-    width = model.branch_size // tokens
-    kinds = branch_types(model.branches)
-    of_branch = [bytes / 2**20 for bytes in execution.branch_weight_bytes(model, args.quantize)]
     return {
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "weights_mb": execution.weight_bytes(model, args.quantize) / 2**20,
-        "weights_mb_of_branch": dict(zip(kinds, of_branch, strict=False)),
-        "gmacs_per_step": rows * (sum(model.branch_macs) + model.other_macs) / 1e9,
-        "gmacs_of_branch": {kind: rows * model.branch_macs[k] / 1e9 for k, kind in enumerate(kinds)},
-        "branch_output_mb": rows * model.branch_size * dtype.itemsize / 2**20,
-        "matmul_gmacs_per_second": matmul_ceiling(device, dtype, rows * tokens, width) / 1e9,
-        "copy_gb_per_second": copy_ceiling(device) / 1e9,
+        spec: methods.load_method(MethodSettings.from_spec(spec), model, sampling, args.model)
+        for spec in specs
     }
-
-
-def floor_seconds(facts: dict, macs: float, weights_read: float) -> float:
-    """No run is shorter: its products at the ceiling, or the weights (bytes) of computed branches read."""
-    products = macs / (facts["matmul_gmacs_per_second"] * 1e9)
-    return max(products, weights_read / (facts["copy_gb_per_second"] * 1e9))
-
-
-def sampling_rows(
-    args: argparse.Namespace, model: DiT, sample: Sample, device: torch.device, facts: dict,
-    num_steps: str, batch: int,
-) -> list[dict]:  # fmt: skip
-    """One row per method at one batch size and number of steps."""
-    chosen = load_methods(args, model, num_steps)
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(batch, *model.sample_shape, generator=generator).to(device)
-    labels = (torch.arange(batch) % model.num_classes).to(device)
-
-    def runner(method: Method) -> Callable[[], Tensor]:
-        trajectory = method.trajectory(model, args.cfg_scale)
-        return lambda: sample(trajectory, labels, noise)
-
-    runs = {name: runner(method) for name, method in chosen.items()}
-    if not args.compile and not args.cuda_graph:
-        plain = chosen["none"].diffusion
-        runs[LOOP] = lambda: training_cost.plain_loop(model, plain, labels, noise, args.cfg_scale)
-    x_0, peaks = {}, {}
-    for name, run in runs.items():  # the warm-up, which captures where it does
-        reset_peak_memory(device)
-        x_0[name] = run()
-        require_finite(x_0[name], what=f"x_0 of {name}")
-        peaks[name] = peak_memory(device)
-    times = dict(zip(runs, in_turn(list(runs.values()), args.repeats, device, warm_up=0), strict=True))
-    passes, rows = 1 if args.cfg_scale == 1 else 2, []
-    weights = torch.tensor(execution.branch_weight_bytes(model, args.quantize), dtype=torch.float64)
-    for name in runs:
-        method = chosen.get(name, chosen["none"])
-        schedule, steps = method.schedule, method.diffusion.num_timesteps
-        full = steps * (sum(model.branch_macs) + model.other_macs)
-        macs = batch * passes * (full if schedule is None else schedule.macs(model))
-        seconds = statistics.median(times[name])
-        row = {"method": name, "num_steps": steps, "batch_size": batch}
-        row |= latency(times[name], times["none"])
-        row["speedup_macs"] = method.speedup_macs(model, chosen["none"].diffusion.num_timesteps)
-        row["ratio"] = row["speedup_latency"] / row["speedup_macs"]
-        row["of_ceiling"] = macs / seconds / (facts["matmul_gmacs_per_second"] * 1e9)
-        read = steps * weights.sum() if schedule is None else (schedule.compute.double() @ weights).sum()
-        row["floor_ms"] = 1000 * floor_seconds(facts, macs, read.item())
-        row["cache_mb"] = cache_bytes(args, model, method, batch * passes) / 2**20
-        if device.type == "cuda":  # of a process on a CPU it says nothing about one method
-            row["peak_mb"] = peaks[name] / 2**20
-        rows.append(row)
-    if LOOP in x_0:
-        rows[0]["mse_to_loop"] = mse(x_0["none"], x_0[LOOP])
-    return rows
-
-
-def cache_bytes(args: argparse.Namespace, model: DiT, method: Method, rows: int) -> int:
-    """The most that stored branch outputs take at once."""
-    if method.schedule is None:
-        return 0
-    dtype = execution.CACHE_DTYPES.get(args.cache_dtype, next(model.parameters()).dtype)
-    return method.schedule.stored_outputs() * rows * model.branch_size * dtype.itemsize
 
 
 COLUMNS = (
@@ -217,8 +140,9 @@ def print_card(facts: dict, title: str) -> None:
 
 def main(args: argparse.Namespace) -> None:
     cli.show_notes(args)
-    device = cli.choose_device(args.device)
-    precision, dtype = cli.set_precision(args.precision, device)
+    executing = ExecutionSettings.from_arguments(args)
+    device = devices.choose_device(executing.device)
+    precision, dtype = devices.set_precision(executing.precision, device)
     if args.output:
         check_writable(args.output, [".json"])
     model = load_model(
@@ -226,22 +150,27 @@ def main(args: argparse.Namespace) -> None:
     )
     result = {name: getattr(args, name) for name in ("model", "cfg_scale", "repeats")}
     result["image_size"] = pixels_of(model)
-    result |= {"precision": precision, "hardware": cli.hardware(device), "torch": torch.__version__}
+    result |= {"precision": precision, "hardware": devices.hardware(device), "torch": torch.__version__}
     title = f"{args.model}, {pixels_of(model)} px, {precision} on {result['hardware']}, batch "
-    result["cards"] = {batch: card(args, model, device, dtype, batch) for batch in args.batch_size}
+    result["cards"] = {
+        batch: card(model, device, batch, args.cfg_scale, executing.quantize) for batch in args.batch_size
+    }
     for batch, facts in result["cards"].items():
         print_card(facts, f"{title}{batch}")
     if args.train:
         rows = training_cost.training_rows(args, device, dtype)
-        print_columns(rows, TRAINING_COLUMNS)
+        print(aligned(rows, TRAINING_COLUMNS), flush=True)
     else:
-        sample, rows = execution.prepare(args, model, device), []
+        executing, rows = executing.on(device), []
+        setting = Setting(model, execution.prepare(executing, model, device), executing, device, args.repeats)
         for num_steps, batch in itertools.product(args.num_sampling_steps, args.batch_size):
-            setting = device, result["cards"][batch], num_steps, batch
-            found = sampling_rows(args, model, sample, *setting)
-            print_columns(found, COLUMNS)
+            chosen = load_methods(args, model, num_steps)
+            for note in dict.fromkeys(note for method in chosen.values() for note in method.notes):
+                print(note)
+            found = sampling_rows(setting, chosen, args.cfg_scale, batch, result["cards"][batch])
+            print(aligned(found, COLUMNS), flush=True)
             rows += found
-    result |= {name: getattr(args, name) for name in execution.FLAGS}  # as they took effect
+    result |= {name: getattr(executing, name) for name in EXECUTION}
     result |= {"peak_mb_of_process": peak_memory("cpu") / 2**20, "rows": rows}
     if args.output:
         write_json(args.output, result)

@@ -1,20 +1,21 @@
-"""Cache policies: what happens where a branch is, computed, reused or blended.
+"""Cache policies: each decides, per step and branch, whether to compute, reuse or blend.
 
-A policy is called as `cache(branch, compute)` by every branch of the model and returns the branch output
-(before its gate). It lives for one trajectory, starts with an empty store, and learns from the sampling loop
-which step it is at (`cache.step = i`, a Python int). Static and soft never wait for the device. `computed`
-says beforehand at which steps a policy computes which branches, None: everywhere.
+Every branch of the model calls its policy as `cache(branch, run)`, where `run()` computes the branch output,
+and uses what it returns as the branch output (before its gate). A policy lives for one trajectory, starts
+with an empty store, and is told by the loop over steps which step it is (`cache.step = i`, a Python int).
+`cache.computed`, a table of bools (T, B), says before the first step which branches a policy computes at
+which steps; None: all of them. `StaticCache` and `SoftCache` never wait for the device.
 
 | policy | branch output | store |
 |---|---|---|
 | none (`models.compute_always`) | computed | - |
-| `StaticCache` | computed where the schedule says so, else combined from the stored | what will be read |
-| `FittingCache` | the same, its weights solved by least squares as it goes | the last K computed |
-| `GatedCache` | the same with gates between 0 and 1, differentiable | the same, moved on by the gate |
-| `SoftCache` | `score * computed + (1 - score) * stored` | that blend, replaced where score > threshold |
+| `StaticCache` | computed where the schedule says so, else combined from the store | what later steps read |
+| `FittingCache` | the same; solves the weights of reuse by least squares | the last K outputs |
+| `GatedCache` | the same with gates between 0 and 1, differentiable | the last K outputs, moved by the gate |
+| `SoftCache` | `score * output + (1 - score) * stored` | that blend, replaced where score > threshold |
 
-The first three are what is sampled and what end-to-end training differentiates; `SoftCache` is HarmoniCa's
-and Learning-to-Cache's training.
+`StaticCache` is for sampling, `FittingCache` for calibration, `GatedCache` for end-to-end training, and
+`SoftCache` for the training of HarmoniCa and Learning-to-Cache.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,12 +26,12 @@ from torch import Tensor
 
 from router import Schedule
 
-Outputs = tuple[Tensor, ...]  # of one branch, the last computed one first
+Outputs = tuple[Tensor, ...]  # outputs of one branch, the last computed one first
 Combine = Callable[[Outputs, Sequence[float] | Tensor], Tensor]
 
 
 def combined(outputs: Outputs, weights: Sequence[float] | Tensor) -> Tensor:
-    """`sum_k weights[k] * outputs[k]` over the outputs that there are."""
+    """`sum_k weights[k] * outputs[k]`, over as many outputs as there are."""
     total = _times(outputs[0], weights[0])
     for output, weight in zip(outputs[1:], weights[1:], strict=False):
         total = total + _times(output, weight)
@@ -38,14 +39,14 @@ def combined(outputs: Outputs, weights: Sequence[float] | Tensor) -> Tensor:
 
 
 def _times(output: Tensor, weight: float | Tensor) -> Tensor:
-    """Rounded once, at the end, whatever the weight is: a tensor of no dimensions would be rounded first."""
+    """The product, rounded once; torch would round a 0-d weight to the dtype of the output first."""
     if isinstance(weight, Tensor) and weight.dtype != output.dtype:
         return (output * weight.view([1] * output.ndim)).to(output.dtype)
     return output * weight
 
 
 class _Store:
-    """What a policy keeps of every branch; trajectories that share a prefix copy it."""
+    """The stored outputs of every branch. Trajectories that share their first steps copy it."""
 
     computed: list[list[bool]] | None = None
     _stored: list
@@ -58,20 +59,20 @@ class _Store:
 
 
 class StaticCache:
-    """Inference: a reused branch executes none of its layers.
+    """Sampling: a reused branch executes none of its layers.
 
-    HarmoniCa sec. 3, FORA, Learning-to-Cache, and with `Schedule.weights` forecasts (TaylorSeer) and learned
-    combinations.
+    This is HarmoniCa sec. 3, FORA and Learning-to-Cache; with `Schedule.weights` it is a forecast
+    (TaylorSeer) or a learned combination of the last outputs.
     """
 
     def __init__(
         self, schedule: Schedule, dtype: torch.dtype | None = None, combine: Combine | None = None,
         device: torch.device | None = None,
     ):  # fmt: skip
-        """dtype: of what is stored; None: as it was computed.
+        """dtype: dtype of the stored outputs; None: as they were computed.
 
-        combine: what stands for `combined`; it has its weights as tensors (K,) on `device`, not as numbers,
-        so that one compiled function serves all cells.
+        combine: a function to take the place of `combined`. It gets its weights as tensors (K,) on `device`,
+        not as numbers, so that one compiled function serves all cells.
         """
         self.step = schedule.num_steps - 1
         self.computed: list[list[bool]] = schedule.compute.tolist()
@@ -83,15 +84,15 @@ class StaticCache:
         self._stored: list[Outputs] = [()] * schedule.num_branches
         self._dtype, self._combine = dtype, combine or combined
 
-    def __call__(self, branch: int, compute: Callable[[], Tensor]) -> Tensor:
+    def __call__(self, branch: int, run: Callable[[], Tensor]) -> Tensor:
         stored, kept = self._stored[branch], self._kept[self.step][branch]
         if self.computed[self.step][branch]:
-            output = compute()
+            output = run()
             new = output if self._dtype is None else output.to(self._dtype)
             self._stored[branch] = (new, *stored)[:kept]
             self._computed_dtype = output.dtype
             return output
-        self._stored[branch] = stored[:kept]  # the last reader of an output lets go of it
+        self._stored[branch] = stored[:kept]  # drops the outputs that no later step reads
         if self._dtype is not None:
             stored = tuple(output.to(self._computed_dtype) for output in stored)
         if self._weights is None:
@@ -103,36 +104,41 @@ class StaticCache:
 
 
 class FittingCache(_Store):
-    """Sampling that solves the weights of its reuse: least squares of each output on the stored ones.
+    """Calibration: solves the weights of reuse by least squares of each output on the stored outputs.
 
-    Every branch is computed, so that there is something to fit; what is returned, and so all that follows, is
-    what `StaticCache` will do with `weights`. Equations are summed over the batch, and by `reduce` over
-    ranks. `weights`, and the `gram` matrix of the stored outputs and mean square `residual` that tell how far
-    a weight may move, are filled in for all cells but those of the first step; where a cell is computed they
-    are what it could be replaced with.
+    Every branch is computed, as the target of its fit. A reused branch returns its fit, so each fit sees the
+    errors that `StaticCache` will make with the weights of earlier steps. compute: bool (T, B), the schedule.
+    reduce: sums or averages the normal equations over ranks; within a rank they are averaged over the batch.
+
+    Filled in for all cells but those of the first step, computed ones included: `weights` (T, B, K), the
+    `gram` matrix (T, B, K, K) of the stored outputs and the mean square `residual` (T, B). The last two tell
+    how much the error grows when a weight moves.
     """
 
     def __init__(self, compute: Tensor, num_terms: int, reduce: Callable[[Tensor], Tensor] = lambda t: t):
         size = (*compute.shape, num_terms)
         self.step = len(compute) - 1
-        self._compute, self._reduce = compute.tolist(), reduce
+        self._schedule, self._reduce = compute.tolist(), reduce
         self._stored: list[Outputs] = [()] * compute.shape[1]
         self.weights = torch.zeros(size, dtype=torch.float64)
         self.gram = torch.eye(num_terms, dtype=torch.float64).expand(*size, num_terms).clone()
         self.residual = torch.zeros(compute.shape, dtype=torch.float64)
 
-    def __call__(self, branch: int, compute: Callable[[], Tensor]) -> Tensor:
-        stored, step, output = self._stored[branch], self.step, compute()
+    def __call__(self, branch: int, run: Callable[[], Tensor]) -> Tensor:
+        stored, step, output = self._stored[branch], self.step, run()
         num_terms = self.weights.shape[2]
         if stored:
             weights = self._solve(branch, stored, output)
-            if not self._compute[step][branch]:
+            if not self._schedule[step][branch]:
                 return combined(stored, weights.tolist())
         self._stored[branch] = (output, *stored[: num_terms - 1])
         return output
 
     def _solve(self, branch: int, stored: Outputs, output: Tensor) -> Tensor:
-        """Normal equations in float64, drawn towards plain reuse where outputs are nearly collinear."""
+        """The weights (k,) of normal equations in float64, with a ridge towards plain reuse.
+
+        The ridge decides where the stored outputs are nearly collinear.
+        """
         rows = torch.stack([one.double().flatten() for one in (*stored, output)])  # (k + 1, values)
         products = self._reduce(rows @ rows.T / rows.shape[1]).cpu()
         gram, target, k = products[:-1, :-1], products[:-1, -1], len(stored)
@@ -148,27 +154,28 @@ class FittingCache(_Store):
         return weights
 
 
-RIDGE = 1e-6  # of the mean square of the stored outputs
+RIDGE = 1e-6  # times the mean square of the stored outputs
 
 
 class Mode(Enum):
     """What `GatedCache` does in a cell (step, branch)."""
 
-    COMPUTE = "as a schedule that computes it"
-    REUSE = "as a schedule that reuses it: the branch is not computed"
-    BLEND = "compute and reuse, blended by the gate"
+    COMPUTE = "compute the branch and store its output"
+    REUSE = "combine stored outputs; the branch is not computed"
+    BLEND = "compute the branch and blend it with its reuse by the gate"
 
 
 class GatedCache(_Store):
-    """Training: `gate * computed + (1 - gate) * reused`, exactly `StaticCache` where the gates are 0 or 1.
+    """Training: `gate * output + (1 - gate) * reused`, exactly `StaticCache` where the gates are 0 or 1.
 
-    gates: (T, B), or (T, B, n) one for each sample; under guidance both halves of the batch share theirs.
-    weights: (T, B, K) of the reuse. Both may require grad. soft: bool (T, B), the cells that are blended; the
-    others follow their gate, rounded, and compute nothing that they do not need. None: blended are the cells
-    whose gate is neither 0 nor 1, or requires grad. The store moves on as far as the gate says: `gate *
-    (computed, outputs but the oldest) + (1 - gate) * outputs`; with `store_gradient` False only its values
-    follow the gate, the gradient does not. Stored outputs keep their graph: the loss of every later reader
-    reaches the step that computed them.
+    gates: (T, B), or (T, B, n) with one per sample; under guidance both halves of the batch share theirs.
+    weights: (T, B, K), the weights of reuse. Both may require grad. soft: bool (T, B), the cells in
+    Mode.BLEND; None: the cells whose gate is neither 0 nor 1, or requires grad. All other cells round their
+    gate to Mode.COMPUTE or Mode.REUSE. A branch without stored outputs is always computed.
+
+    In a blended cell the stored outputs move as far as the gate says, to `gate * (output, stored[:-1]) + (1 -
+    gate) * stored`. store_gradient: whether this move passes a gradient to the gate. Stored outputs keep
+    their graph, so the loss of every later step that reads them reaches the step that computed them.
     """
 
     def __init__(
@@ -179,7 +186,7 @@ class GatedCache(_Store):
             soft = undecided if gates.ndim == 2 else undecided.any(-1)
         self.step = len(gates) - 1
         self.store_gradient, self._num_terms = store_gradient, weights.shape[2]
-        # Cell by cell: the gradient of an indexed tensor would be as large as the tensor, for each cell.
+        # Taken apart into cells: the gradient of an indexed tensor would be as large as the tensor, per cell.
         self._gates = [row.unbind() for row in gates.unbind()]
         self._weights = [row.unbind() for row in weights.unbind()]
         rounded = (gates.detach() if gates.ndim == 2 else gates.detach().mean(-1)) > 0.5
@@ -190,11 +197,11 @@ class GatedCache(_Store):
         self.computed = [[mode is not Mode.REUSE for mode in row] for row in self._modes]
         self._stored: list[Outputs] = [()] * gates.shape[1]
 
-    def __call__(self, branch: int, compute: Callable[[], Tensor]) -> Tensor:
+    def __call__(self, branch: int, run: Callable[[], Tensor]) -> Tensor:
         mode = self._modes[self.step][branch] if self._stored[branch] else Mode.COMPUTE
         if mode is Mode.REUSE:
             return self._reused(branch)
-        output = compute()
+        output = run()
         return self._blended(branch, output) if mode is Mode.BLEND else self._refreshed(branch, output)
 
     def _reused(self, branch: int) -> Tensor:
@@ -209,7 +216,7 @@ class GatedCache(_Store):
         share = gate if self.store_gradient else gate.detach()
         refreshed = (output, *stored)[: self._num_terms]
         moved = [torch.lerp(old, new, share) for old, new in zip(stored, refreshed, strict=False)]
-        grown = [new * share for new in refreshed[len(stored) :]]  # a place that was empty: nothing to blend
+        grown = [new * share for new in refreshed[len(stored) :]]  # an empty place has nothing to blend with
         self._stored[branch] = (*moved, *grown)
         return torch.lerp(reused, output, gate)
 
@@ -222,34 +229,33 @@ class GatedCache(_Store):
 
 
 class _Blend(torch.autograd.Function):
-    """`lerp(stored, computed, weight)`, keeping their difference alone for its gradient.
+    """`lerp(stored, output, weight)` with a constant `stored`; keeps only their difference for the gradient.
 
-    stored is a constant; what autograd would keep of lerp is both, and the store before it moved on.
+    Autograd's lerp would keep both tensors, and so the store of every step.
     """
 
     @staticmethod
-    def forward(ctx, stored: Tensor, computed: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx, stored: Tensor, output: Tensor, weight: Tensor) -> Tensor:
         if any(ctx.needs_input_grad):
-            ctx.save_for_backward(computed - stored, weight)
-        return torch.lerp(stored, computed, weight)
+            ctx.save_for_backward(output - stored, weight)
+        return torch.lerp(stored, output, weight)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
         difference, weight = ctx.saved_tensors
-        of_computed = grad * weight if ctx.needs_input_grad[1] else None
-        of_weight = None
+        grad_output = grad * weight if ctx.needs_input_grad[1] else None
+        grad_weight = None
         if ctx.needs_input_grad[2]:
-            of_weight = torch.linalg.vecdot(grad.flatten(), difference.flatten()).view_as(weight)
-        return None, of_computed, of_weight
+            grad_weight = torch.linalg.vecdot(grad.flatten(), difference.flatten()).view_as(weight)
+        return None, grad_output, grad_weight
 
 
 class SoftCache(_Store):
     """Training: every branch is computed and blended with the stored output by its score.
 
-    scores: (T, B) in [0, 1], or its rows apart; a row that requires grad passes its gradient on. A branch met
-    for the first time is computed and stored. `snapshot` and `restore` let trajectories share a prefix.
-    straight_through: blend with `1[score > threshold]`, what sampling will do, and pass the gradient on to
-    the score as if it were the blend's weight.
+    scores: (T, B) in [0, 1], or a sequence of its rows (B,), each of which may require grad. A branch without
+    a stored output is computed and stored. straight_through: blend with `1[score > threshold]`, as sampling
+    does, and pass the gradient to the score as if the score were the weight of the blend.
     """
 
     def __init__(self, scores: Tensor | Sequence[Tensor], threshold: float, straight_through: bool = False):
@@ -259,16 +265,16 @@ class SoftCache(_Store):
         self.straight_through = straight_through
         self._stored: list[Tensor | None] = [None] * len(scores[0])
 
-    def __call__(self, branch: int, compute: Callable[[], Tensor]) -> Tensor:
-        computed, stored = compute(), self._stored[branch]
+    def __call__(self, branch: int, run: Callable[[], Tensor]) -> Tensor:
+        output, stored = run(), self._stored[branch]
         if stored is None:
-            self._stored[branch] = computed.detach()
-            return computed
+            self._stored[branch] = output.detach()
+            return output
         score = self.scores[self.step][branch]
         refreshed = score > self.threshold
         weight = refreshed + (score - score.detach()) if self.straight_through else score
-        blended = _Blend.apply(stored, computed, weight.to(computed.dtype))
-        # A device-side choice: asking `score > threshold` on the host would wait for the device at every
+        blended = _Blend.apply(stored, output, weight.to(output.dtype))
+        # The device chooses: to ask `score > threshold` on the host would wait for the device at every
         # branch.
         self._stored[branch] = torch.where(refreshed, blended, stored).detach()
         return blended

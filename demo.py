@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from backbones.loading import load_model
-from common import cli, lifeline
-from common.columns import print_columns
+from common import cli, devices, lifeline
+from common.columns import aligned
 from common.files import replacing, write_json
 from common.pictures import comparison, schedule_heat_map
-from common.timing import in_turn
+from common.timing import alternating
 from diffusion import create_diffusion
 from examples.digits import MODEL
 from examples.digits.classifier import Judge
@@ -127,14 +127,14 @@ def main(args: argparse.Namespace) -> None:
         draws[method] = partial(generate_seeded, trajectory, seed=SEED)
         samples[method] = draws[method](labels, batch_size=250, progress=True)
     batches = [partial(draw, labels[:BATCH_SIZE]) for draw in draws.values()]
-    seconds = dict(zip(draws, in_turn(batches, REPEATS, torch.device("cpu"), warm_up=0), strict=True))
+    seconds = dict(zip(draws, alternating(batches, REPEATS, torch.device("cpu"), warm_up=0), strict=True))
 
     rows = []
     for method, x_0 in samples.items():
         rows.append(measure(model, judge, x_0, labels, samples["uncached"], method, methods[method]))
         rows[-1]["latency_ms"] = 1000 * statistics.median(seconds[method])
     print()
-    print_columns(rows, COLUMNS)
+    print(aligned(rows, COLUMNS), flush=True)
     write_results(args.results_dir, rows, router, samples, model)
 
 
@@ -142,7 +142,7 @@ def write_results(
     folder: Path, rows: list[dict], router: Router, samples: dict[str, Tensor], model: DiT
 ) -> None:
     uncached, cached = rows[0], rows[1]
-    hardware = f"{cli.hardware(torch.device('cpu'))}, fp32"
+    hardware = f"{devices.hardware(torch.device('cpu'))}, fp32"
     print(
         f"\nspeed-up of harmonica: {uncached['latency_ms'] / cached['latency_ms']:.2f}x measured "
         f"({hardware}, batch {BATCH_SIZE}, median of {REPEATS}), "

@@ -1,8 +1,8 @@
 """The Diffusion Transformer (DiT) family, with one cache hook per branch.
 
-Architecture of Peebles and Xie, "Scalable Diffusion Models with Transformers" (2023), under the parameter
+Architecture of Peebles and Xie, "Scalable Diffusion Models with Transformers" (2023), with the parameter
 names of the official checkpoints. Nothing here knows how caching works: each residual sub-layer (a *branch*)
-hands its index and a function that computes its output to `cache`, and adds whatever comes back. Without a
+hands its index and a function that computes its output to `cache`, and adds what `cache` returns. Without a
 cache every branch is computed.
 
 Letters in the shape comments: N batch (cond and uncond together under guidance), C channels, H, W input size,
@@ -25,15 +25,16 @@ from backbones.contract import Cache
 from common import registry
 
 
-def compute_always(_branch: int, compute: Callable[[], Tensor]) -> Tensor:
+def compute_always(_branch: int, run: Callable[[], Tensor]) -> Tensor:
     """The cache policy of the plain model: every branch is computed, nothing is stored."""
-    return compute()
+    return run()
 
 
 class Modulation(NamedTuple):
     """What the conditioning does to one branch; every field is (N, 1, D).
 
-    shift and scale (with its 1 added) belong to the branch's input: None where the branch is not computed.
+    shift and scale (its 1 added) change the branch's input, gate its output. A branch that is not computed
+    needs its gate alone: shift and scale are None.
     """
 
     shift: Tensor | None
@@ -42,7 +43,7 @@ class Modulation(NamedTuple):
 
 
 class Modulations(NamedTuple):
-    """Everything that one evaluation of the model takes from its timestep and labels."""
+    """All that one evaluation of the model needs from its timestep and labels."""
 
     branches: list[Modulation]
     final: tuple[Tensor, Tensor]  # shift and scale (N, 1, D)
@@ -108,25 +109,24 @@ class DiTBlock(nn.Module):
         gelu = partial(nn.GELU, approximate="tanh")
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=gelu, drop=0)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
-        self.modulated, self.add_gated = modulated, add_gated  # see `DiT.use_kernels`, `wrap_additions`
+        self.modulated, self.add_gated = modulated, add_gated  # `DiT.use_kernels` replaces them
+
+    def forward(self, x: Tensor, attn: Modulation, mlp: Modulation, cache: Cache | None = None) -> Tensor:
+        cache = cache or compute_always
+        output = cache(self.attn_branch, partial(self.attend, x, attn))  # (N, T, D)
+        x = self.add_gated(x, attn.gate, output)  # (N, T, D)
+        output = cache(self.mlp_branch, partial(self.transform, x, mlp))  # (N, T, D)
+        return self.add_gated(x, mlp.gate, output)  # (N, T, D)
 
     def attend(self, x: Tensor, modulation: Modulation) -> Tensor:
-        return self.attn(self.modulated(self.norm1, x, modulation.shift, modulation.scale))
+        return self.attn(self.modulated(self.norm1, x, modulation.shift, modulation.scale))  # (N, T, D)
 
     def transform(self, x: Tensor, modulation: Modulation) -> Tensor:
-        return self.mlp(self.modulated(self.norm2, x, modulation.shift, modulation.scale))
+        return self.mlp(self.modulated(self.norm2, x, modulation.shift, modulation.scale))  # (N, T, D)
 
-    def forward(
-        self, x: Tensor, attn_modulation: Modulation, mlp_modulation: Modulation, cache: Cache | None = None
-    ) -> Tensor:
-        cache = cache or compute_always
-        attn = cache(self.attn_branch, partial(self.attend, x, attn_modulation))
-        x = self.add_gated(x, attn_modulation.gate, attn)  # (N, T, D)
-        mlp = cache(self.mlp_branch, partial(self.transform, x, mlp_modulation))
-        return self.add_gated(x, mlp_modulation.gate, mlp)  # (N, T, D)
-
-    # The layer `adaLN_modulation` holds (shift, scale, gate) of attn, then of mlp. Its two halves are taken
-    # apart below, since a branch needs its gate at every step, and its shift and scale only where computed.
+    # The layer `adaLN_modulation` makes (shift, scale, gate) of attn, then of mlp. Gates are made apart from
+    # the modulations of inputs: a branch needs its gate at every step, and the others only where it is
+    # computed.
 
     def gates(self, c: Tensor, branch: int) -> Tensor:
         """The gates (S, N, 1, D) of a branch's output at each of S steps. c: (S, N, D), after its SiLU."""
@@ -134,7 +134,7 @@ class DiTBlock(nn.Module):
         return F.linear(c, weight, bias).unsqueeze(2)
 
     def input_modulations(self, c: Tensor, branch: int) -> list[tuple[Tensor, Tensor]]:
-        """For each of S steps the shift and scale, its 1 added, of a branch's input, (N, 1, D) both."""
+        """Shift and scale (its 1 added) of a branch's input at each of S steps, (N, 1, D) both."""
         weight, bias = (one.chunk(2)[branch] for one in self._modulation_layer())
         size = 2 * c.shape[-1]
         shift, scale = F.linear(c, weight[:size], bias[:size]).unsqueeze(2).chunk(2, dim=-1)
@@ -152,7 +152,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
     def modulations(self, c: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """For every step shift and scale, its 1 added, (N, 1, D). c: (S, N, D), after its SiLU."""
+        """Shift and scale (its 1 added) at each of S steps, (N, 1, D) both. c: (S, N, D), after its SiLU."""
         shift, scale = self.adaLN_modulation[1](c).unsqueeze(2).chunk(2, dim=-1)
         return list(zip(shift, 1 + scale, strict=True))
 
@@ -163,12 +163,9 @@ class FinalLayer(nn.Module):
 class DiT(nn.Module):
     """Class-conditional diffusion transformer.
 
-    `branches` names every branch in order of execution (`"0.attn"`, `"0.mlp"`, `"1.attn"`, ...);
-    `branch_macs` gives each one's multiply-accumulates for one sample, `other_macs` those of everything that
-    is never cached; `branch_size` is the number of values of a branch output, `prepared_size` that of what
-    one sample's conditioning becomes in all layers. With these members a DiT is a `backbones.Backbone`. For
-    whoever shows what it draws: `vae_factor`, pixels per latent and side (1 for a model of pixels), and
-    `source`, a line on where the weights came from.
+    It is a `backbones.contract.Backbone`, which tells what `branches`, `branch_macs`, `other_macs`,
+    `branch_size` and `prepared_size` are. Two members more: `vae_factor`, pixels per latent and side (1 for a
+    model of pixels), and `source`, a line on where the weights came from.
     """
 
     def __init__(
@@ -244,41 +241,6 @@ class DiT(nn.Module):
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
 
-    def unpatchify(self, x: Tensor) -> Tensor:
-        """(N, T, P * P * C) -> (N, C, H, W)."""
-        grid, p, c = self.input_size // self.patch_size, self.patch_size, self.out_channels
-        x = x.reshape(-1, grid, grid, p, p, c).permute(0, 5, 1, 3, 2, 4)  # (N, C, grid, P, grid, P)
-        return x.reshape(-1, c, self.input_size, self.input_size)
-
-    def modulations(self, c: Tensor, computed: Sequence[Sequence[bool]] | None = None) -> list[Modulations]:
-        """What each of S evaluations takes from its conditioning c (S, N, D); for `predict`.
-
-        It does not depend on x, so a sampler makes it for all steps at once: a large matrix product instead
-        of many small ones. computed: for every step a row of num_branches, whether the branch is computed
-        there; of the others only the gate is made. None: all are computed.
-        """
-        c, steps = F.silu(c), range(len(c))
-        branches: list[list[Modulation]] = [[] for _ in steps]
-        for block in self.blocks:
-            for branch, index in enumerate(block.branch_indices):
-                chosen = [step for step in steps if computed is None or computed[step][index]]
-                inputs = dict.fromkeys(steps, (None, None))
-                if chosen:
-                    of_chosen = c if len(chosen) == len(c) else torch.stack([c[step] for step in chosen])
-                    inputs |= zip(chosen, block.input_modulations(of_chosen, branch), strict=True)
-                for step, gate in enumerate(block.gates(c, branch)):
-                    branches[step].append(Modulation(*inputs[step], gate))
-        finals = self.final_layer.modulations(c)
-        return [Modulations(*of_step) for of_step in zip(branches, finals, strict=True)]
-
-    def predict(self, x: Tensor, modulations: Modulations, cache: Cache | None = None) -> Tensor:
-        """(N, C_out, H, W) of x (N, C, H, W), its timesteps and labels given by `modulations`."""
-        # The convolution leaves tokens innermost, and sums keep that order; norms want the width there.
-        x = self.x_embedder(x).contiguous() + self.pos_embed  # (N, T, D)
-        for i, block in enumerate(self.blocks):
-            x = block(x, *modulations.branches[2 * i : 2 * i + 2], cache)  # (N, T, D)
-        return self.unpatchify(self.final_layer(x, *modulations.final))
-
     def forward(self, x: Tensor, t: Tensor, y: Tensor, cache: Cache | None = None) -> Tensor:
         """Predict noise and, with `learn_sigma`, the variance interpolation.
 
@@ -287,12 +249,26 @@ class DiT(nn.Module):
         """
         c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
         (modulations,) = self.modulations(c.unsqueeze(0))
-        return self.predict(x, modulations, cache)
+        return self.predict(x, modulations, cache)  # (N, C_out, H, W)
+
+    def predict(self, x: Tensor, modulations: Modulations, cache: Cache | None = None) -> Tensor:
+        """The output (N, C_out, H, W) at x (N, C, H, W), for the timesteps and labels of `modulations`."""
+        # The convolution leaves the tokens innermost in memory; norms are faster with the width there.
+        x = self.x_embedder(x).contiguous() + self.pos_embed  # (N, T, D)
+        for i, block in enumerate(self.blocks):
+            x = block(x, *modulations.branches[2 * i : 2 * i + 2], cache)  # (N, T, D)
+        return self.unpatchify(self.final_layer(x, *modulations.final))  # (N, C_out, H, W)
+
+    def unpatchify(self, x: Tensor) -> Tensor:
+        """(N, T, P * P * C) -> (N, C, H, W)."""
+        grid, p, c = self.input_size // self.patch_size, self.patch_size, self.out_channels
+        x = x.reshape(-1, grid, grid, p, p, c).permute(0, 5, 1, 3, 2, 4)  # (N, C, grid, P, grid, P)
+        return x.reshape(-1, c, self.input_size, self.input_size)
 
     def forward_with_cfg(
         self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, cache: Cache | None = None
     ) -> Tensor:
-        """Classifier-free guidance on a batch [cond; uncond] of which only the first half of x is read."""
+        """Classifier-free guidance on a batch [cond; uncond]; both halves take the first half of x."""
         half = x[: len(x) // 2]
         return self.guide(self.forward(torch.cat([half, half]), t, y, cache), cfg_scale)
 
@@ -307,6 +283,29 @@ class DiT(nn.Module):
         cond, uncond = out[:, :guided_channels].chunk(2)
         guided = uncond + cfg_scale * (cond - uncond)  # (N/2, guided_channels, H, W)
         return torch.cat([torch.cat([guided, guided]), out[:, guided_channels:]], dim=1)
+
+    # ---- what a sampler makes for many steps at once ------------------------------------------------
+
+    def modulations(self, c: Tensor, computed: Sequence[Sequence[bool]] | None = None) -> list[Modulations]:
+        """For `predict`: the modulations of S evaluations, from their conditioning c (S, N, D).
+
+        They do not depend on x. A sampler makes them for many steps at once, in a few large matrix products.
+        computed: bools (S, num_branches), whether a branch is computed at a step; where it is not, only its
+        gate is made. None: all branches are computed.
+        """
+        c, steps = F.silu(c), range(len(c))
+        branches: list[list[Modulation]] = [[] for _ in steps]
+        for block in self.blocks:
+            for branch, index in enumerate(block.branch_indices):
+                chosen = [step for step in steps if computed is None or computed[step][index]]
+                inputs = dict.fromkeys(steps, (None, None))
+                if chosen:
+                    own = c if len(chosen) == len(c) else torch.stack([c[step] for step in chosen])
+                    inputs |= zip(chosen, block.input_modulations(own, branch), strict=True)
+                for step, gate in enumerate(block.gates(c, branch)):
+                    branches[step].append(Modulation(*inputs[step], gate))
+        finals = self.final_layer.modulations(c)
+        return [Modulations(*one) for one in zip(branches, finals, strict=True)]
 
     # ---- the rest of a backbone's contract ---------------------------------------------------------
 
@@ -335,14 +334,14 @@ class DiT(nn.Module):
     def prepare(
         self, embedded: Tensor, condition: Tensor, computed: Sequence[Sequence[bool]] | None = None
     ) -> list[Modulations]:
-        """For S embedded timesteps (S, D), each on all of N labels (N,)."""
+        """The modulations of S embedded timesteps (S, D), each with all labels (N,)."""
         c = embedded.unsqueeze(1) + self.y_embedder(condition)  # (S, N, D)
         return self.modulations(c, computed)
 
     def predicted_noise(self, output: Tensor) -> Tensor:
         return output[:, : self.in_channels]
 
-    # ---- what execution changes: how things are computed, not what ---------------------------------
+    # ---- for `execution`, which changes how things are computed, not what ---------------------------
 
     @property
     def branch_modules(self) -> list[nn.Module]:
@@ -360,7 +359,7 @@ class DiT(nn.Module):
             block.add_gated = wrap(block.add_gated)
 
     def use_kernels(self, modulated: Callable, mlp: Callable[[nn.Module], nn.Module] | None = None) -> None:
-        """Take another function for `modulated`, and for every MLP what `mlp` makes of it."""
+        """Replace the function `modulated`, and every MLP by `mlp` of it (None: MLPs stay)."""
         for block in self.blocks:
             block.modulated = modulated
             block.mlp = block.mlp if mlp is None else mlp(block.mlp)

@@ -87,36 +87,23 @@ class Schedule:
         return torch.where(copied, 0, used.sum(-1))
 
     def kept(self) -> Tensor:
-        """(T, B) how many of its last outputs a branch keeps after a step: as many as are read later."""
-        reads = weights_read(self.compute, self.num_terms)  # (T, B, K), output k of those stored at a step
+        """(T, B) how many of its last outputs a branch keeps after a step: as many as later steps read."""
+        reads = weights_read(self.compute, self.num_terms)  # (T, B, K), of the outputs stored before a step
         if self.weights is not None:
             reads &= self.weights != 0
         reads[..., 0] |= ~self.compute  # reuse takes the last output, whatever its weight
+        oldest = (reads * torch.arange(1, self.num_terms + 1)).amax(-1)  # (T, B), 0: the step reads none
         kept = torch.zeros(self.compute.shape, dtype=torch.long)
-        for branch in range(self.num_branches):
-            executed = range(self.num_steps - 1, -1, -1)
-            computed, read = self.compute[:, branch].tolist(), reads[:, branch].tolist()
-            made_at: list[int] = []  # the steps that made the stored outputs, the last one first
-            last_reader: dict[int, int] = {}  # of the output that a step made
-            for step in executed:
-                if computed[step]:
-                    made_at.insert(0, step)
-                else:
-                    last_reader |= {
-                        made: step for made, is_read in zip(made_at, read[step], strict=False) if is_read
-                    }
-            made_at = []
-            for step in executed:
-                if computed[step]:
-                    made_at.insert(0, step)
-                wanted = [last_reader.get(made, step) < step for made in made_at]
-                kept[step, branch] = max((k + 1 for k, later in enumerate(wanted) if later), default=0)
+        for step in range(1, self.num_steps):  # from the last step executed, 0, back to the first
+            after = step - 1  # the step that is executed after this one
+            needed = torch.where(self.compute[after], kept[after] - 1, kept[after])  # without its own output
+            kept[step] = torch.maximum(needed, oldest[after])
         return kept
 
     def stored_outputs(self) -> int:
         """The most branch outputs that the cache holds at once; each has `branch_size` values per sample."""
         held, most = [0] * self.num_branches, 0
-        for row in reversed(self.kept().tolist()):
+        for row in reversed(self.kept().tolist()):  # the steps in order of execution
             for branch, count in enumerate(row):
                 held[branch] = count
                 most = max(most, sum(held))

@@ -5,9 +5,9 @@
         --thres 0.1
     python sample.py --num-sampling-steps 10 --accelerate-method dynamiclayer --path ROUTER --compare
 
-`--path` is a router file or a folder that holds one (a training's results folder); `methods.py` lists the
-other values of `--accelerate-method`. `--compare` draws the same noise with and without the method. Latency
-is that of the denoising loop of one batch, without decoding.
+`--path` is a router file or a folder that holds one (a training's results folder); `schedules/table.py`
+lists the other values of `--accelerate-method`. `--compare` draws the same noise with and without the method.
+The latency is that of the denoising loop of one batch, without decoding.
 """
 
 import argparse
@@ -21,22 +21,28 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import execution
 from backbones import settings as model_settings
 from backbones.denoiser import check_guidance
 from backbones.loading import is_latent
 from backbones.settings import ModelSettings
-from common import cli
+from common import cli, devices
 from common.files import check_writable, replacing
 from common.pictures import branch_types, comparison, sheet
-from common.timing import in_turn
-from execution import modes as execution
+from common.timing import alternating
+from execution import settings as execution_settings
+from execution.settings import ExecutionSettings
 from metrics.paired import mse, psnr
 from models import DiT
 from router import Schedule
+from sampling import settings as sampling_settings
 from sampling.decoding import decode
 from sampling.loop import Trajectory, generate_seeded
+from sampling.settings import SamplingSettings
 from schedules import methods
+from schedules import settings as method_settings
 from schedules.methods import Method
+from schedules.settings import MethodSettings
 
 PUBLISHED_LABELS = [207, 992, 387, 974, 142, 979, 417, 279]  # HarmoniCa's; DiT's have 360 and 88
 
@@ -44,17 +50,11 @@ PUBLISHED_LABELS = [207, 992, 387, 974, 142, 979, 417, 279]  # HarmoniCa's; DiT'
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Sample images from a DiT, uncached or with a router.")
     model_settings.add_arguments(parser, with_vae=True)
-    sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--cfg-scale", type=cli.finite, default=4.0, help="guidance, 1 = off (default 4)")
-    sampling.add_argument(
-        "--num-sampling-steps", default="50", help="N, or a respacing such as ddim50 (default 50)"
+    sampling = sampling_settings.add_arguments(
+        parser, SamplingSettings(cfg_scale=4.0), batch_help="images at once (default: all)"
     )
-    sampling.add_argument("--ddim-sample", action="store_true", help="DDIM, eta 0 (the default)")
-    sampling.add_argument("--p-sample", action="store_true", help="DDPM (ancestral)")
-    sampling.add_argument("--seed", type=cli.seed, default=0)
     sampling.add_argument("--labels", type=int, nargs="+", help="one image per label")
-    sampling.add_argument("--batch-size", type=cli.positive_int, help="images at once (default: all)")
-    methods.add_arguments(parser)
+    method_settings.add_arguments(parser)
     output = parser.add_argument_group("output")
     output.add_argument("--output", type=Path, default=Path("sample.png"))
     output.add_argument(
@@ -67,12 +67,11 @@ def parse_args() -> argparse.Namespace:
         default=3,
         help="timed runs after the warm-up; 0: no timing (default 3)",
     )
-    execution.add_arguments(parser)
-    cli.add_device_arguments(parser)
+    execution_settings.add_arguments(parser)
     args = cli.parse(parser)
-    if args.ddim_sample and args.p_sample:
-        parser.error("--ddim-sample and --p-sample exclude each other; give one")
-    methods.check_arguments(parser, args)
+    sampling_settings.check_arguments(parser, args)
+    method_settings.check_arguments(parser, args)
+    model_settings.check_arguments(parser, args)
     if args.compare and args.accelerate_method == "none":
         parser.error("--compare needs a caching method; add --accelerate-method dynamiclayer --path ROUTER")
     return args
@@ -95,10 +94,9 @@ def describe_schedule(schedule: Schedule, model: DiT, passes: int) -> str:
     )
 
 
-def choose_labels(args: argparse.Namespace, model: DiT) -> Tensor:
-    labels = args.labels or (
-        PUBLISHED_LABELS if model.num_classes == 1000 else range(min(10, model.num_classes))
-    )
+def choose_labels(given: list[int] | None, model: DiT) -> Tensor:
+    """The labels (n,) of the images. Raises ValueError for one that the model does not have."""
+    labels = given or (PUBLISHED_LABELS if model.num_classes == 1000 else range(min(10, model.num_classes)))
     for label in labels:
         if not 0 <= label < model.num_classes:
             raise ValueError(f"--labels {label} is outside 0 .. {model.num_classes - 1}, the model's classes")
@@ -114,7 +112,7 @@ def report_latency(
 ) -> None:
     """Time one batch of every method in turn (A B A B); drawing the images has been the warm-up."""
     batches = [partial(draw, trajectory, labels) for trajectory in chosen.values()]
-    seconds = dict(zip(chosen, in_turn(batches, repeats, device, warm_up=0), strict=True))
+    seconds = dict(zip(chosen, alternating(batches, repeats, device, warm_up=0), strict=True))
     for name, times in seconds.items():
         middle, low, high = (1000 * f(times) for f in (statistics.median, min, max))
         print(
@@ -133,45 +131,46 @@ def picture_suffixes() -> list[str]:
 
 def main(args: argparse.Namespace) -> None:
     cli.show_notes(args)
-    device = cli.choose_device(args.device)
-    precision, dtype = cli.set_precision(args.precision, device)
+    sampling, executing = SamplingSettings.from_arguments(args), ExecutionSettings.from_arguments(args)
+    device = devices.choose_device(executing.device)
+    precision, dtype = devices.set_precision(executing.precision, device)
     check_writable(args.output, picture_suffixes())
     if args.save_latents:
         check_writable(args.save_latents, [".npz"])
-    execution.check_available(args, device)
+    executing = executing.on(device)
     if args.random_weights:
         print(cli.RANDOM_WEIGHTS)
     model, vae_config = ModelSettings.from_arguments(args).load(device, dtype)
     if model.source:
         print(f"weights: {model.source}")
-    check_guidance(model, args.cfg_scale)
-    method = methods.load_method(args, model)
-    labels = choose_labels(args, model)
+    check_guidance(model, sampling.cfg_scale)
+    method = methods.load_method(MethodSettings.from_arguments(args), model, sampling, args.model)
+    for note in method.notes:
+        print(note)
+    labels = choose_labels(args.labels, model)
     vae = vae_config and vae_config.load(device)
     if vae is None and is_latent(model):
         print("no VAE: the picture is a preview of the latents' first three channels")
-    sampler = "ddpm" if args.p_sample else "ddim"
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    default = "" if args.ddim_sample or args.p_sample else " (the default)"
-    print(f"{args.model}, {parameters:,.2f} M parameters, {precision} on {cli.hardware(device)}")
+    default = "" if args.sampler or args.ddim_sample or args.p_sample else " (the default)"
+    print(f"{args.model}, {parameters:,.2f} M parameters, {precision} on {devices.hardware(device)}")
     print(
-        f"{sampler.upper()}{default}, {method.diffusion.num_timesteps} steps, guidance {args.cfg_scale:g}, "
-        f"seed {args.seed}"
+        f"{sampling.sampler.upper()}{default}, {method.diffusion.num_timesteps} steps, guidance "
+        f"{sampling.cfg_scale:g}, seed {sampling.seed}"
     )
     if method.schedule is not None:
-        print(describe_schedule(method.schedule, model, passes=1 if args.cfg_scale == 1 else 2))
+        print(describe_schedule(method.schedule, model, passes=1 if sampling.cfg_scale == 1 else 2))
 
-    batch_size = args.batch_size or len(labels)
-    run = execution.prepare(args, model, device)
+    batch_size = sampling.batch_size or len(labels)
+    run = execution.prepare(executing, model, device)
 
     def draw(trajectory: Trajectory, labels: Tensor, progress: bool = False) -> Tensor:
-        return generate_seeded(trajectory, labels, args.seed, batch_size, progress, sample=run)
+        return generate_seeded(trajectory, labels, sampling.seed, batch_size, progress, sample=run)
 
     own_name = "uncached" if method.name == "none" else "cached" if method.schedule else method.name
-    chosen = {own_name: method.trajectory(model, args.cfg_scale, sampler)}
+    chosen = {own_name: method.trajectory(model, sampling)}
     if args.compare:
-        uncached = methods.uncached(args, model).trajectory(model, args.cfg_scale, sampler)
-        chosen = {"uncached": uncached} | chosen
+        chosen = {"uncached": methods.uncached(model, sampling).trajectory(model, sampling)} | chosen
     x_0 = {name: draw(one, labels, progress=True) for name, one in chosen.items()}
     images = {name: decode(latents, vae) for name, latents in x_0.items()}
     if args.repeats:

@@ -25,6 +25,7 @@ class Backbone(Protocol):
     num_classes: int  # conditions to draw from: labels, or prompts by their number
     has_null_label: bool  # whether it can be guided
     prepared_size: int  # values that `prepare` makes for one step and sample
+    learn_sigma: bool  # whether an output (N, 2C, H, W) holds a variance beside the noise
 
     @property
     def num_branches(self) -> int: ...
@@ -54,7 +55,10 @@ class Backbone(Protocol):
         """
 
     def predict(self, x: Tensor, prepared: Any, cache: Cache | None = None) -> Tensor:
-        """The model's output at x (N, C, H, W). Every branch asks `cache(index, compute)` for its output."""
+        """The model's output at x (N, C, H, W).
+
+        Every branch asks `cache(index, run)` for its output, where `run()` computes it.
+        """
 
     def guide(self, output: Tensor, cfg_scale: float) -> Tensor:
         """The guided output of an output for both halves, of the same shape."""
@@ -68,3 +72,6 @@ class Backbone(Protocol):
 
     def wrap_branches(self, wrap: Callable[[Callable], Callable]) -> None:
         """Replace every function that computes a branch output by `wrap` of it."""
+
+    def wrap_additions(self, wrap: Callable[[Callable], Callable]) -> None:
+        """Replace every function that adds a branch output to the residual stream by `wrap` of it."""

@@ -77,3 +77,8 @@ def add_arguments(parser: argparse.ArgumentParser, with_vae: bool = False) -> No
             "--vae",
             help="ema, mse, none or a VAE's or pipeline's folder (default ema; pixel models have none)",
         )
+
+
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Note flags that have no effect under the others. args: as `cli.parse` returns them."""
+    cli.note_unread(parser, args, [UNREAD])

@@ -9,7 +9,7 @@ CUR at the end is an upper bound, and it depends on `--groups`.
 
 import torch
 
-from common.columns import print_columns
+from common.columns import aligned
 from objectives import update_rows
 from router import Router
 from training.arguments import L2C_L1
@@ -49,7 +49,8 @@ def reach(num_steps: int, groups: int, train_steps: int = TRAIN_STEPS, seed: int
 
 def main() -> None:
     torch.set_num_threads(1)
-    print_columns([reach(num_steps, groups) for num_steps in (20, 50) for groups in (1, 4, 8)], COLUMNS)
+    rows = [reach(num_steps, groups) for num_steps in (20, 50) for groups in (1, 4, 8)]
+    print(aligned(rows, COLUMNS), flush=True)
 
 
 if __name__ == "__main__":

@@ -27,10 +27,10 @@ from torch import Tensor
 
 from backbones.loading import load_model
 from cache import GatedCache
-from common.timing import in_turn, peak_memory, reset_peak_memory
+from common.timing import alternating, peak_memory, reset_peak_memory
 from diffusion import GaussianDiffusion, create_diffusion
 from end_to_end.trajectory import ReferenceTrajectory, toggle_effects
-from execution.modes import compile_branches, recompute_branches
+from execution import compile_branches, recompute_branches
 from models import DiT
 from objectives import image_error_proxy, train_trajectory
 from router import Router
@@ -129,7 +129,7 @@ def training_rows(args: argparse.Namespace, device: torch.device, dtype: torch.d
     names = (*CASES, *(COMPILED if args.compile else ()))
     names = [name for name in names if name == "forward" or not args.cases or name in args.cases]
     runs = [case(name, model, diffusion, *sizes) for name in names]
-    seconds = dict(zip(names, map(statistics.median, in_turn(runs, args.repeats, device)), strict=True))
+    seconds = dict(zip(names, map(statistics.median, alternating(runs, args.repeats, device)), strict=True))
     forward, rows = seconds["forward"] / num_steps, []
     for name in names:
         own = seconds[name]

@@ -1,4 +1,4 @@
-"""What every command shares: how it fails, and on which device in which precision it runs."""
+"""What every command shares: how it ends, which values its flags take, and which flags had no effect."""
 
 import argparse
 import contextlib
@@ -6,23 +6,18 @@ import ctypes
 import dataclasses
 import importlib
 import os
-import platform
-import re
 import signal
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
-from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 
 from common.lifeline import RUN_ID
-
-PRECISIONS = ("fp32", "tf32", "bf16")
 
 
 class OneProcessError(ValueError):
@@ -146,10 +141,9 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str] | None = None) -
 def note_unread(parser: argparse.ArgumentParser, args: argparse.Namespace, table: Iterable[Unread]) -> None:
     """Put the flags that have no effect under the others into `args.unread`, and note those that were given.
 
-    All are set back to their defaults. The table is read from top to bottom: a flag that decides about others
-    stands above them.
+    All of them are set back to their defaults. The table is read from top to bottom: a flag that decides
+    about others stands above them. A command may call this several times, with one table each time.
     """
-    args.unread = set()
     for names, when, reason in table:
         for name in sorted(set(names) & vars(args).keys() - args.unread):
             if when(args):
@@ -261,49 +255,3 @@ def settings_from(cls, args: argparse.Namespace):
     """A dataclass of settings from the flags of the same names; its defaults where there is no such flag."""
     names = [field.name for field in dataclasses.fields(cls)]
     return cls(**{name: getattr(args, name) for name in names if hasattr(args, name)})
-
-
-def add_device_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--precision", choices=PRECISIONS, help="default: tf32 on a GPU, fp32 on a CPU")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
-    # What `python -m torch.distributed.launch` and DeepSpeed's launcher add; torchrun says it in LOCAL_RANK.
-    parser.add_argument("--local-rank", "--local_rank", type=non_negative_int, help=argparse.SUPPRESS)
-
-
-def set_precision(precision: str | None, device: torch.device) -> tuple[str, torch.dtype]:
-    """Apply a precision to `device`; returns its name and the dtype of the model's weights.
-
-    tf32: float32 weights, matrix products in TF32 (GPU only). bf16: bfloat16 weights; x_t and the sampler
-    stay float32.
-    """
-    precision = precision or ("tf32" if device.type == "cuda" else "fp32")
-    if precision == "tf32" and device.type != "cuda":
-        warnings.warn("--precision tf32 has no effect on a CPU, fp32 is used", stacklevel=2)
-        precision = "fp32"
-    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    return precision, torch.bfloat16 if precision == "bf16" else torch.float32
-
-
-def hardware(device: torch.device) -> str:
-    """What a figure was measured on: the GPU's name, or the CPU's with the number of threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists() and (found := re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())):
-        name = found[1]
-    return f"{name}, {torch.get_num_threads()} threads"
-
-
-def choose_device(name: str | None) -> torch.device:
-    """The named device, or a GPU where there is one. Raises ValueError for a device that is not there."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name} cannot be used ({reason}); use cpu or leave it out") from None
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # streams and graphs are made on the current one
-    return device

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from common.cli import choose_device
+from common.devices import choose_device
 
 MEETING = timedelta(minutes=10)  # how long the first process may wait for the last one to start
 

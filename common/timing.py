@@ -30,7 +30,7 @@ def timed(function: Callable[[], Tensor], device: torch.device) -> tuple[Tensor,
     return result, time.perf_counter() - began
 
 
-def in_turn(
+def alternating(
     functions: Sequence[Callable[[], object]], repeats: int, device: torch.device, warm_up: int = 1
 ) -> list[list[float]]:
     """Seconds of every repeat, one list per function: A B A B, so that a machine that slows down slows all.
@@ -87,7 +87,7 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype, rows: int, width: i
 
     if device.type == "cuda":  # small products take less time than the host takes to ask for them
         run = captured(run)[0].replay
-    (times,) = in_turn([run], CEILING_RUNS, device, warm_up=3)
+    (times,) = alternating([run], CEILING_RUNS, device, warm_up=3)
     return inner * rows * width * 4 * width / min(times)
 
 
@@ -95,7 +95,7 @@ def copy_ceiling(device: torch.device) -> float:
     """Bytes per second read and written by a copy of a large tensor: the best run's."""
     source = torch.ones(COPY_BYTES // 4, device=device)
     target = torch.empty_like(source)
-    (times,) = in_turn([lambda: target.copy_(source)], CEILING_RUNS, device, warm_up=3)
+    (times,) = alternating([lambda: target.copy_(source)], CEILING_RUNS, device, warm_up=3)
     return 2 * COPY_BYTES / min(times)
 
 

@@ -1,13 +1,17 @@
 """Gaussian diffusion: the linear schedule, respacing, samplers, and the training loss of DiT."""
 
+from diffusion.ddim import DDIM
+from diffusion.ddpm import DDPM
 from diffusion.gaussian_diffusion import GaussianDiffusion
 from diffusion.respace import space_timesteps
-from diffusion.samplers import DDIM, DDPM, SAMPLERS, Sampler, State, as_sampler, create_sampler
+from diffusion.sampler import ChainSampler, Sampler, State
+from diffusion.samplers import SAMPLERS, as_sampler, create_sampler
 
 __all__ = [
     "DDIM",
     "DDPM",
     "NUM_TIMESTEPS",
+    "ChainSampler",
     "SAMPLERS",
     "GaussianDiffusion",
     "Sampler",

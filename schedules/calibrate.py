@@ -9,7 +9,7 @@ execution: each fit sees the errors that reuse has made before it.
 import torch
 
 from cache import FittingCache
-from execution.modes import one_thread
+from common.devices import one_thread
 from router import Schedule
 from sampling.loop import Trajectory, denoise_loop, draw_step_noise
 from sampling.seeds import CALIBRATION_STREAM, draw_labels, draw_noise, sample_generator

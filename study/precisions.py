@@ -3,34 +3,41 @@
     python -m study.precisions --path digits-T20-1.96x
     python -m study.precisions --path digits-T20-1.96x --weights int8wo int8 --compile
 
-Rows are weights (fp32, then bf16 or 8 bits, see `execution.quantize`), uncached and under a router. All is
-relative to fp32 uncached: quality is that of samples of the same noise, latencies are of one batch, taken in
-turn. int8 needs torchao, fp8 a GPU. The last line is JSON, `--output` writes it to a file.
+Rows are weights (fp32, then bf16 or 8 bits, see `execution/quantization.py`), uncached and under a router.
+All figures are relative to fp32 uncached: quality is that of samples of the same noise, latencies are those
+of one batch, timed alternately. int8 needs torchao, fp8 a GPU. The last line is JSON, `--output` writes it to
+a file.
 """
 
 import argparse
 import copy
+import dataclasses
+from functools import partial
 from pathlib import Path
 
 import torch
 
+import execution
 from backbones.loading import load_model
-from common import cli
-from common.columns import print_columns
+from common import cli, devices
+from common.columns import aligned
 from common.files import check_writable, to_json, write_json
-from common.timing import in_turn, latency
+from common.timing import alternating, latency
 from examples.digits import MODEL
 from examples.digits.classifier import Judge
-from execution import modes as execution
+from execution.quantization import QUANTIZATIONS, weight_bytes
+from execution.settings import ExecutionSettings
 from metrics.paired import psnr
 from models import DiT
 from router import load_router
 from sampling.decoding import decode
 from sampling.loop import Sample
-from schedules import methods
-from study.measure import draw, fidelity
+from sampling.settings import SamplingSettings
+from schedules.methods import load_method
+from schedules.settings import MethodSettings
+from study.measure import Measurement, draw, fidelity
 
-WEIGHTS = ("fp32", "bf16", *execution.QUANTIZATIONS)
+WEIGHTS = ("fp32", "bf16", *QUANTIZATIONS)
 REFERENCE = "fp32", "none"
 COLUMNS = (
     ("weights", lambda row: row["weights"]),
@@ -72,33 +79,39 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def variant(plain: DiT, weights: str, compiled: bool, device: torch.device) -> tuple[DiT, Sample, float]:
     """A copy of the model with these weights, what samples it, and what its weights take in MB."""
     model = copy.deepcopy(plain).to(device, torch.bfloat16 if weights in ("bf16", "fp8") else torch.float32)
-    kind = weights if weights in execution.QUANTIZATIONS else None
-    megabytes = execution.weight_bytes(model, kind) / 2**20
-    flags = {"quantize": kind, "compile": compiled, "cuda_graph": None, "cache_dtype": None}
-    return model, execution.prepare(argparse.Namespace(**flags), model, device), megabytes
+    kind = weights if weights in QUANTIZATIONS else None
+    megabytes = weight_bytes(model, kind) / 2**20
+    settings = ExecutionSettings(compile=compiled, quantize=kind)
+    return model, execution.prepare(settings, model, device), megabytes
 
 
 def main(args: argparse.Namespace) -> None:
     if args.output:
         check_writable(args.output, [".json"])
-    device = cli.choose_device(args.device)
-    cli.set_precision("fp32", device)
+    device = devices.choose_device(args.device)
+    devices.set_precision("fp32", device)
     plain, name = load_model(MODEL), Path(args.path).name.removesuffix(".safetensors")
     num_steps = len(load_router(args.path, MODEL, num_branches=plain.num_branches).logits)
-    setting = {"model": MODEL, "cfg_scale": args.cfg_scale, "num_sampling_steps": num_steps}
-    specs = {"none": "none", name: args.path}
-    chosen = {name: methods.load_spec(spec, plain, p_sample=False, **setting) for name, spec in specs.items()}
+    sampling = SamplingSettings(
+        str(num_steps), cfg_scale=args.cfg_scale, seed=args.seed, batch_size=args.batch_size
+    )
+    specs, chosen = {"none": "none", name: args.path}, {}
+    for method, spec in specs.items():
+        chosen[method] = load_method(MethodSettings.from_spec(spec), plain, sampling, MODEL)
+        for note in chosen[method].notes:
+            print(note)
     variants = {weights: variant(plain, weights, args.compile, device) for weights in args.weights}
     runs = {
-        (weights, name): (method.trajectory(model, args.cfg_scale), run)
+        (weights, name): (method.trajectory(model, sampling), run)
         for weights, (model, run, _) in variants.items()
         for name, method in chosen.items()
     }
 
-    one_batch = argparse.Namespace(**vars(args) | {"samples": args.batch_size})
-    x_0 = {key: draw(args, *run).float().cpu() for key, run in runs.items()}
-    batches = [lambda run=run: draw(one_batch, *run) for run in runs.values()]
-    times = dict(zip(runs, in_turn(batches, args.repeats, device), strict=True))
+    asked = Measurement(sampling=sampling, samples=args.samples)
+    one_batch = dataclasses.replace(asked, samples=args.batch_size)
+    x_0 = {key: draw(asked, *run).float().cpu() for key, run in runs.items()}
+    batches = [partial(draw, one_batch, *run) for run in runs.values()]
+    times = dict(zip(runs, alternating(batches, args.repeats, device), strict=True))
     judge, labels, rows = Judge(), torch.arange(args.samples) % plain.num_classes, []
     for key, own in times.items():
         weights, name = key
@@ -107,11 +120,11 @@ def main(args: argparse.Namespace) -> None:
         row["speedup_macs"] = chosen[name].speedup_macs(plain, num_steps)
         row |= {"weights_mb": variants[weights][2], "psnr": None if peak == float("inf") else peak}
         rows.append(row | fidelity(judge, x_0[key], x_0[REFERENCE], labels))
-    print_columns(rows, COLUMNS)
+    print(aligned(rows, COLUMNS), flush=True)
 
     asked = ("path", "cfg_scale", "samples", "seed", "batch_size", "repeats", "compile")
     result = {name: getattr(args, name) for name in asked} | {"num_steps": num_steps}
-    result |= {"hardware": cli.hardware(device), "torch": torch.__version__, "rows": rows}
+    result |= {"hardware": devices.hardware(device), "torch": torch.__version__, "rows": rows}
     if args.output:
         write_json(args.output, result)
     print(to_json(result))

@@ -27,15 +27,15 @@ import torch
 
 import end_to_end.rounds
 import training.rounds
-from common import cli, distributed, lifeline
+from common import cli, devices, distributed, lifeline
 from common.arrays import ArrayFile
 from common.files import read_json, replacing, write_json
 from common.identity import same_weights, weights_fingerprint
 from examples.digits import MODEL
 from examples.digits.classifier import Judge
 from router import find_router, load_router, save_router
-from schedules import methods
 from study import measure
+from study.measure import Measurement
 from study.plan import FULL, QUICK, QUICK_RESULTS, RESULTS, ROOT, Task, digits_model, plan
 from study.report import write_study
 from study.tables import is_main
@@ -114,12 +114,12 @@ def train(folder: Path, task: Task) -> str:
 
 
 def measure_row(folder: Path, task: Task) -> str:
-    args = measure.parse_args(list(task.arguments))
-    model, method = digits_model(), methods.load_method(args, digits_model())
-    own = plain = uncached_samples(folder, args)
+    asked = Measurement.from_arguments(measure.parse_args(list(task.arguments)))
+    model, method = digits_model(), asked.load(digits_model())
+    own = plain = uncached_samples(folder, asked)
     if method.name != "none":
-        own = measure.draw(args, measure.trajectory_of(args, model, method))
-    row = task.facts | measure.compare(args, model, judge(), method, own, plain)
+        own = measure.draw(asked, method.trajectory(model, asked.sampling))
+    row = task.facts | measure.compare(asked, model, judge(), method, own, plain)
     row |= {"command": f"python -m study.measure {' '.join(task.arguments)}", "arguments": task.arguments}
     row |= {"id": task.id, "router_hash": router_hash(folder, task), "images": measure.pictures(own)}
     write_json(folder / "rows" / task.file_name, row)
@@ -128,16 +128,18 @@ def measure_row(folder: Path, task: Task) -> str:
     )
 
 
-def uncached_samples(folder: Path, args: argparse.Namespace) -> torch.Tensor:
+def uncached_samples(folder: Path, asked: Measurement) -> torch.Tensor:
     """x_0 that a row is compared with, from scratch/ where a row before drew as many."""
-    setting = f"T{args.num_sampling_steps}-cfg{args.cfg_scale:g}-{measure.sampler_of(args)}-seed{args.seed}"
+    sampling, model = asked.sampling, digits_model()
+    setting = (
+        f"T{sampling.num_sampling_steps}-cfg{sampling.cfg_scale:g}-{sampling.sampler}-seed{sampling.seed}"
+    )
     path = folder / "scratch" / f"uncached-{weights_fingerprint(digits_model())}-{setting}.npy"
     with contextlib.suppress(OSError, ValueError):  # absent or damaged: drawn again
         x_0 = ArrayFile(path).read("arr_0", "f", "(n, C, H, W)")
-        if len(x_0) >= args.samples:
-            return torch.from_numpy(x_0[: args.samples])
-    uncached = methods.uncached(args, digits_model())
-    x_0 = measure.draw(args, measure.trajectory_of(args, digits_model(), uncached))
+        if len(x_0) >= asked.samples:
+            return torch.from_numpy(x_0[: asked.samples])
+    x_0 = measure.draw(asked, asked.uncached(model).trajectory(model, sampling))
     with replacing(path) as temporary:
         np.save(temporary, x_0.numpy())
     return x_0
@@ -214,10 +216,9 @@ def measure_latencies(folder: Path, tasks: list[Task], repeats: int) -> None:
         print(f"latency of {len(missing)} rows at T = {num_steps}", flush=True)
         batches = []
         for row in plain + missing:
-            args = measure.parse_args(row["arguments"])
-            with contextlib.redirect_stdout(None):
-                trajectory = measure.trajectory_of(args, model, methods.load_method(args, model))
-            batches.append(measure.timed_batch(args, trajectory))
+            asked = Measurement.from_arguments(measure.parse_args(row["arguments"]))
+            trajectory = asked.load(model).trajectory(model, asked.sampling)
+            batches.append(measure.timed_batch(asked, trajectory))
         plain_ms, *medians = measure.latencies(batches, repeats)
         measured = {plain[0]["id"]: (plain_ms, None)} if plain[0]["speedup_latency"] is None else {}
         measured |= {
@@ -229,7 +230,7 @@ def measure_latencies(folder: Path, tasks: list[Task], repeats: int) -> None:
                 "speedup_latency": plain_ms / ms,
                 "latency_batch": measure.LATENCY_BATCH,
                 "latency_repeats": repeats,
-                "latency_hardware": cli.hardware(torch.device("cpu")),
+                "latency_hardware": devices.hardware(torch.device("cpu")),
                 "router_hash": router_hash,
             }
             for id, (ms, router_hash) in measured.items()

@@ -23,15 +23,16 @@ from commands import run
 from PIL import Image
 from safetensors.torch import load_file
 
-import objectives
 from common.distributed import Processes
+from end_to_end.trajectory import ReferenceTrajectory
 from models import DiT
 from router import Router, load_router, save_router
 from sampling import loop as sampling
-from schedules import methods
 from schedules.baselines import fora_schedule
+from schedules.table import flags_of as flags_of_method
+from schedules.table import names
 from study import measure
-from training import data
+from training import arguments, data
 
 STEPS = 3
 NOT_FLAGS = ("help", "samples")
@@ -186,7 +187,7 @@ def watched(monkeypatch, tiny_model):
     def load(*_, **__):
         return copy.deepcopy(tiny_model)
 
-    rollout, batches = objectives.Paired.rollout, data.numbered_batches
+    rollout, batches = ReferenceTrajectory.rollout, data.numbered_batches
 
     def noting_rollout(self, cache, recompute=False, window=None):
         asked.setdefault("recompute", []).append(str(recompute))
@@ -205,20 +206,19 @@ def watched(monkeypatch, tiny_model):
 
     with monkeypatch.context() as patch, mock.patch.dict(os.environ):
         os.environ.pop("LOCAL_RANK", None)
-        for module in ("train_router", "sample"):
-            patch.setattr(f"{module}.load_model", note("model", load))
-        for module in ("train_router", "rounds", "sample"):
-            config = note("vae", lambda spec: None if spec == "none" else FakeConfig(spec))
+        patch.setattr("backbones.settings.load_model", note("model", load))
+        config = note("vae", lambda spec: None if spec == "none" else FakeConfig(spec))
+        for module in ("backbones.settings", "training.rounds"):
             patch.setattr(f"{module}.read_vae_config", config)
         patch.setattr("common.distributed.start", note("device", Processes(0, 1, torch.device("cpu"))))
-        patch.setattr("common.cli.choose_device", note("device", torch.device("cpu")))
+        patch.setattr("common.devices.choose_device", note("device", torch.device("cpu")))
         for name in ("compile_branches", "recompute_branches", "quantize"):
             patch.setattr(f"execution.{name}", noting(name))
         patch.setattr("torch.compile", lambda function, **_: function)
-        patch.setattr("train_router.find_checkpoint", lambda *_, **__: "official")
-        patch.setattr("train_router.schedule_heat_map", lambda *_: Image.new("L", (1, 1)))
+        patch.setattr("backbones.settings.find_checkpoint", lambda *_, **__: "official")
+        patch.setattr("training.run.schedule_heat_map", lambda *_: Image.new("L", (1, 1)))
         patch.setattr("training.logs.start_wandb", note("wandb", mock.MagicMock()))
-        patch.setattr("end_to_end.trajectory.Paired.rollout", noting_rollout)
+        patch.setattr("end_to_end.trajectory.ReferenceTrajectory.rollout", noting_rollout)
         patch.setattr("training.rounds.numbered_batches", noting_batches)
         patch.setattr("end_to_end.rounds.GROWTHS", 1)  # a search of four steps
         patch.setattr("end_to_end.rounds.EXCHANGES", 1)
@@ -326,11 +326,10 @@ def routers(places):
 
 def needed_by(method: str, places) -> list[str]:
     """The flags that a method cannot do without."""
-    _, base = methods.split_name(method)
     words = ["--accelerate-method", method]
-    for flag in methods._FLAGS[base]:
-        if flag in NEEDS:
-            words += [f"--{flag}", str(NEEDS[flag])]
+    for flag in flags_of_method(method):
+        if flag.needed:
+            words += [flag.option, str(NEEDS[flag.name])]
     return [str(places / f"{word}-6.safetensors") if "ROUTER" in word else word for word in words]
 
 
@@ -362,7 +361,7 @@ def sampled(words: list, folder, monkeypatch, tiny_model) -> Outcome:
     return outcome
 
 
-@pytest.mark.parametrize("method", methods.METHODS)
+@pytest.mark.parametrize("method", names())
 def test_every_flag_of_sampling_does_something_or_is_said_not_to(
     method, routers, tmp_path, monkeypatch, tiny_model
 ):
@@ -385,13 +384,15 @@ def noted_by(module: str, words: list[str], monkeypatch) -> list[str]:
         return importlib.import_module(module).parse_args().notes
 
 
-@pytest.mark.parametrize("method", methods.METHODS)
+@pytest.mark.parametrize("method", names())
 def test_all_sampling_commands_note_the_same(method, places, monkeypatch):
     """sample.py is run above; the others read the method's flags through the same function."""
     base = needed_by(method, places)
     commands = ("sample", "sample_ddp", "study.measure")
     flags = [flags_of(module, monkeypatch) for module in commands]
-    for dest in flags[0].keys() & flags[1].keys() & flags[2].keys() - {"accelerate_method", "p_sample"}:
+    for dest in (
+        flags[0].keys() & flags[1].keys() & flags[2].keys() - {"accelerate_method", "p_sample", "sampler"}
+    ):
         words = [*base, *words_for(flags[0][dest], SAMPLE_VALUES)]
         notes = [noted_by(module, words, monkeypatch) for module in commands]
         assert notes[0] == notes[1] == notes[2], dest
@@ -453,9 +454,7 @@ def test_a_flag_at_its_default_value_is_noted_too(monkeypatch):
     assert noted_by("train_router", words, monkeypatch) == [
         "--lambda-c has no effect with --proxy none: lambda stays at 1"
     ]
-    args = __import__("train_arguments").parse_args(
-        ["--method", "l2c", "--data", "digits", "--cfg-scale", "4"]
-    )
+    args = arguments.parse_args(["--method", "l2c", "--data", "digits", "--cfg-scale", "4"])
     assert args.cfg_scale == 1
 
 

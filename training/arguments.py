@@ -7,7 +7,7 @@ from pathlib import Path
 
 from backbones import settings as model_settings
 from backbones.loading import is_latent
-from common import cli, registry
+from common import cli, devices, registry
 from common.cli import Unread
 from diffusion import NUM_TIMESTEPS, space_timesteps
 from objectives import PROXY_DEFINITIONS
@@ -70,7 +70,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add_single_method_arguments(parser)
     add_run_arguments(parser)
-    cli.add_device_arguments(parser)
+    devices.add_arguments(parser)
     args = cli.parse(parser, arguments)
     complete_arguments(parser, args)
     return args

@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import execution
 from backbones.contract import Backbone
 from backbones.denoiser import check_guidance
 from backbones.loading import pixels_of
-from common import cli, distributed
+from common import cli, devices, distributed
 from common.distributed import Processes
 from common.files import remove_partials, replacing, writing
 from common.identity import weights_fingerprint
 from common.pictures import schedule_heat_map
 from diffusion import GaussianDiffusion, create_diffusion
-from execution import modes as execution
 from objectives import TrainStep
 from training.checkpoints import find_resumable, new_run_folder, resumed_state, write_checkpoint
 from training.logs import LOSSES, LossLog, RunLog, to_logger
@@ -65,7 +65,7 @@ def prepare(
     if processes.device.type == "cuda":  # or a resumed run would not repeat its bits
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-    precision, dtype = cli.set_precision(settings.precision, processes.device)
+    precision, dtype = devices.set_precision(settings.precision, processes.device)
     settings, method = dataclasses.replace(settings, precision=precision), settings.method
     model, _ = settings.loaded_model.load(processes.device, dtype, fetch=False)
     check_guidance(model, method.cfg_scale)

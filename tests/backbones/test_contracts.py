@@ -35,14 +35,14 @@ class Sequences(nn.Module):
     branches = tuple(f"{layer}.{kind}" for layer in range(NUM_LAYERS) for kind in ("self", "cross", "ff"))
     num_branches = len(branches)
     branch_macs, other_macs, branch_size, prepared_size = (3, 5, 7) * NUM_LAYERS, 11, 7 * WIDTH, 1
-    sample_shape, num_classes, has_null_label = (2, 7), 4, True
+    sample_shape, num_classes, has_null_label, learn_sigma = (2, 7), 4, True, False
 
     def __init__(self):
         super().__init__()
         self.table = nn.Embedding(self.num_classes + 1, WIDTH)
         self.into, self.out = nn.Linear(2, WIDTH), nn.Linear(WIDTH, 2)
         self.branch_modules = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in self.branches)
-        self.functions = [self.run] * self.num_branches
+        self.functions, self.add = [self.run] * self.num_branches, torch.add
 
     dtype = property(lambda self: self.out.weight.dtype)
     device = property(lambda self: self.out.weight.device)
@@ -67,7 +67,7 @@ class Sequences(nn.Module):
         x = self.into(x.mT)  # (N, 7, WIDTH)
         for index, module in enumerate(self.branch_modules):
             compute = partial(self.functions[index], x, prepared, module)
-            x = x + (compute() if cache is None else cache(index, compute))
+            x = self.add(x, compute() if cache is None else cache(index, compute))
         return self.out(x).mT
 
     def guide(self, output: Tensor, cfg_scale: float) -> Tensor:
@@ -80,6 +80,9 @@ class Sequences(nn.Module):
 
     def wrap_branches(self, wrap) -> None:
         self.functions = list(map(wrap, self.functions))
+
+    def wrap_additions(self, wrap) -> None:
+        self.add = wrap(self.add)
 
 
 class TwoStep:

@@ -100,7 +100,7 @@ def test_cases_of_training_are_chosen():
     arguments = ["--num-sampling-steps", 2, "--batch-size", 1, "--train", "--cases", "update"]
     text = run("benchmark.py", *TINY, *arguments)
     assert [row["case"] for row in json.loads(text.splitlines()[-1])["rows"]] == ["forward", "update"]
-    assert "leave them out" in run("benchmark.py", *TINY, "--cases", "update", status=2)
+    assert "--cases requires --train" in run("benchmark.py", *TINY, "--cases", "update", status=2)
     compiled = run("benchmark.py", *TINY, *arguments[:-1], "update, compiled", status=2)
     assert "needs --compile" in compiled
 

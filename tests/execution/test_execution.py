@@ -1,6 +1,5 @@
 """How a model is executed: what is taken out of the loop, stored, compiled, captured, quantised."""
 
-import argparse
 import copy
 import importlib.util
 import shutil
@@ -18,7 +17,8 @@ from backbones.loading import load_model
 from benchmarks.training_cost import plain_loop
 from cache import StaticCache
 from diffusion import create_diffusion
-from execution.modes import branch_weight_bytes, prepare, quantize, recompute_branches, weight_bytes
+from execution import ExecutionSettings, prepare, quantize, recompute_branches
+from execution.quantization import branch_weight_bytes, weight_bytes
 from objectives import train_trajectory
 from router import Router, Schedule, find_router, load_router
 from sampling.loop import Trajectory, denoise_loop, draw_step_noise, generate, sample
@@ -138,8 +138,7 @@ def test_few_graphs_serve_all_schedules_and_give_the_same_samples(tiny_batch):
     noise = noise[:, :1].repeat(1, 1, 2, 2)
     model, diffusion = load_model("DiT-digits/2"), create_diffusion("6")
     expected = [generate(model, diffusion, labels, noise, 1.5, schedule=one) for one in digit_schedules()]
-    args = argparse.Namespace(quantize=None, compile=True, cuda_graph=None, cache_dtype=None)
-    compiled = prepare(args, model, torch.device("cpu"))
+    compiled = prepare(ExecutionSettings(compile=True), model, torch.device("cpu"))
     torch._dynamo.utils.counters.clear()
     for one, plain in zip(digit_schedules(), expected, strict=True):
         assert relative_error(compiled(Trajectory(model, diffusion, 1.5, one), labels, noise), plain) < 1e-5

@@ -10,7 +10,7 @@ from conftest import relative_error
 
 from backbones.loading import load_model
 from diffusion import create_diffusion
-from execution.modes import Captured, prepare
+from execution import Captured, prepare
 from router import Schedule, find_router, load_router
 from sampling.loop import Trajectory, generate_seeded
 from schedules.baselines import fora_schedule, forecast

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from conftest import relative_error
 
-from execution.modes import Fp8Linear, fuse
+from execution import fuse
+from execution.quantization import Fp8Linear
 from sampling.loop import generate
 
 pytest.importorskip("triton")

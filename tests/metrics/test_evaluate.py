@@ -10,7 +10,7 @@ import torch
 from commands import error_line, run
 from PIL import Image
 
-from evaluate import Images
+from common.images import Images
 from examples.digits.classifier import load_classifier
 from examples.digits.data import digit_images
 from metrics.features import load_extractor

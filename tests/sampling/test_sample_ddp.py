@@ -30,9 +30,9 @@ from commands import (
 
 from backbones.loading import load_model
 from diffusion import create_diffusion
-from sample_ddp import Parts, batches
 from sampling.decoding import decode
 from sampling.loop import Trajectory, generate, generate_seeded
+from sampling.parts import Parts, batches
 from sampling.seeds import SAMPLING_STREAM, draw_noise, sample_generator
 from schedules.baselines import fora_schedule
 
@@ -269,7 +269,7 @@ def facts_of(path) -> dict:
 def test_threads_change_no_bit(tmp_path, monkeypatch, arguments):
     """Ten rows, the embeddings of ten steps, are a product that two threads round otherwise."""
     drawn, arguments = [], [*arguments, "--num-sampling-steps", 10, "--num-samples", 20]
-    monkeypatch.setattr("sample_ddp.decode", lambda x_0, vae, **_: drawn.append(x_0) or decode(x_0, vae))
+    monkeypatch.setattr("sampling.parts.decode", lambda x_0, vae, **_: drawn.append(x_0) or decode(x_0, vae))
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         run(*SAMPLE, *arguments, "--output", tmp_path / f"{threads}.npz")
@@ -293,7 +293,7 @@ def test_weights_of_reuse_are_solved_once(calibrated, tmp_path, monkeypatch):
     output, parts = tmp_path / "x.npz", tmp_path / "x.npz.parts"
     arguments = [*SAMPLE, *CALIBRATED, "--num-samples", 40, "--batch-size", 16, "--output", output]
     with monkeypatch.context() as patch:
-        patch.setattr("sample_ddp.Parts.assemble", lambda _: None)  # as if it had been killed
+        patch.setattr("sampling.parts.Parts.assemble", lambda _: None)  # as if it had been killed
         run(*arguments)
     (parts / "0000016-00016.npy").unlink()
 
@@ -317,7 +317,7 @@ def test_lost_weights_of_reuse_are_solved_again(calibrated, tmp_path, monkeypatc
     output, parts = tmp_path / "x.npz", tmp_path / "x.npz.parts"
     arguments = [*SAMPLE, *CALIBRATED, "--num-samples", 40, "--batch-size", 16, "--output", output]
     with monkeypatch.context() as patch:
-        patch.setattr("sample_ddp.Parts.assemble", lambda _: None)
+        patch.setattr("sampling.parts.Parts.assemble", lambda _: None)
         run(*arguments)
     (parts / "weights.safetensors").write_bytes(b"")
     if not same:

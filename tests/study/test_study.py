@@ -15,7 +15,6 @@ from backbones.loading import build_model
 from common.identity import weights_fingerprint
 from examples.digits import EXAMPLE
 from router import load_router
-from schedules.methods import load_method
 from study import measure
 from study.plan import FULL, QUICK, SPEEDS, Beyond, digits_model, plan
 from study.run import collect, is_done
@@ -54,9 +53,9 @@ def test_static_rows_meet_their_speed_within_four_percent(full):
     for task in full:
         name = task.facts.get("method")
         if name in ("fewer-steps", "fora", "taylor-fora", "taylor2-fora", "random"):
-            args = measure.parse_args(list(task.arguments))
-            num_steps = int(args.num_sampling_steps)
-            speedup = load_method(args, model).speedup_macs(model, num_steps)
+            asked = measure.Measurement.from_arguments(measure.parse_args(list(task.arguments)))
+            num_steps = int(asked.sampling.num_sampling_steps)
+            speedup = asked.load(model).speedup_macs(model, num_steps)
             assert abs(speedup / float(task.facts["speed"]) - 1) < 0.04, task.id
             checked[name, num_steps] += 1
     assert len(checked) == 15

@@ -1,0 +1,58 @@
+"""A whole trajectory as one CUDA graph, which is possible since a schedule does not depend on the input."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from cache import Combine
+from common.timing import captured
+from sampling.loop import Generators, Trajectory, denoise_loop, draw_step_noise
+
+
+class Captured:
+    """`sampling.sample` as a CUDA graph per trajectory and batch: captured at the first call, then replayed.
+
+    Each graph keeps its own activations; inputs are copied into it and x_0 out of it.
+    """
+
+    def __init__(self, cache_dtype: torch.dtype | None = None, combine: Combine | None = None) -> None:
+        self._store = {"dtype": cache_dtype, "combine": combine}
+        self._captured: dict[tuple, _Graph] = {}
+
+    def __call__(
+        self, trajectory: Trajectory, labels: Tensor, noise: Tensor, generator: Generators = None
+    ) -> Tensor:
+        trajectory.check(labels, noise)
+        inputs = [labels, noise]
+        if (step_noise := draw_step_noise(trajectory, noise, generator)) is not None:
+            inputs.append(step_noise)
+        # The graph holds the trajectory, so no other one takes its id.
+        key = (id(trajectory), noise.shape, noise.dtype)
+        if key not in self._captured:
+            # Made outside of the capture: its weights come from the host. Its store is empty after a run.
+            cache = trajectory.cache(**self._store)
+
+            def run(labels: Tensor, noise: Tensor, step_noise: Tensor | None = None) -> Tensor:
+                *_, (_, x_0) = denoise_loop(trajectory, labels, noise, cache, step_noise)
+                return x_0
+
+            self._captured[key] = _Graph(run, inputs)
+        return self._captured[key](*inputs)
+
+
+class _Graph:
+    """A captured function of tensors: the device runs its kernels again without the host's work.
+
+    Every replay reads tensors that the function holds on the device, so the function is kept.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], inputs: list[Tensor]):
+        self._inputs, self._function = [tensor.clone() for tensor in inputs], function
+        self._graph, self._output = captured(lambda: function(*self._inputs))
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        for own, given in zip(self._inputs, inputs, strict=True):
+            own.copy_(given)
+        self._graph.replay()
+        return self._output.clone()

@@ -1,0 +1,43 @@
+"""The schedule of a router file, for the model and the setting that it was trained for."""
+
+import torch
+
+from backbones.loading import pixels_of
+from router import Schedule, load_router
+from schedules.request import Request
+
+DEFAULT_THRESHOLD = 0.1  # HarmoniCa's, where a file says none
+
+
+def routed_schedule(
+    request: Request, path: str, thres: float | None = None, trained_by: str = ""
+) -> Schedule:
+    """The router's schedule at `thres`; None: at its own threshold.
+
+    trained_by: the method that must have trained it; "": any. Notes on `request` which
+    file it is, and where it was trained in another setting. Raises ValueError or FileNotFoundError for a
+    router that is not there, does not fit the model, or was trained by another method.
+    """
+    router = load_router(path, request.model_name, request.num_steps, request.model.num_branches)
+    found = router.info.get("method", "")
+    if not found.startswith(trained_by):
+        raise ValueError(
+            f"{router.info['path']} was trained by {found or 'an unknown method'}, not {trained_by}; "
+            "use --accelerate-method dynamiclayer"
+        )
+    here = {
+        "image_size": pixels_of(request.model),
+        "cfg_scale": request.sampling.cfg_scale,
+        "respacing": request.sampling.num_sampling_steps,
+    }
+    for fact, value in here.items():
+        if str(router.info.get(fact, value)) != str(value):
+            request.notes.append(
+                f"note: the router was trained at {fact} {router.info[fact]}, this samples at {value}"
+            )
+    request.notes.append(f"router {router.info['path']}")
+    own = router.info.get("threshold", DEFAULT_THRESHOLD)
+    schedule = router.schedule(own if thres is None else thres)
+    if thres not in (None, own) and torch.equal(schedule.compute, router.schedule(own).compute):
+        request.notes.append(f"note: --thres {thres:g} has no effect: no score lies between it and {own:g}")
+    return schedule

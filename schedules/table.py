@@ -1,0 +1,182 @@
+"""The methods: one row per value of `--accelerate-method`, with the flags that it reads and what builds it.
+
+| value | schedule | flags |
+|---|---|---|
+| `none` | every branch computed | |
+| `fewer-steps` | every branch computed, of a shorter chain | `--steps N` |
+| `fora` | every N-th step computed | `--interval N`, `--anchor A`, `--first-steps F` |
+| `random` | a random share of the branches reused | `--cur X`, `--schedule-seed S` |
+| `dynamiclayer` | a router's, however it was trained | `--path ROUTER`, `--thres X` |
+| `l2c` | a Learning-to-Cache router's | `--path ROUTER`, `--thres X` |
+| `taylor-` and one of the last four | the same; reused branches are extrapolated | also `--order 1` or `2` |
+| `calibrated-` and one of those | the same; weights of reuse are solved | also `--calibrate N`, `--terms K` |
+
+A router of `train_router.py --method end-to-end` holds its own weights of reuse; `dynamiclayer` uses them.
+
+A new static schedule is one file with a function (num_steps, num_branches, flags...) -> Schedule, and one
+row: its flags have the names of the function's parameters.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from common import cli
+from router import Schedule
+from schedules.baselines import ANCHORS, fora_schedule, forecast, random_schedule
+from schedules.calibrate import calibrated
+from schedules.request import Request
+from schedules.routed import routed_schedule
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag of a method. needed: what a flag takes that must be given, in words; "": it is optional."""
+
+    name: str
+    help: str
+    type: Callable[[str], Any] = str
+    default: Any = None
+    choices: tuple | None = None
+    metavar: str | None = None
+    needed: str = ""
+
+    @property
+    def option(self) -> str:
+        return f"--{self.name.replace('_', '-')}"
+
+
+@dataclass(frozen=True)
+class MethodRow:
+    """A method. flags: those that it reads; `NAME:VALUE` gives the first one.
+
+    schedule: (request, flags by name) -> Schedule; None: every branch is computed. respacing: (request, flags
+    by name) -> the respacing of a shorter chain; None: the chain of the request.
+    """
+
+    flags: tuple[Flag, ...] = ()
+    schedule: Callable[..., Schedule] | None = None
+    respacing: Callable[..., str] | None = None
+
+
+@dataclass(frozen=True)
+class ReuseRow:
+    """How reused branches get their output, under any schedule.
+
+    apply: (request, schedule, flags by name) -> Schedule. by_sampling: whether it samples with the model.
+    """
+
+    flags: tuple[Flag, ...]
+    apply: Callable[..., Schedule]
+    by_sampling: bool = False
+
+
+def static(build: Callable[..., Schedule]) -> Callable[..., Schedule]:
+    """For a row: a schedule of (num_steps, num_branches, flags by name), which needs to know nothing else."""
+    return lambda request, **flags: build(request.num_steps, request.model.num_branches, **flags)
+
+
+def fewer_steps(request: Request, steps: int) -> str:
+    """The respacing of `steps` steps, of the same kind as the request's."""
+    if steps > request.num_steps:
+        raise ValueError(f"--steps {steps} is more than --num-sampling-steps {request.num_steps}")
+    ddim = "ddim" if str(request.sampling.num_sampling_steps).startswith("ddim") else ""
+    return f"{ddim}{steps}"
+
+
+def calibration(request: Request, schedule: Schedule, calibrate: int, terms: int) -> Schedule:
+    trajectory = request.sampling.trajectory(
+        request.model, request.sampling.chain(request.model), schedule=schedule
+    )
+    return calibrated(trajectory, terms, calibrate)
+
+
+A_ROUTER = "a router file or a folder that holds one"
+PATH = Flag("path", "router file, or a folder that holds one", needed=A_ROUTER)
+THRESHOLD = Flag(
+    "thres", "compute where score > thres (default: the router's own threshold, else 0.1)", cli.threshold
+)
+
+METHODS = {
+    "none": MethodRow(),
+    "fewer-steps": MethodRow(
+        (Flag("steps", "number of denoising steps", cli.positive_int, needed="a number"),),
+        respacing=fewer_steps,
+    ),
+    "fora": MethodRow(
+        (
+            Flag("interval", "compute every N-th step; 3/2 is two of three", cli.interval, needed="a number"),
+            Flag(
+                "anchor",
+                "count intervals from the first executed step (the default), or from the last one as the "
+                "released FORA does",
+                default="first",
+                choices=ANCHORS,
+            ),
+            Flag(
+                "first_steps",
+                "always compute the first F steps (default 1; the released TaylorSeer: 2)",
+                cli.positive_int,
+                default=1,
+                metavar="F",
+            ),
+        ),
+        static(fora_schedule),
+    ),
+    "random": MethodRow(
+        (
+            Flag("cur", "share of branches reused, 0 .. 1", cli.finite, needed="a number"),
+            Flag("schedule_seed", "seed of the random draw (default 0)", cli.seed, default=0),
+        ),
+        static(lambda *size, cur, schedule_seed: random_schedule(*size, cur, schedule_seed)),
+    ),
+    "dynamiclayer": MethodRow((PATH, THRESHOLD), routed_schedule),
+    "l2c": MethodRow(
+        (PATH, THRESHOLD), lambda request, **flags: routed_schedule(request, **flags, trained_by="l2c")
+    ),
+}
+
+REUSES = {
+    "taylor": ReuseRow(
+        (Flag("order", "order of the forecast (default 1)", int, default=1, choices=(1, 2)),),
+        lambda _, schedule, order: forecast(schedule, order),
+    ),
+    "calibrated": ReuseRow(
+        (
+            Flag(
+                "calibrate",
+                "number of samples, drawn at once, on which the weights of reuse are solved (default 64)",
+                cli.positive_int,
+                default=64,
+                metavar="N",
+            ),
+            Flag(
+                "terms",
+                "number of last outputs that a reused branch combines (default 3)",
+                int,
+                default=3,
+                choices=(1, 2, 3),
+            ),
+        ),
+        calibration,
+        by_sampling=True,
+    ),
+}
+
+
+def names() -> list[str]:
+    """All values of `--accelerate-method`."""
+    cached = [name for name, method in METHODS.items() if method.schedule]
+    return [*METHODS, *(f"{reuse}-{name}" for reuse in REUSES for name in cached)]
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """`taylor-fora` as ("taylor", "fora"), `fora` as ("", "fora")."""
+    reuse, _, base = name.partition("-")
+    return (reuse, base) if reuse in REUSES else ("", name)
+
+
+def flags_of(name: str) -> tuple[Flag, ...]:
+    """The flags that a value of `--accelerate-method` reads."""
+    reuse, base = split_name(name)
+    return METHODS[base].flags + (REUSES[reuse].flags if reuse else ())

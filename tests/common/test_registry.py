@@ -1,0 +1,61 @@
+"""Examples register themselves: what they bring is found by name, and imported when it is asked for."""
+
+import sys
+
+import pytest
+
+from common import registry
+from common.registry import Example, Preset
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A package with one example, beside those of the project."""
+    package = tmp_path / "some_examples"
+    (package / "stars").mkdir(parents=True)
+    (package / "stars" / "routers").mkdir()
+    (package / "stars" / "routers" / "stars-T5.safetensors").touch()
+    (package / "__init__.py").touch()
+    (package / "stars" / "__init__.py").write_text(
+        "from pathlib import Path\n"
+        "from common.registry import Example, Preset\n"
+        "PRESET = Preset({'depth': 1}, Path('w.safetensors'), in_pixels=True)\n"
+        "EXAMPLE = Example({'DiT-stars/2': PRESET}, {'stars': 'some_examples.stars.data:load'},\n"
+        "                  {'stars': 'some_examples.stars.data:judge'}, Path(__file__).parent / 'routers')\n"
+    )
+    (package / "stars" / "data.py").write_text("def load(): return 'data'\ndef judge(): return 'judge'\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(registry, "PACKAGE", "some_examples")
+    registry.examples.cache_clear()
+    yield package
+    registry.examples.cache_clear()
+    for name in [name for name in sys.modules if name.startswith("some_examples")]:
+        del sys.modules[name]
+
+
+@pytest.mark.usefixtures("folder")
+def test_an_example_is_found_without_its_code():
+    assert set(registry.presets()) == {"DiT-stars/2"}
+    assert registry.presets()["DiT-stars/2"].in_pixels
+    data, features = registry.data(), registry.features()
+    assert "some_examples.stars.data" not in sys.modules
+    assert data["stars"]() == "data"
+    assert features["stars"]() == "judge"
+
+
+def test_its_routers_are_found_by_name(folder):
+    assert registry.router_names() == ["stars-T5"]
+    assert registry.router_file("stars-T5") == folder / "stars" / "routers" / "stars-T5.safetensors"
+    assert registry.router_file("stars-T6") is None
+
+
+def test_an_example_may_bring_a_part_only():
+    example = Example({"DiT-x/2": Preset({}, None)})
+    assert not example.data
+    assert example.routers is None
+
+
+def test_the_projects_own_examples():
+    assert registry.router_names()
+    assert all(preset.weights.is_file() for preset in registry.presets().values())
+    assert set(registry.data()) == set(registry.features())
