@@ -106,6 +106,8 @@ README_NAMES = {
     "HarmoniCa, lambda as in the paper": "harmonica-paper",
     "HarmoniCa, lambda as released": "harmonica",
     "fewer steps": "fewer-steps",
+    "TaylorSeer, order 1, released rule": "taylor-fora-released",
+    "FORA, released rule": "fora-released",
     "random": "random",
 }
 

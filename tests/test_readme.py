@@ -258,7 +258,7 @@ def test_tree_names_what_there_is():
 
 
 def test_pages_that_code_names_exist():
-    for path in ROOT.rglob("*.py"):
+    for path in [*ROOT.rglob("*.py"), *ROOT.glob("*/*.sh")]:
         if path.relative_to(ROOT).parts[0].startswith("."):
             continue
         for name in re.findall(r"\bdocs/[\w-]+\.md", path.read_text()):
