@@ -17,7 +17,10 @@ from commands import ROOT, run
 from test_published_commands import SAMPLE, TRAIN
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
-PAGES += sorted(ROOT.glob("docs/*.md")) + sorted(ROOT.glob("examples/*/README.md"))
+PAGES += [
+    page for places in ("docs/*.md", "*/README.md", "examples/*/README.md") for page in ROOT.glob(places)
+]
+PAGES.sort()
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`([^`\n]+)`")
 # Options of torchrun, pip, pytest and launchers, which no parser of ours knows.
