@@ -14,7 +14,7 @@ from unittest import mock
 
 import pytest
 from commands import ROOT, run
-from test_published_commands import SAMPLE, TRAIN
+from published import SAMPLE, TRAIN
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 PAGES += [

@@ -102,7 +102,9 @@ def test_sigterm_and_ctrl_c_remove_what_is_half_written(tmp_path, number, status
         "        time.sleep(60)\n"
         "cli.run(main, argparse.Namespace())\n"
     )
-    process = subprocess.Popen([PYTHON, "-c", code], cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE)
+    # A job in the background of a shell is started with SIGINT ignored, and hands that on.
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    process = subprocess.Popen([PYTHON, "-c", heed + code], cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE)
     wait_for(lambda: list(tmp_path.glob("*.part.npz")), process)
     time.sleep(0.1)
     os.kill(process.pid, number)
