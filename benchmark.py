@@ -162,7 +162,11 @@ def main(args: argparse.Namespace) -> None:
     for batch, facts in result["cards"].items():
         print_card(facts, f"{title}{batch}")
     if args.train:
-        rows = training_cost.training_rows(args, device, dtype)
+        costs = training_cost.Costs(
+            args.model, device, dtype, args.image_size, args.num_sampling_steps[0], args.batch_size[0],
+            args.cfg_scale, args.repeats, executing.compile, args.cases,
+        )  # fmt: skip
+        rows = training_cost.training_rows(costs)
         print(aligned(rows, TRAINING_COLUMNS), flush=True)
     else:
         executing, rows = executing.on(device), []

@@ -2,9 +2,9 @@
 
     make demo            # or, with the requirements installed: python demo.py
 
-Leaves under results/demo: comparison.png (uncached above cached), schedule.png (the learned schedule),
-demo.json (the table) and the training's folder. A training that is already there is not repeated; an
-interrupted one goes on.
+It leaves in results/demo: comparison.png (uncached above cached), schedule.png (the learned schedule),
+demo.json (the table) and the folder of the training. A training that is there already is not repeated, and
+one that was interrupted goes on.
 """
 
 import argparse
@@ -37,9 +37,9 @@ from study.measure import fidelity
 from training.checkpoints import runs
 
 NUM_STEPS, THRESHOLD = 10, 0.1
-CFG_SCALE = 1.0  # no guidance: there the uncached model is closest to the data
-BATCH_SIZE, REPEATS = 64, 5  # of the latency
-SEED = 1234  # of the samples; the training has its own
+CFG_SCALE = 1.0  # without guidance the uncached model is closest to the data
+BATCH_SIZE, REPEATS = 64, 5  # for the latency
+SEED = 1234  # for the samples; the training has its own
 TRAINING = {
     "--model": MODEL, "--num-sampling-steps": NUM_STEPS, "--cfg-scale": CFG_SCALE,
     "--ste-threshold": THRESHOLD, "--l1": 2e-7, "--lambda-c": 100, "--lr": 0.1, "--global-batch-size": 32,
@@ -51,24 +51,28 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="HarmoniCa on handwritten digits, from training to pictures."
     )
-    parser.add_argument("--results-dir", type=Path, default=Path("results/demo"))
-    parser.add_argument("--train-steps", type=cli.positive_int, default=600, help="default 600")
     parser.add_argument(
-        "--samples", type=cli.positive_int, default=2000, help="per row of the table (default 2000)"
+        "--results-dir", type=Path, default=Path("results/demo"), help="default: results/demo"
     )
-    parser.add_argument("--processes", type=cli.positive_int, default=2, help="of the training (default 2)")
+    parser.add_argument(
+        "--train-steps", type=cli.positive_int, default=600, help="train steps of the router; default: 600"
+    )
+    parser.add_argument(
+        "--samples",
+        type=cli.positive_int,
+        default=2000,
+        help="samples for each row of the table; default: 2000",
+    )
+    parser.add_argument(
+        "--processes", type=cli.positive_int, default=2, help="processes that train; default: 2"
+    )
     return parser.parse_args()
 
 
 def train(args: argparse.Namespace) -> Router:
-    """Run the training command on `args.processes` processes and return the router that it left."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={args.processes}",
-    ]
+    """Run the training command on `args.processes` processes and return the router that it leaves."""
+    command = [sys.executable, "-m", "torch.distributed.run"]
+    command += ["--standalone", f"--nproc_per_node={args.processes}"]
     command += ["train_router.py", "--results-dir", str(args.results_dir.resolve()), "--device", "cpu"]
     command += [str(part) for item in TRAINING.items() for part in item]
     command += ["--max-steps", str(args.train_steps)]
@@ -79,7 +83,7 @@ def train(args: argparse.Namespace) -> Router:
     if status:
         raise ValueError(f"the training above ended with exit status {status}")
     logs = [run / "log.txt" for run in runs(args.results_dir)]
-    newest = max(logs, key=lambda log: log.stat().st_mtime).parent  # new, or resumed and found finished
+    newest = max(logs, key=lambda log: log.stat().st_mtime).parent  # this run's, also where it was finished
     return load_router(newest, MODEL, NUM_STEPS)
 
 
@@ -95,7 +99,7 @@ def measure(
     } | fidelity(judge, x_0, uncached, labels)
 
 
-# Head of a column, what it shows of a row, and how.
+# Head of a column, and what makes its cell from a row.
 COLUMNS = [
     ("method", lambda row: f"{row['method']:22}"),
     ("steps", lambda row: str(row["num_steps"])),
@@ -109,11 +113,21 @@ COLUMNS = [
 ]
 
 
+def announcement(args: argparse.Namespace) -> str:
+    """What is going to happen, and how long it takes."""
+    return (
+        f"This trains a caching router for a small diffusion model ({args.train_steps} train steps), then "
+        f"draws {args.samples:,} digits with and without it and compares them: a few minutes on two CPU "
+        f"cores. Nothing is downloaded. It writes to {args.results_dir}."
+    )
+
+
 def main(args: argparse.Namespace) -> None:
+    print(announcement(args), flush=True)
     router = train(args)
     model, judge = load_model(MODEL), Judge()
     schedule = router.schedule(THRESHOLD)
-    affordable = math.ceil(NUM_STEPS / schedule.speedup_macs(model))  # as many MACs, or a few more
+    affordable = math.ceil(NUM_STEPS / schedule.speedup_macs(model))  # steps for as many MACs, or a few more
     fewer_steps = min(affordable, NUM_STEPS - 1)
     methods = {
         "uncached": full_schedule(NUM_STEPS, model.num_branches),

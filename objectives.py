@@ -305,7 +305,7 @@ def _released_proxy(advance: Callable[..., State], state: State, scores: Tensor,
 
 
 def _paper_proxy(advance: Callable[..., State], state: State, scores: Tensor, threshold: float) -> Tensor:
-    """Pass i leaves the shared routed run before step i with a copy of its store; it ends in its own x_0."""
+    """Pass i leaves the shared routed run before step i, computes this in full, and ends in its own x_0."""
     first_step = len(scores) - 1
     cache = SoftCache(scores, threshold)
     state = advance(state, range(first_step, first_step - 1, -1), cache)
@@ -313,9 +313,8 @@ def _paper_proxy(advance: Callable[..., State], state: State, scores: Tensor, th
     for step in reversed(range(first_step)):
         one_computed = scores.clone()
         one_computed[step] = 1.0
-        branch = SoftCache(one_computed, threshold)
-        branch.restore(cache.snapshot())
-        x0_without[step] = advance(state, range(step, -1, -1), branch).x
+        own = SoftCache(one_computed, threshold)  # empty, and filled in step i
+        x0_without[step] = advance(state, range(step, -1, -1), own).x
         state = advance(state, range(step, step - 1, -1), cache)
     proxy_weights = scores.new_zeros(len(scores))
     for step, x0 in x0_without.items():

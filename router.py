@@ -6,10 +6,17 @@ T-1 is the first step executed, the noisiest: nothing is stored before it, so it
 
     python router.py FILE                     # what a router file holds
     python router.py FILE --export OTHER.pt   # the same router in the released HarmoniCa layout
+
+A file can hold many routers by name (`save_routers`); FILE.safetensors:NAME is one of them, wherever a router
+is asked for.
 """
 
 import argparse
+import contextlib
+import difflib
 import json
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -209,11 +216,8 @@ def save_router(path: str | Path, router: Router, tensors: dict[str, Tensor] | N
     layout drops them.
     """
     path = Path(path)
-    info = {**router.info, **facts}
-    info.pop("path", None)
-    info |= {"num_steps": router.num_steps, "num_branches": router.num_branches, "version": FORMAT_VERSION}
-    logits = router.logits.detach().cpu().contiguous()
-    own = {"logits": logits} if router.weights is None else {"logits": logits, "weights": router.weights}
+    info, own = _content(router, **facts)
+    logits = own["logits"]
     if path.suffix == ".pt" and router.weights is not None:
         raise ValueError(f"{path}: the released layout has no place for weights of reuse; write .safetensors")
     with replacing(path) as partial:
@@ -227,6 +231,15 @@ def save_router(path: str | Path, router: Router, tensors: dict[str, Tensor] | N
             save_file(own | (tensors or {}), partial, metadata=metadata)
 
 
+def _content(router: Router, **facts) -> tuple[dict, dict[str, Tensor]]:
+    """What a file of ours says of a router, and its tensors."""
+    info = {**router.info, **facts}
+    info.pop("path", None)
+    info |= {"num_steps": router.num_steps, "num_branches": router.num_branches, "version": FORMAT_VERSION}
+    logits = router.logits.detach().cpu().contiguous()
+    return info, {"logits": logits} | ({} if router.weights is None else {"weights": router.weights})
+
+
 def load_router(
     path: str | Path, model: str | None = None, num_steps: int | None = None, num_branches: int | None = None
 ) -> Router:
@@ -236,13 +249,13 @@ def load_router(
     `model`, `num_steps`, `num_branches`: where given, they must be its own. Raises FileNotFoundError or
     ValueError, each naming the file and what was expected.
     """
-    file = find_router(path)
-    own = is_safetensors(file) or (file.suffix == ".safetensors" and not is_pickle(file))
-    logits, weights, info = _read_own(file) if own else _read_released(file)
-    _check(file, logits, weights, info)
-    router = Router.from_logits(logits.float())
-    router.weights = None if weights is None else weights.float()
-    router.info = info | {"num_steps": len(logits), "num_branches": logits.shape[1], "path": str(file)}
+    if named := _NAMED.fullmatch(str(path)):
+        file, content = path, _read_named(Path(named[1]), named[2])
+    else:
+        file = find_router(path)
+        own = is_safetensors(file) or (file.suffix == ".safetensors" and not is_pickle(file))
+        content = _read_own(file) if own else _read_released(file)
+    router = _from_content(file, *content)
     for fact, expected in (("model", model), ("num_steps", num_steps), ("num_branches", num_branches)):
         found = router.info.get(fact)
         if expected is not None and found is not None and found != expected:
@@ -252,7 +265,15 @@ def load_router(
     return router
 
 
-def _check(file: Path, logits: Tensor, weights: Tensor | None, info: dict) -> None:
+def _from_content(file: str | Path, logits: Tensor, weights: Tensor | None, info: dict) -> Router:
+    _check(file, logits, weights, info)
+    router = Router.from_logits(logits.float())
+    router.weights = None if weights is None else weights.float()
+    router.info = info | {"num_steps": len(logits), "num_branches": logits.shape[1], "path": str(file)}
+    return router
+
+
+def _check(file: str | Path, logits: Tensor, weights: Tensor | None, info: dict) -> None:
     """Raise ValueError, naming the file, for tables or a threshold that no router has.
 
     Infinite logits are allowed: Learning-to-Cache's odd steps have them.
@@ -329,7 +350,11 @@ def _train_steps(file: Path) -> int:
 def _read_own(file: Path) -> tuple[Tensor, Tensor | None, dict]:
     try:
         with safetensors.safe_open(file, framework="pt") as opened:
-            metadata, logits = opened.metadata() or {}, opened.get_tensor("logits")
+            metadata = opened.metadata() or {}
+            if _ROUTERS in metadata:
+                names = json.loads(metadata[_ROUTERS])
+                raise ValueError(f"{file} holds {len(names)} routers; name one: {file}:{min(names)}")
+            logits = opened.get_tensor("logits")
             weights = opened.get_tensor("weights") if "weights" in opened.keys() else None  # noqa: SIM118
     except safetensors.SafetensorError as error:
         raise ValueError(f"{file} is no router file ({error}); give one that train_router.py wrote") from None
@@ -374,6 +399,61 @@ def _read_released(file: Path) -> tuple[Tensor, None, dict]:
     if not harmonica and logits.is_floating_point():
         logits[1::2] = torch.inf  # L2C trains even rows only: odd steps compute everything
     return logits, None, info | {"method": "harmonica" if harmonica else "l2c"}
+
+
+# ---- many routers in one file ----------------------------------------------------------------------
+
+_ROUTERS = "routers"  # one entry of the metadata for all: safetensors writes several in any order
+_NAMED = re.compile(r"(.+\.safetensors):(.+)")
+
+
+def save_routers(path: str | Path, routers: dict[str, Router]) -> None:
+    """Write many routers into one safetensors file, for `load_router("FILE.safetensors:NAME")`.
+
+    Its tensors are NAME/logits and NAME/weights; its metadata says of every name what `save_router` would.
+    """
+    tensors, infos = {}, {}
+    for name, router in sorted(routers.items()):
+        infos[name], own = _content(router)
+        tensors |= {f"{name}/{part}": tensor for part, tensor in own.items()}
+    with replacing(path) as partial:
+        save_file(tensors, partial, metadata={_ROUTERS: json.dumps(infos, sort_keys=True)})
+
+
+def load_routers(path: str | Path) -> dict[str, Router]:
+    """Read all routers that `save_routers` wrote. Raises FileNotFoundError or ValueError, naming the file."""
+    with _opened(Path(path)) as (opened, infos):
+        found = {name: _named_content(opened, name, info) for name, info in infos.items()}
+    return {name: _from_content(f"{path}:{name}", *content) for name, content in found.items()}
+
+
+def _read_named(file: Path, name: str) -> tuple[Tensor, Tensor | None, dict]:
+    with _opened(file) as (opened, infos):
+        if name not in infos:
+            near = difflib.get_close_matches(name, infos, n=3, cutoff=0)
+            raise ValueError(f"{file} holds no router {name!r}; it holds, among others: {', '.join(near)}")
+        return _named_content(opened, name, infos[name])
+
+
+def _named_content(opened, name: str, info: dict) -> tuple[Tensor, Tensor | None, dict]:
+    has_weights = f"{name}/weights" in opened.keys()  # noqa: SIM118
+    weights = opened.get_tensor(f"{name}/weights") if has_weights else None
+    return opened.get_tensor(f"{name}/logits"), weights, info
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[tuple]:
+    """An open file of `save_routers`, and what it says of each router by name.
+
+    Raises FileNotFoundError, or ValueError where it does not read.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist; give a file of routers and a name: {file}:NAME")
+    try:
+        with safetensors.safe_open(file, framework="pt") as opened:
+            yield opened, json.loads((opened.metadata() or {})[_ROUTERS])
+    except (safetensors.SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} is no file of named routers ({error})") from None
 
 
 def parse_args() -> argparse.Namespace:

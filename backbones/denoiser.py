@@ -99,9 +99,8 @@ class Denoiser:
 
     def _prepare(self, first: int) -> list:
         """The prepared values of the chunk of steps that begins with step `first`."""
-        if (
-            self._embedded is None or not self._frozen
-        ):  # all steps at once: a product of fewer rows may round otherwise
+        if self._embedded is None or not self._frozen:
+            # All steps at once, since a product of fewer rows may round otherwise.
             # The device fills one scalar at a time: to copy a list of numbers, the host would wait for it.
             steps = map(self.sampler.timestep, range(self.num_steps))
             t = torch.cat([torch.full((1,), one, device=self.device) for one in steps])

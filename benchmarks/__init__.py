@@ -1,1 +1,1 @@
-"""What things cost; `benchmarks/results/` holds what was measured on which hardware."""
+"""What sampling and training cost; `benchmarks/results/` holds measurements, named after their hardware."""

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Every figure of docs/performance.md that needs a GPU: a JSON file each under results/benchmark/, named after
-# the card. Needs no weights. For the int8 rows: pip install torchao. Not committed so far: xl-512-plain,
-# xl-256-scaling and the 8-bit rows; what is committed of an H200 took some seven minutes.
+# Measure every figure of the docs that needs a GPU: benchmarks/h200.sh
+# It writes one JSON file for each run into benchmarks/results/, named after the card. It needs no weights. The
+# int8 rows need torchao (pip install torchao). The committed files of an H200 took seven minutes; xl-512-plain,
+# xl-256-scaling and the 8-bit rows are not among them yet.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
 card=$("$python" -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))')
-folder=results/benchmark
+folder=benchmarks/results
 mkdir -p "$folder"
 
 measure() { # NAME ARGUMENTS: one run of benchmark.py
@@ -21,7 +22,7 @@ for size in 256 512; do
     measure "xl-$size-plain" "${shared[@]}" --batch-size 1 8
     measure "xl-$size-compiled" "${shared[@]}" taylor-fora:2 --batch-size 1 8 --compile
 done
-# 64 trajectories are 128 rows: twice the published batch, whose 64 count both halves of the guided one.
+# 64 trajectories are 128 rows under guidance: twice the published batch, whose 64 count both halves.
 measure xl-256-train --model DiT-XL/2 --precision bf16 --batch-size 64 --num-sampling-steps 10 \
     --cfg-scale 1.5 --repeats 2 --train --compile \
     --cases update "update, backbone gradients" "update, compiled"

@@ -1,10 +1,10 @@
 """How much of a schedule Learning-to-Cache can reuse after its published training, whatever the model.
 
-    python -m benchmarks.l2c_reach        # two minutes of one CPU core
+    python -m benchmarks.l2c_reach        # two minutes on one CPU core
 
-Routers of 56 branches (DiT-XL/2) are trained as `train_router.py --method l2c` does it, with the published
-settings, but on the regularization alone: without a data loss every logit goes down as fast as it can. So the
-CUR at the end is an upper bound, and it depends on `--groups`.
+Routers for 56 branches (DiT-XL/2) are trained as `train_router.py --method l2c` trains them, with the
+published settings but without a data loss: the regularization alone lowers every logit as fast as it can. The
+CUR at the end is therefore an upper bound. It depends on `--groups`.
 """
 
 import torch
@@ -16,9 +16,9 @@ from training.arguments import L2C_L1
 from training.rounds import draw_steps, full_steps
 from training.state import RowTraining
 
-NUM_BRANCHES = 100 * 56  # a hundred routers side by side, so that their random starts hardly count
+NUM_BRANCHES = 100 * 56  # a hundred routers side by side: the mean hardly depends on their random start
 TRAIN_STEPS, LR, THRESHOLD = 20_000, 1e-3, 0.1
-PUBLISHED = {20: 22.14, 50: 23.71}  # CUR in per cent of the routers that its authors publish
+PUBLISHED = {20: 22.14, 50: 23.71}  # CUR of the routers that its authors published, in per cent
 COLUMNS = (
     ("T", lambda row: str(row["num_steps"])),
     ("l1", lambda row: f"{row['l1']:g}"),

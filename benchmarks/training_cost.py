@@ -1,4 +1,8 @@
-"""What router training costs, for `benchmark.py --train`: in forward passes of the bare model, and in memory.
+"""What router training costs, in forward passes of the bare model and in memory.
+
+    python benchmark.py --train --model DiT-B/2 --batch-size 2 --num-sampling-steps 10     # all cases
+
+This module holds the cases that `benchmark.py --train` measures:
 
 | case | what runs |
 |---|---|
@@ -10,17 +14,17 @@
 | `update, compiled, branches recomputed` (with `--compile`) | the same with both |
 | `refresh` | lambda by the image error proxy; the naive way is T trajectories |
 | `end-to-end` | an update of end-to-end training at half of the MACs, activations recomputed |
-| `end-to-end, kept` | the same, activations of all steps kept |
-| `end-to-end, search` | the most of a step of its search: all cells' effects, activations recomputed |
+| `end-to-end, kept` | the same with the activations of all steps kept in memory |
+| `end-to-end, search` | the main part of a step of its search: effects of all cells, activations recomputed |
 """
 
-import argparse
 import contextlib
 import copy
 import multiprocessing
 import os
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -47,7 +51,7 @@ COMPILED = ("update, compiled", "update, compiled, branches recomputed")
 def plain_loop(
     model: DiT, diffusion: GaussianDiffusion, labels: Tensor, noise: Tensor, cfg_scale: float
 ) -> Tensor:
-    """DDIM with nothing taken out of the loop: the bare model, called at every step. Returns x_0."""
+    """DDIM with the bare model called at every step and nothing precomputed. Returns x_0 (n, C, H, W)."""
     guided = cfg_scale != 1
     y, x_t = model.condition(labels, guided), torch.cat([noise, noise]) if guided else noise
     with torch.no_grad():
@@ -60,7 +64,7 @@ def plain_loop(
 
 @contextlib.contextmanager
 def unfrozen(model: DiT) -> Iterator[None]:
-    """All parameters require gradients, those of timestep and label too."""
+    """Within the block all parameters of the model require gradients."""
     model.requires_grad_(True)
     try:
         yield
@@ -71,7 +75,7 @@ def unfrozen(model: DiT) -> Iterator[None]:
 def case(
     name: str, model: DiT, diffusion: GaussianDiffusion, batch_size: int, cfg_scale: float
 ) -> Callable[[], object]:
-    """What is run of one case, on random noise and the model's device."""
+    """The function that runs one case, on random noise on the model's device."""
     device, num_steps = next(model.parameters()).device, diffusion.num_timesteps
     generator = torch.Generator().manual_seed(0)
     shape = (batch_size, model.in_channels, model.input_size, model.input_size)
@@ -118,18 +122,42 @@ def case(
     return search if name == "end-to-end, search" else end_to_end
 
 
-def training_rows(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> list[dict]:
-    """One row per case of `args.cases`: seconds, forward passes, and the most memory on top of the model.
+@dataclass(frozen=True)
+class Costs:
+    """What is measured. batch_size: trajectories. compile: also the compiled cases. cases: None: all."""
 
-    `forward` is always among them; by default all are, the compiled ones with `args.compile`.
+    model: str
+    device: torch.device
+    dtype: torch.dtype
+    image_size: int | None = None
+    num_sampling_steps: str = "20"
+    batch_size: int = 8
+    cfg_scale: float = 4.0
+    repeats: int = 5
+    compile: bool = False
+    cases: Sequence[str] | None = None
+
+    def load(self) -> tuple[DiT, GaussianDiffusion]:
+        """The model with random weights, and the chain."""
+        model = load_model(
+            self.model, image_size=self.image_size, device=self.device, dtype=self.dtype, random_weights=True
+        )
+        return model, create_diffusion(self.num_sampling_steps, learn_sigma=model.learn_sigma)
+
+
+def training_rows(costs: Costs) -> list[dict]:
+    """One row per case: seconds, forward passes, and the most memory on top of the model's.
+
+    `forward` is always among them.
     """
-    model, diffusion = _setup(args, device, dtype)
+    model, diffusion = costs.load()
     num_steps = diffusion.num_timesteps
-    sizes = args.batch_size[0], args.cfg_scale
-    names = (*CASES, *(COMPILED if args.compile else ()))
-    names = [name for name in names if name == "forward" or not args.cases or name in args.cases]
+    sizes = costs.batch_size, costs.cfg_scale
+    names = (*CASES, *(COMPILED if costs.compile else ()))
+    names = [name for name in names if name == "forward" or not costs.cases or name in costs.cases]
     runs = [case(name, model, diffusion, *sizes) for name in names]
-    seconds = dict(zip(names, map(statistics.median, alternating(runs, args.repeats, device)), strict=True))
+    seconds = alternating(runs, costs.repeats, costs.device)
+    seconds = dict(zip(names, map(statistics.median, seconds), strict=True))
     forward, rows = seconds["forward"] / num_steps, []
     for name in names:
         own = seconds[name]
@@ -140,31 +168,24 @@ def training_rows(args: argparse.Namespace, device: torch.device, dtype: torch.d
             row["of_naive"] = own / (num_steps * seconds["forward"])
         else:
             row["forwards"] = own / seconds["forward"]
-        row["peak_mb_on_top"] = _memory(args, name, device, dtype) / 2**20
+        row["peak_mb_on_top"] = _memory(costs, name) / 2**20
         rows.append(row)
     return rows
 
 
-def _setup(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> tuple:
-    model = load_model(
-        args.model, image_size=args.image_size, device=device, dtype=dtype, random_weights=True
-    )
-    return model, create_diffusion(args.num_sampling_steps[0], learn_sigma=model.learn_sigma)
-
-
-def _memory(args: argparse.Namespace, name: str, device: torch.device, dtype: torch.dtype) -> int:
-    """Bytes that a case needs on top of the model; of RAM they can be told in a fresh process alone."""
-    if device.type == "cuda":
-        return _measure_memory(args, name, device, dtype)
-    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")  # what large tensors leave goes back at once
+def _memory(costs: Costs, name: str) -> int:
+    """Bytes that a case needs on top of the model. For RAM only a fresh process can tell."""
+    if costs.device.type == "cuda":
+        return _measure_memory(costs, name)
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")  # freed large tensors are returned at once
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_measure_memory, (args, name, device, dtype))
+        return pool.apply(_measure_memory, (costs, name))
 
 
-def _measure_memory(args: argparse.Namespace, name: str, device: torch.device, dtype: torch.dtype) -> int:
-    run = case(name, *_setup(args, device, dtype), args.batch_size[0], args.cfg_scale)
+def _measure_memory(costs: Costs, name: str) -> int:
+    run, device = case(name, *costs.load(), costs.batch_size, costs.cfg_scale), costs.device
     if name in COMPILED:
-        run()  # what the compiler needs is not the update's
+        run()  # the compiler's own memory does not count
     reset_peak_memory(device)
     before = torch.cuda.memory_allocated(device) if device.type == "cuda" else peak_memory(device)
     run()

@@ -4,7 +4,7 @@ Commands that torchrun starts import this first, before modules that take second
 process to torchrun only; `nohup python ... &` outlives its shell as usual. It needs only the standard
 library.
 
-    python lifeline.py PID COMMAND ...   # runs COMMAND, which ends when process PID ends (see `bound`)
+    python common/lifeline.py PID COMMAND ...   # runs COMMAND, which ends when process PID ends (see `bound`)
 
 On Linux the kernel sends SIGKILL as soon as the parent is gone (PR_SET_PDEATHSIG); elsewhere a thread looks.
 """

@@ -41,10 +41,32 @@ class Example:
 
 @cache
 def examples() -> tuple[Example, ...]:
-    """The records of all examples, in the order of their folders' names."""
+    """The records of all examples, in the order of their folders' names.
+
+    Raises ValueError for a folder without a record, and where two examples give one name to different things.
+    """
     folders = importlib.import_module(PACKAGE).__path__
     modules = [importlib.import_module(f"{PACKAGE}.{found.name}") for found in pkgutil.iter_modules(folders)]
+    taken: dict[tuple[str, str], str] = {}
+    for module in modules:
+        example = getattr(module, "EXAMPLE", None)
+        if not isinstance(example, Example):
+            raise ValueError(
+                f"{module.__file__} has no EXAMPLE = Example(...), by which an example registers"
+            )
+        names = {kind: getattr(example, kind) for kind in ("presets", "data", "features")}
+        names["routers"] = [file.stem for file in _router_files(example)]
+        for key in ((kind, name) for kind, found in names.items() for name in found):
+            if key in taken:
+                raise ValueError(
+                    f"{key[1]!r} of {key[0]} is in {taken[key]} and {module.__name__}; rename one"
+                )
+            taken[key] = module.__name__
     return tuple(module.EXAMPLE for module in modules)
+
+
+def _router_files(example: Example) -> list[Path]:
+    return sorted(example.routers.glob("*.safetensors")) if example.routers else []
 
 
 def presets() -> dict[str, Preset]:
@@ -61,14 +83,13 @@ def features() -> dict[str, Callable]:
 
 def router_file(name: str) -> Path | None:
     """The file of a router that ships with an example, by its name without a suffix."""
-    files = [example.routers / f"{name}.safetensors" for example in examples() if example.routers]
-    return next((file for file in files if file.is_file()), None)
+    files = [file for example in examples() for file in _router_files(example)]
+    return next((file for file in files if file.stem == name), None)
 
 
 def router_names() -> list[str]:
     """The names of all routers that ship with the examples."""
-    folders = [example.routers for example in examples() if example.routers]
-    return sorted(file.stem for folder in folders for file in folder.glob("*.safetensors"))
+    return sorted(file.stem for example in examples() for file in _router_files(example))
 
 
 def _calling(place: str) -> Callable:

@@ -9,7 +9,7 @@ A training is a plan of phases. Every train step draws a fresh batch and belongs
 | update | all that are left | one Adam step on all reuse weights at once, on the log of the MSE of x_0 |
 
 With `--terms 0` (reuse as stored) there are no weights to train, and the exchanges take all steps that are
-left. With a pool and weights nothing is exchanged: one step settles the best candidate. docs/beyond.md says
+left. With a pool and weights nothing is exchanged: one step settles the best candidate. docs/method.md says
 why it is built so, and what did worse.
 """
 

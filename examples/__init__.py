@@ -1,1 +1,4 @@
-"""One folder a data set: data, trainings, weights, judge, routers, README. `common.registry` lists them."""
+"""One folder for each data set: its data, trainings, weights, judge, routers and README.
+
+`common.registry` finds every folder whose `__init__.py` holds an EXAMPLE.
+"""

@@ -1,1 +1,1 @@
-"""Comparing methods on an example: plan, run, measure, tables, charts; `study/results/` is the evidence."""
+"""All methods compared on the digits: plan, run, measure, tables, charts; results/ is the evidence."""

@@ -1,4 +1,4 @@
-"""Charts of a study, each on a light and on a dark ground: trade-offs, schedules, lambda, curves, images."""
+"""The charts of a study: trade-offs, schedules, lambda, curves, images; on a light and on a dark ground."""
 
 import base64
 import io
@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from common.files import replacing
 
-# Okabe and Ito's colours, which the colour-blind tell apart; readable on both grounds.
+# Okabe and Ito's colours, which colour-blind readers can tell apart, on both grounds.
 COLOURS = {
     "fewer-steps": "#999999", "fora": "#0072B2", "taylor-fora": "#56B4E9", "taylor2-fora": "#7B8CDE",
     "random": "#B08D57", "l2c": "#009E73", "l2c-every-row": "#66C2A5", "harmonica": "#D55E00",
@@ -39,7 +39,7 @@ THEMES = {
 
 
 def render(draw: Callable[[Figure, dict], None], size: tuple[float, float], theme: str) -> bytes:
-    """PNG bytes of a chart that `draw(figure, theme)` fills; size in inches, at 110 dots each."""
+    """A chart as PNG. draw(figure, colours) fills the figure; size in inches, at 110 dots per inch."""
     colours = THEMES[theme]
     text, ground = colours["text"], colours["axes.facecolor"]
     settings = {"figure.facecolor": ground, "axes.facecolor": ground, "savefig.facecolor": ground}
@@ -60,7 +60,7 @@ def data_uri(png: bytes) -> str:
 
 
 def trade_off(groups: list[dict], x: str, y: str, labels: tuple[str, str]) -> Callable:
-    """A line per method through its speeds: the mean over seeds, a bar from the least to the greatest."""
+    """A line for each method through its speeds: the mean over seeds, bars from the least to the greatest."""
 
     def draw(figure: Figure, _theme: dict) -> None:
         axes = figure.add_subplot()
@@ -88,7 +88,7 @@ def trade_off(groups: list[dict], x: str, y: str, labels: tuple[str, str]) -> Ca
 
 
 def schedules(tables: list[tuple[str, np.ndarray]]) -> Callable:
-    """Bool tables (T, B) side by side, steps downwards as executed, filled where computed."""
+    """Bool tables (T, B) side by side: steps downwards in the order of execution, computed cells filled."""
 
     def draw(figure: Figure, theme: dict) -> None:
         columns = min(3, len(tables))
@@ -107,7 +107,7 @@ def schedules(tables: list[tuple[str, np.ndarray]]) -> Callable:
 
 
 def lines(series: list[tuple[str, np.ndarray, np.ndarray]], labels: tuple[str, str], log: bool) -> Callable:
-    """(name, x, y) as lines."""
+    """A line for each (name, x, y)."""
 
     def draw(figure: Figure, _theme: dict) -> None:
         axes = figure.add_subplot()
@@ -124,7 +124,7 @@ def lines(series: list[tuple[str, np.ndarray, np.ndarray]], labels: tuple[str, s
 
 
 def image_rows(rows: list[tuple[str, np.ndarray]]) -> Callable:
-    """Images (n, H, W) of every method, a row each, and beside them the difference to the first row's."""
+    """A row of images (n, H, W) for each method, and beside it the difference to the first row."""
 
     def strip(images: np.ndarray, fill: float) -> np.ndarray:
         padded = np.pad(images.astype(float), ((0, 0), (0, 0), (0, 1)), constant_values=fill)

@@ -1,12 +1,19 @@
-"""What the digits study trains and measures: speeds, seeds, methods, ablations, as tasks in order."""
+"""What the digits study trains and measures, as data: speeds, trainings, rows, and the order of it all.
+
+A `Row` is one measurement: a method with its settings at one number of steps, and the `Training` that its
+router comes from. Each section of the study (`comparison`, `recipe`, ...) is a function that lists rows.
+`plan` takes the sections in order and makes tasks of them: the rows, their trainings and the uncached rows
+beside them, each once and after what it needs. Settings are the values of a command's flags by name:
+{"cfg_scale": 1.5} is `--cfg-scale 1.5` of `train_router.py` or of `study.measure`.
+"""
 
 import bisect
-import dataclasses
 import os
+import shlex
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -14,35 +21,47 @@ from backbones.loading import load_model
 from examples.digits import MODEL
 from models import DiT
 from schedules.baselines import random_schedule
-from study.tables import BEYOND as FORECAST
-from study.tables import FRESH, MAIN_SPEED, NO_MOMENTS, SECOND, UNIFORM
+from study.tables import (
+    FORECAST,
+    FORECAST_EVEN_BATCHES,
+    FORECAST_NO_MOMENTS,
+    FRESH_SAMPLES,
+    FULL_LENGTH,
+    MAIN_SPEED,
+    SECOND_SAMPLES,
+)
 
 ROOT = Path(__file__).parents[1]
+EVIDENCE = ROOT / "study" / "results" / "digits"  # the committed study
 RESULTS, QUICK_RESULTS = (ROOT / "results" / name for name in ("digits", "digits-quick"))
-RANDOM_CURS = np.arange(0.005, 0.9, 0.0025)  # among which `random` finds a speed
-ABLATION_STEPS = README_STEPS = 10  # both at MAIN_SPEED; the README's rows have more samples
-# FORA's and TaylorSeer's rules that have the least error or distance of all others somewhere at a T.
-NEAR = {
-    10: ("fora", "taylor-fora", "taylor2-fora", "taylor2-fora-released"),
-    20: ("taylor-fora", "taylor2-fora", "taylor2-fora-released"),
-    50: ("taylor-fora", "taylor2-fora", "taylor-fora-released", "taylor2-fora-released"),
-}
-# Of samples that nobody looked at before every setting was chosen, and of some that were looked at before.
-SEEDS = {FRESH: 20261129, SECOND: 20261127}
-ABLATED = (1.96, 2.77)  # speeds at which FRESH tells what the flags of a training are worth
-# A third speed for Learning-to-Cache, which can reuse every other step at most; not measured of all methods.
-MILD = 1.25
+ROUTERS = "routers.safetensors"  # all routers of a study, by name
+
+# ---- how much --------------------------------------------------------------------------------------
+
+RECIPE_STEPS = README_STEPS = 10  # both at MAIN_SPEED; the README's rows have more samples
+# Seeds of other samples than those on which settings were chosen; SECOND_SAMPLES were looked at once before.
+SAMPLE_SEEDS = {FRESH_SAMPLES: 20261129, SECOND_SAMPLES: 20261127}
+SAMPLES_FACTOR = {20: 3}  # samples flip most at T = 20: rows of SAMPLE_SEEDS have three times as many there
 
 
 @dataclass(frozen=True)
 class Speed:
-    """One speed-up by MACs at which methods are compared, and what reaches it without training."""
+    """One speed-up by MACs at which methods are compared, and the settings that reach it without training.
+
+    interval: FORA's and TaylorSeer's. released_interval: the same by the rules of the released codes, with as
+    many computed rows. steps: of the shorter chain; None: no number of steps is near enough. l2c_target: the
+    speed that Learning-to-Cache is asked for, which trains even rows alone; None: out of its reach.
+    """
 
     target: float
-    interval: str  # FORA's
-    released_interval: str  # of the released rules of FORA and TaylorSeer, for as many computed rows
-    steps: int | None  # of the shorter chain; None: none is near enough
-    l2c_target: float | None = None  # for even rows alone; None: out of its reach
+    interval: str
+    released_interval: str
+    steps: int | None
+    l2c_target: float | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.target:g}"
 
 
 SPEEDS = {
@@ -68,359 +87,562 @@ SPEEDS = {
         Speed(3.1, "10/3", "7/2", 16),
     ],
 }
+MILD_SPEED = 1.25  # added for Learning-to-Cache, which reuses every other step at most; not for all methods
+FORECAST_RECIPE_SPEEDS = (1.96, 2.77)  # at which FRESH_SAMPLES tell what the flags of a training are worth
 
 
-class Beyond(NamedTuple):
-    """End-to-end training at one number of steps."""
+@dataclass(frozen=True)
+class EndToEndScale:
+    """End-to-end training at one number of steps. forecast: further settings of FORECAST."""
 
     train_steps: int
-    batch: int
-    flags: dict = {}  # of those with weights of reuse
+    batch_size: int
+    forecast: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is trained and measured. updates: of each router row; longer: where those miss a speed."""
+    """How much is trained and measured.
+
+    seeds: training seeds, by T. updates: of each router row, by T; longer: where those miss a speed, by
+    (name, T) or (name, T, speed). repeats: of the latency.
+    """
 
     samples: int
     samples_in_readme: int
-    seeds: dict[int, int]
-    speeds: dict[int, list[Speed]]
-    updates: dict[int, int]
+    seeds: Mapping[int, int]
+    speeds: Mapping[int, list[Speed]]
+    updates: Mapping[int, int]
     lr: float
-    repeats: int  # of the latency
+    repeats: int
     ablations: bool
-    beyond: dict[int, Beyond]
-    longer: dict[tuple, int] = field(default_factory=dict)  # (name, T) or (name, T, speed)
+    end_to_end: Mapping[int, EndToEndScale]
+    longer: Mapping[tuple, int] = field(default_factory=dict)
+
+    def updates_of(self, name: str, num_steps: int, speed: float) -> int:
+        for key in ((name, num_steps, speed), (name, num_steps)):
+            if key in self.longer:
+                return self.longer[key]
+        return self.updates[num_steps]
 
 
 FULL = Scale(
-    2000, 5000, {10: 3, 20: 3, 50: 1}, SPEEDS, {10: 100, 20: 50, 50: 40}, 0.1, 9, True,
-    {10: Beyond(57, 24), 20: Beyond(77, 24, {"--pool": 1024, "--moments-weight": 1}), 50: Beyond(47, 8)},
-    {
+    samples=2000,
+    samples_in_readme=5000,
+    seeds={10: 3, 20: 3, 50: 1},
+    speeds=SPEEDS,
+    updates={10: 100, 20: 50, 50: 40},
+    lr=0.1,
+    repeats=9,
+    ablations=True,
+    end_to_end={
+        10: EndToEndScale(57, 24),
+        20: EndToEndScale(77, 24, {"pool": 1024, "moments_weight": 1}),
+        50: EndToEndScale(47, 8),
+    },
+    longer={
         ("l2c", 20): 100, ("l2c", 50): 80, ("harmonica-paper", 50): 80,
         ("harmonica-paper", 20, 2.77): 100, ("harmonica-paper", 20, 3.1): 100,
     },
 )  # fmt: skip
 QUICK = Scale(
-    200, 200, {10: 1, 20: 1, 50: 1}, {steps: speeds[2:3] for steps, speeds in SPEEDS.items()},
-    {10: 30, 20: 20, 50: 12}, 0.2, 1, False, {10: Beyond(37, 8), 20: Beyond(27, 4), 50: Beyond(22, 4)},
-)  # fmt: skip
+    samples=200,
+    samples_in_readme=200,
+    seeds={10: 1, 20: 1, 50: 1},
+    speeds={num_steps: speeds[2:3] for num_steps, speeds in SPEEDS.items()},
+    updates={10: 30, 20: 20, 50: 12},
+    lr=0.2,
+    repeats=1,
+    ablations=False,
+    end_to_end={10: EndToEndScale(37, 8), 20: EndToEndScale(27, 4), 50: EndToEndScale(22, 4)},
+)
+
+# ---- trainings -------------------------------------------------------------------------------------
+
+# What each training by steps adds to the settings that all of them share; its name is that of the method.
+STEP_BY_STEP = {
+    "harmonica": {},
+    "harmonica-paper": {"proxy": "paper"},
+    "harmonica-no-proxy": {"proxy": "none"},
+    "harmonica-ste": {"router_train": "ste"},
+    "harmonica-eps": {"data_loss": "eps"},
+    "harmonica-macs": {"cost": "macs"},
+    "harmonica-one-step": {"rollout": "one-step"},
+    "harmonica-lr0.3": {"lr": 0.3, "max_steps": 1000},
+    "harmonica-lr0.03": {"lr": 0.03, "max_steps": 3300},
+    "harmonica-20k": {"lr": 0.01, "max_steps": 20000},  # the published length and learning rate
+}
+# The same of trainings end to end; FORECAST itself has those of the scale.
+END_TO_END = {
+    "end-to-end": {"terms": 0, "max_steps": 22},
+    FORECAST_NO_MOMENTS: {"pool": 1024},
+    FORECAST_EVEN_BATCHES: {},
+    f"{FORECAST}-one-term": {"terms": 1},
+    f"{FORECAST}-two-terms": {"terms": 2},
+    f"{FORECAST}-fitted-only": {"max_steps": 17},
+    f"{FORECAST}-window-5": {"window": 5},
+    f"{FORECAST}-window-2": {"window": 2},
+    f"{FORECAST}-open-share-0.25": {"open_share": 0.25},
+    f"{FORECAST}-pool-1024": {"pool": 1024},
+    f"{FORECAST}-moments": {"moments_weight": 1},
+    f"{FORECAST}-from-50-steps": {},  # from the schedule of another training
+}
+
+
+@dataclass(frozen=True)
+class Training:
+    """A router to be trained. settings: flags of train_router.py; init: the router from which it starts."""
+
+    id: str
+    settings: Mapping[str, object] = field(hash=False)
+    init: "Training | None" = None
+
+
+def step_by_step(
+    scale: Scale,
+    name: str,
+    num_steps: int,
+    seed: int,
+    speed: float | None = None,
+    cur: float | None = None,
+    cfg_scale: float = 1.0,
+) -> Training:
+    """A training of HarmoniCa or Learning-to-Cache, asked for a speed or for a CUR."""
+    kind, value = ("cur", cur) if speed is None else ("speedup", speed)
+    is_l2c = name.startswith("l2c")
+    trained_rows = num_steps // 2 if name == "l2c" else num_steps
+    settings = {
+        "model": MODEL,
+        "num_sampling_steps": num_steps,
+        f"target_{kind}": value,
+        "global_seed": seed,
+        "lr": scale.lr,
+        "max_steps": scale.updates_of(name, num_steps, value) * trained_rows,
+        # 8 trajectories with guidance and without: under guidance the batch would count twice as many rows
+        "global_batch_size" if cfg_scale == 1 else "trajectories": 8,
+    }
+    if is_l2c:
+        settings |= {"method": "l2c", "data": "digits", "l1": l2c_first_weight(name, num_steps, value)}
+        settings |= {"groups": 1, "every_row": name == "l2c-every-row"}
+    else:  # refreshing lambda costs T trajectories: every T / 2 of them, or every ten where T is small
+        settings |= {"cfg_scale": cfg_scale, "l1": 1e-6, "lambda_c": num_steps * max(10, num_steps // 2)}
+    settings |= {"log_every": 5 * num_steps, "ckpt_every": 500} | STEP_BY_STEP.get(name, {})
+    suffix = f"-cfg{cfg_scale:g}" if cfg_scale != 1 else ""
+    return Training(f"{name}-T{num_steps}-{kind}{value:g}-s{seed}{suffix}", settings)
+
+
+def l2c_first_weight(name: str, num_steps: int, speed: float) -> float:
+    """The weight of the regularization that Learning-to-Cache begins with.
+
+    A speed near all that even rows can save needs a strong pull from the start. Elsewhere the more steps, the
+    smaller is the error of one, and a pull that is too strong at first is not made good later: logits that
+    have reached their limit hardly come back.
+    """
+    if name == "l2c" and speed > 1.9:
+        return 0.1
+    return 1e-4 if num_steps < 50 else 5e-6
+
+
+def end_to_end(scale: Scale, num_steps: int, speed: Speed, seed: int = 0, name: str = FORECAST) -> Training:
+    """A training on the error of the final image."""
+    size = scale.end_to_end[num_steps]
+    init = end_to_end(scale, 50, SPEEDS[50][2]) if name.endswith("from-50-steps") else None
+    settings = {
+        "method": "end-to-end",
+        "model": MODEL,
+        "num_sampling_steps": num_steps,
+        "cfg_scale": 1,
+        "target_speedup": speed.target,
+        "global_seed": seed,
+        "max_steps": size.train_steps,
+        "global_batch_size": size.batch_size,
+        "keep_activations": True,
+    }
+    settings |= size.forecast if name == FORECAST else END_TO_END[name]
+    return Training(f"{name}-T{num_steps}-speedup{speed.name}-s{seed}", settings, init)
+
+
+# ---- rows ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """A measurement. settings: the method, as flags of study.measure; the rest goes into the row as it is.
+
+    speed: what was asked for. group: the section that a row belongs to, None for the comparison. variant:
+    what is different within a group.
+    """
+
+    method: str
+    num_steps: int
+    settings: Mapping[str, object] = field(default_factory=dict, hash=False)
+    training: Training | None = None
+    speed: str | None = None
+    train_seed: int | None = None
+    group: str | None = None
+    variant: str | float | None = None
+    cfg_scale: float = 1.0
+    sampler: str = "ddim"
+
+    @property
+    def id(self) -> str:
+        parts = (self.method, f"T{self.num_steps}", self.speed, self.train_seed, self.group, self.variant)
+        return "-".join(str(part) for part in parts if part is not None) + self._chain
+
+    @property
+    def _chain(self) -> str:
+        """Guidance and sampler as the end of an id."""
+        return ("" if self.cfg_scale == 1 else f"-cfg{self.cfg_scale:g}") + (
+            "-ddpm" if self.sampler == "ddpm" else ""
+        )
+
+    @property
+    def uncached(self) -> "Row | None":
+        """The row that this one is compared with."""
+        if self.method == "uncached":
+            return None
+        return Row("uncached", self.num_steps, cfg_scale=self.cfg_scale, sampler=self.sampler)
+
+    @property
+    def facts(self) -> dict:
+        """What a record of this row says beside its figures."""
+        router = f"{ROUTERS}:{self.training.id}" if self.training else None
+        asked = {name: getattr(self, name) for name in ("speed", "train_seed", "group", "variant")}
+        return {"method": self.method, "router": router} | {k: v for k, v in asked.items() if v is not None}
+
+    def samples(self, scale: Scale) -> int:
+        in_readme = (self.method == "uncached" or (self.speed == MAIN_SPEED and self.group is None)) and (
+            self.num_steps,
+            self.sampler,
+            self.cfg_scale,
+        ) == (README_STEPS, "ddim", 1)
+        if in_readme:
+            return scale.samples_in_readme
+        return scale.samples * (SAMPLES_FACTOR.get(self.num_steps, 1) if self.group in SAMPLE_SEEDS else 1)
+
+    def measured_with(self, scale: Scale, routers: Path) -> dict[str, object]:
+        """All flags of study.measure; routers: the file that its router is in."""
+        settings = {
+            "num_sampling_steps": self.num_steps,
+            "cfg_scale": self.cfg_scale,
+            "samples": self.samples(scale),
+            "p_sample": self.sampler == "ddpm",
+        }
+        settings |= self.settings
+        settings |= {"seed": SAMPLE_SEEDS[self.group]} if self.group in SAMPLE_SEEDS else {}
+        return settings | ({"path": f"{routers}:{self.training.id}"} if self.training else {})
+
+
+def untrained(num_steps: int, speed: Speed, **facts) -> Iterator[Row]:
+    """FORA and TaylorSeer of orders 1 and 2, by one rule for all and by those of the released codes.
+
+    Either rule computes as many rows. The released codes know whole intervals alone; where none gives that
+    many rows, theirs is a fraction here.
+    """
+    facts |= {"speed": speed.name}
+    ours, released = {"interval": speed.interval}, {"interval": speed.released_interval}
+    for suffix, fora, taylor in (
+        ("", ours, ours),
+        ("-released", released | {"anchor": "last"}, released | {"first_steps": 2}),
+    ):
+        yield Row(f"fora{suffix}", num_steps, {"accelerate_method": "fora"} | fora, **facts)
+        for order, name in ((1, "taylor-fora"), (2, "taylor2-fora")):
+            settings = {"accelerate_method": "taylor-fora"} | taylor | {"order": order}
+            yield Row(f"{name}{suffix}", num_steps, settings, **facts)
+
+
+def fewer_steps(num_steps: int, speed: Speed, **facts) -> Iterator[Row]:
+    """The uncached model on a shorter chain; nothing where no length is near the speed."""
+    if speed.steps:
+        settings = {"accelerate_method": "fewer-steps", "steps": speed.steps}
+        yield Row("fewer-steps", num_steps, settings, speed=speed.name, **facts)
+
+
+def random(num_steps: int, speed: Speed, seed: int) -> Row:
+    cur = random_cur(num_steps, speed.target, seed)
+    settings = {"accelerate_method": "random", "cur": f"{cur:.4f}", "schedule_seed": seed}
+    return Row("random", num_steps, settings, speed=speed.name, train_seed=seed)
+
+
+def routed(
+    training: Training, method: str, num_steps: int, speed: Speed | None, seed: int, reuse: str = "", **facts
+) -> Row:
+    """A row of a trained router. reuse: "taylor-" or "calibrated-", where its reuse is not as it was trained.
+
+    facts: group, variant, cfg_scale, sampler, and settings= for further flags.
+    """
+    settings = {"accelerate_method": "l2c" if method.startswith("l2c") else f"{reuse}dynamiclayer"}
+    settings |= facts.pop("settings", {})
+    name = speed.name if speed else None
+    return Row(method, num_steps, settings, training, speed=name, train_seed=seed, **facts)
+
+
+# ---- sections --------------------------------------------------------------------------------------
+
+
+def comparison(scale: Scale, num_steps: int, seeds: range | None = None) -> Iterator[Row]:
+    """All published methods at all speeds."""
+    for seed in seeds or range(scale.seeds[num_steps]):
+        for speed in scale.speeds[num_steps]:
+            if seed == 0:
+                yield from fewer_steps(num_steps, speed)
+                yield from untrained(num_steps, speed)
+            if speed.target != MILD_SPEED:
+                yield random(num_steps, speed, seed)
+            yield from trained(scale, num_steps, speed, seed)
+
+
+def trained(scale: Scale, num_steps: int, speed: Speed, seed: int) -> Iterator[Row]:
+    """All methods that are trained step by step, at one speed from one seed."""
+    setting = num_steps, speed, seed
+    if speed.l2c_target:
+        yield routed(step_by_step(scale, "l2c", num_steps, seed, speed.l2c_target), "l2c", *setting)
+    router = step_by_step(scale, "harmonica", num_steps, seed, speed.target)
+    yield routed(router, "harmonica", *setting)
+    if speed.target == MILD_SPEED:
+        return
+    yield routed(router, "taylor-harmonica", *setting, "taylor-")
+    for name in ("harmonica-paper", "l2c-every-row"):
+        yield routed(step_by_step(scale, name, num_steps, seed, speed.target), name, *setting)
+
+
+def end_to_end_comparison(scale: Scale, num_steps: int) -> Iterator[Row]:
+    """End-to-end training at all speeds, with and without weights, and weights for others' schedules."""
+    for seed in range(scale.seeds[num_steps]):
+        for speed in scale.speeds[num_steps]:
+            yield routed(end_to_end(scale, num_steps, speed, seed), FORECAST, num_steps, speed, seed)
+    for speed in scale.speeds[num_steps]:
+        fora = {"accelerate_method": "calibrated-fora", "interval": speed.interval}
+        yield Row("calibrated-fora", num_steps, fora, speed=speed.name)
+        if speed.target != MILD_SPEED:
+            router = step_by_step(scale, "harmonica", num_steps, 0, speed.target)
+            yield routed(router, "calibrated-harmonica", num_steps, speed, 0, "calibrated-")
+        alone = end_to_end(scale, num_steps, speed, name="end-to-end")
+        yield routed(alone, "end-to-end", num_steps, speed, 0)
+
+
+# Rules of FORA and TaylorSeer that have the least error or distance of all other methods somewhere at a T.
+CLOSEST_RULES = {
+    10: ("fora", "taylor-fora", "taylor2-fora", "taylor2-fora-released"),
+    20: ("taylor-fora", "taylor2-fora", "taylor2-fora-released"),
+    50: ("taylor-fora", "taylor2-fora", "taylor-fora-released", "taylor2-fora-released"),
+}
+
+
+def other_samples(scale: Scale, num_steps: int, group: str) -> Iterator[Row]:
+    """FORECAST and its closest competitors on samples of a seed of their own; group: one of SAMPLE_SEEDS.
+
+    The competitors are those with the least error or distance somewhere in the comparison at this number of
+    steps, of training seed 0; on FRESH_SAMPLES HarmoniCa too, of all training seeds.
+    """
+    for speed in scale.speeds[num_steps]:
+        rules = untrained(num_steps, speed, group=group)
+        yield from (row for row in rules if row.method in CLOSEST_RULES[num_steps])
+        seeds = range(scale.seeds[num_steps])
+        routers = [(FORECAST, seed, end_to_end(scale, num_steps, speed, seed)) for seed in seeds]
+        others = []  # name, seed, speed asked for
+        if group == FRESH_SAMPLES:
+            others += [("harmonica", seed, speed.target) for seed in seeds]
+            others += [("l2c", 0, speed.l2c_target)] if speed.target == MILD_SPEED else []
+        if num_steps == 10 and speed.target != MILD_SPEED:
+            others += [("harmonica-paper", 0, speed.target)]
+        routers += [
+            (name, seed, step_by_step(scale, name, num_steps, seed, target)) for name, seed, target in others
+        ]
+        for name, seed, router in routers:
+            yield routed(router, name, num_steps, speed, seed, group=group)
+
+
+def forecast_recipe_at_20_steps(scale: Scale) -> Iterator[Row]:
+    """What the further settings of FORECAST at T = 20 are worth, at two speeds with one training seed."""
+    for speed in scale.speeds[20]:
+        if speed.target in FORECAST_RECIPE_SPEEDS:
+            for name, groups in (
+                (FORECAST_NO_MOMENTS, (FRESH_SAMPLES,)),
+                (FORECAST_EVEN_BATCHES, tuple(SAMPLE_SEEDS)),
+            ):
+                router = end_to_end(scale, 20, speed, name=name)
+                for group in groups:
+                    yield routed(router, name, 20, speed, 0, group=group)
+
+
+def forecast_recipe(scale: Scale) -> Iterator[Row]:
+    """Ablations of end-to-end training at T = 10 and the main speed, and its router on other chains."""
+    num_steps, speed = RECIPE_STEPS, recipe_speed()
+    for name in END_TO_END:
+        variant = name.removeprefix(f"{FORECAST}-")
+        if name.startswith(FORECAST) and name not in (FORECAST_NO_MOMENTS, FORECAST_EVEN_BATCHES):
+            router = end_to_end(scale, num_steps, speed, name=name)
+            yield routed(router, name, num_steps, speed, 0, group="end-to-end", variant=variant)
+    router = end_to_end(scale, num_steps, speed)
+    for chain in ({"cfg_scale": 1.5}, {"sampler": "ddpm"}):
+        for reuse, variant in (("", "as-trained"), ("calibrated-", "calibrated")):
+            facts = {"group": "transfer", "variant": variant} | chain
+            yield routed(router, FORECAST, num_steps, speed, 0, reuse, **facts)
+
+
+def recipe(scale: Scale, seeds: range) -> Iterator[Row]:
+    """Ablations of HarmoniCa's training at T = 10 and the main speed; the group says what is changed."""
+    for group, name in (
+        ("proxy", "harmonica-no-proxy"),
+        ("router-train", "harmonica-ste"),
+        ("data-loss", "harmonica-eps"),
+        ("cost", "harmonica-macs"),
+        ("rollout", "harmonica-one-step"),
+    ):
+        for seed in seeds:
+            yield from harmonica(scale, name, seed, group)
+
+
+def harmonica(scale: Scale, name: str, seed: int, group: str) -> Iterator[Row]:
+    """One ablation of HarmoniCa's training."""
+    router = step_by_step(scale, name, RECIPE_STEPS, seed, recipe_speed().target)
+    yield routed(router, name, RECIPE_STEPS, recipe_speed(), seed, group=group)
+
+
+def settings(scale: Scale) -> Iterator[Row]:
+    """Threshold, learning rate, guidance and sampler, of training seed 0."""
+    num_steps, speed = RECIPE_STEPS, recipe_speed()
+    router = step_by_step(scale, "harmonica", num_steps, 0, speed.target)
+    for threshold in (0.02, 0.05, 0.2, 0.3, 0.5, 0.7, 0.9):
+        facts = {"group": "threshold", "variant": threshold, "settings": {"thres": threshold}}
+        yield routed(router, "harmonica", num_steps, None, 0, **facts)
+    for name in ("harmonica-lr0.3", "harmonica-lr0.03"):
+        yield from harmonica(scale, name, 0, "lr")
+
+    yield from fewer_steps(num_steps, speed, cfg_scale=1.5)
+    yield from untrained(num_steps, speed, cfg_scale=1.5)
+    guided = step_by_step(scale, "harmonica", num_steps, 0, speed.target, cfg_scale=1.5)
+    yield routed(guided, "harmonica", num_steps, speed, 0, cfg_scale=1.5)
+    l2c = step_by_step(scale, "l2c-every-row", num_steps, 0, speed.target)
+    yield routed(l2c, "l2c-every-row", num_steps, speed, 0, cfg_scale=1.5)
+    for training, variant, chain in (
+        (guided, "trained-at-1.5", {}),
+        (router, "trained-at-1", {"cfg_scale": 1.5}),
+        (router, "trained-with-ddim", {"sampler": "ddpm"}),
+    ):
+        facts = {"group": "transfer", "variant": variant} | chain
+        yield routed(training, "harmonica", num_steps, speed, 0, **facts)
+    yield next(untrained(num_steps, speed, group="transfer", sampler="ddpm"))  # FORA
+
+
+def objective(scale: Scale) -> Iterator[Row]:
+    """What training step by step minimises, of routers that it trained and of schedules that it did not."""
+    num_steps, speed = RECIPE_STEPS, recipe_speed()
+    errors = {"step_errors": 500}
+    fora = {"accelerate_method": "fora", "interval": speed.interval} | errors
+    yield Row("fora", num_steps, fora, speed=speed.name, group="objective")
+    for name in ("harmonica", "harmonica-no-proxy", "harmonica-paper", "harmonica-20k", "l2c-every-row"):
+        router = step_by_step(scale, name, num_steps, 0, speed.target)
+        yield routed(router, name, num_steps, speed, 0, group="objective", settings=errors)
+
+
+def targets(scale: Scale) -> Iterator[Row]:
+    """Whether `--target-cur` reaches what it is asked for."""
+    for cur in (0.25, 0.4, 0.55):
+        for seed in range(3):
+            router = step_by_step(scale, "harmonica", 10, seed, cur=cur)
+            yield routed(router, "harmonica", 10, None, seed, group="target-cur", variant=cur)
+
+
+def rows(scale: Scale) -> Iterator[Row]:
+    """All rows in order: what is cheap and what is most asked for comes first."""
+    yield from comparison(scale, 10)
+    if scale.ablations:
+        yield from targets(scale)
+    yield from comparison(scale, 20, range(1))
+    if scale.ablations:
+        yield from recipe(scale, range(1))
+        yield from settings(scale)
+        yield from harmonica(scale, "harmonica-20k", 0, FULL_LENGTH)
+        yield from objective(scale)
+    yield from comparison(scale, 50)
+    yield from comparison(scale, 20)
+    if scale.ablations:
+        yield from recipe(scale, range(scale.seeds[RECIPE_STEPS]))
+    for num_steps in (10, 20, 50):
+        yield from end_to_end_comparison(scale, num_steps)
+    if scale.ablations:
+        yield from forecast_recipe(scale)
+        for num_steps, group in (
+            (20, FRESH_SAMPLES),
+            (20, SECOND_SAMPLES),
+            (10, FRESH_SAMPLES),
+            (50, FRESH_SAMPLES),
+        ):
+            yield from other_samples(scale, num_steps, group)
+        yield from forecast_recipe_at_20_steps(scale)
+
+
+# ---- tasks -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Task:
-    """A training (its id names the router) or a row. arguments: of train_router.py or digits.measure."""
+    """A training (its id is the router's name) or a row, with the ids of what it needs."""
 
     id: str
-    arguments: tuple[str, ...]
+    settings: Mapping[str, object] = field(hash=False)
     needs: tuple[str, ...] = ()
-    facts: dict = field(default_factory=dict, hash=False, compare=False)
-    is_training: bool = False
+    row: Row | None = None
 
     @property
-    def file_name(self) -> str:
-        """In routers/ or rows/."""
-        return f"{self.id}.safetensors" if self.is_training else f"{self.id}.json"
+    def is_training(self) -> bool:
+        return self.row is None
+
+    @property
+    def arguments(self) -> list[str]:
+        """Of the command that does this task alone."""
+        return words(self.settings)
+
+    @property
+    def command(self) -> str:
+        program = "python train_router.py" if self.is_training else "python -m study.measure"
+        return f"{program} {shlex.join(self.arguments)}"
 
 
-class Plan:
-    """Collects tasks in the order in which they are to be done; a training is asked for by its first row."""
-
-    def __init__(self, folder: Path, scale: Scale):
-        self.routers, self.scale = Path(os.path.relpath(folder / "routers", ROOT)), scale
-        self.tasks: dict[str, Task] = {}
-
-    def train(
-        self, name: str, num_steps: int, target: tuple[str, float], seed: int, *flags, **changes
-    ) -> str:
-        """A training of `name` (harmonica, l2c, ...); returns its id. changes: updates=, lr=, cfg_scale=."""
-        kind, value = target
-        cfg_scale, lr = changes.get("cfg_scale", 1.0), changes.get("lr", self.scale.lr)
-        updates = self.scale.longer.get((name, num_steps), self.scale.updates[num_steps])
-        updates = self.scale.longer.get((name, num_steps, value), updates)
-        updates = changes.get("updates", updates)
-        id = f"{name}-T{num_steps}-{kind}{value:g}-s{seed}" + (f"-cfg{cfg_scale:g}" if cfg_scale != 1 else "")
-        rows = num_steps // 2 if name == "l2c" else num_steps
-        arguments = ["--model", MODEL, "--num-sampling-steps", num_steps, f"--target-{kind}", value]
-        arguments += ["--global-seed", seed, "--lr", lr, "--max-steps", updates * rows]
-        # A batch of 8 is 8 trajectories with guidance and without.
-        arguments += ["--global-batch-size" if cfg_scale == 1 else "--trajectories", 8]
-        if name.startswith("l2c"):
-            limit = name == "l2c" and value > 1.9  # all that even rows can save: begin with a strong pull
-            # More steps, smaller errors of one. A start that is too strong is not made good: logits at their
-            # limit hardly come back.
-            start = 0.1 if limit else 1e-4 if num_steps < 50 else 5e-6
-            arguments += ["--method", "l2c", "--data", "digits", "--l1", start, "--groups", 1]
-            arguments += ["--every-row"] if name == "l2c-every-row" else []
-        else:  # a refresh of lambda costs T trajectories: one every T / 2, or ten where T is small
-            arguments += ["--cfg-scale", cfg_scale, "--l1", 1e-6]
-            arguments += ["--lambda-c", num_steps * max(10, num_steps // 2)]
-        arguments += ["--log-every", 5 * num_steps, "--ckpt-every", 500, *flags]
-        self.tasks.setdefault(id, Task(id, tuple(map(str, arguments)), is_training=True))
-        return id
-
-    def row(self, method: str, num_steps: int, flags: list, router: str | None = None, **facts) -> None:
-        """A row; facts (speed, train_seed, group, variant, cfg_scale, sampler) go into it as they are.
-
-        A row of a group in SEEDS is drawn from its seed; at T = 20, where samples flip, three times as many.
-        """
-        cfg_scale, sampler = facts.pop("cfg_scale", 1.0), facts.pop("sampler", "ddim")
-        id = "-".join(str(part) for part in (method, f"T{num_steps}", *facts.values()) if part is not None)
-        id += (f"-cfg{cfg_scale:g}" if cfg_scale != 1 else "") + ("-ddpm" if sampler == "ddpm" else "")
-        shown = method == "uncached" or (facts.get("speed") == MAIN_SPEED and "group" not in facts)
-        shown = shown and num_steps == README_STEPS and sampler == "ddim"
-        samples = self.scale.samples_in_readme if shown and cfg_scale == 1 else self.scale.samples
-        own_seed = SEEDS.get(facts.get("group"))
-        samples = 3 * samples if own_seed and num_steps == 20 else samples
-        arguments = ["--num-sampling-steps", num_steps, "--cfg-scale", cfg_scale, "--samples", samples]
-        arguments += (["--p-sample"] if sampler == "ddpm" else []) + flags
-        arguments += ["--seed", own_seed] if own_seed else []
-        needs = []
-        if router:
-            arguments += ["--path", self.routers / f"{router}.safetensors"]
-            needs.append(router)
-        if method != "uncached":
-            plain = f"uncached-T{num_steps}" + (f"-cfg{cfg_scale:g}" if cfg_scale != 1 else "")
-            plain += "-ddpm" if sampler == "ddpm" else ""
-            if plain not in self.tasks:
-                self.row("uncached", num_steps, [], cfg_scale=cfg_scale, sampler=sampler)
-            needs.append(plain)
-        facts = {"method": method, "router": f"routers/{router}.safetensors" if router else None} | facts
-        self.tasks.setdefault(id, Task(id, tuple(map(str, arguments)), tuple(needs), facts))
-
-    def static(self, num_steps: int, speed: Speed, cfg_scale: float = 1.0) -> None:
-        """What nobody trains, at one speed."""
-        name = {"speed": f"{speed.target:g}", "cfg_scale": cfg_scale}
-        if speed.steps:
-            fewer = ["--accelerate-method", "fewer-steps", "--steps", speed.steps]
-            self.row("fewer-steps", num_steps, fewer, **name)
-        for method, flags in interval_methods(speed):
-            self.row(method, num_steps, flags, **name)
-
-    def random(self, num_steps: int, speed: Speed, seed: int) -> None:
-        cur = random_cur(num_steps, speed.target, seed)
-        flags = ["--accelerate-method", "random", "--cur", f"{cur:.4f}", "--schedule-seed", seed]
-        self.row("random", num_steps, flags, speed=f"{speed.target:g}", train_seed=seed)
-
-    def harmonica(
-        self, num_steps: int, speed: Speed, seed: int, name: str = "harmonica", flags: tuple = (), **changes
-    ) -> str:
-        facts = {"speed": f"{speed.target:g}", "train_seed": seed} | changes.pop("facts", {})
-        cfg_scale = changes.get("cfg_scale", 1.0)
-        router = self.train(name, num_steps, ("speedup", speed.target), seed, *flags, **changes)
-        self.row(name, num_steps, dynamic(), router, cfg_scale=cfg_scale, **facts)
-        return router
-
-    def end_to_end(
-        self,
-        num_steps: int,
-        speed: Speed,
-        seed: int,
-        name: str = FORECAST,
-        flags: dict | None = None,
-        **facts,
-    ) -> str:
-        """A training on the error of x_0, and its row; returns the training's id."""
-        setting, flags = self.scale.beyond[num_steps], dict(flags or {})
-        id = f"{name}-T{num_steps}-speedup{speed.target:g}-s{seed}"
-        arguments = ["--method", "end-to-end", "--model", MODEL, "--num-sampling-steps", num_steps]
-        arguments += ["--cfg-scale", 1, "--target-speedup", speed.target, "--global-seed", seed]
-        arguments += ["--max-steps", flags.pop("--max-steps", setting.train_steps)]
-        arguments += ["--global-batch-size", setting.batch]
-        arguments += ["--keep-activations", *(word for flag in flags.items() for word in flag)]
-        self.tasks.setdefault(id, Task(id, tuple(map(str, arguments)), is_training=True))
-        facts = {"speed": f"{speed.target:g}", "train_seed": seed} | facts
-        self.row(name, num_steps, dynamic(), id, **facts)
-        return id
-
-    def beyond(self, num_steps: int) -> None:
-        """End-to-end training at all speeds, with weights and without, and weights for others' schedules."""
-        for seed in range(self.scale.seeds[num_steps]):
-            for speed in self.scale.speeds[num_steps]:
-                self.end_to_end(num_steps, speed, seed, flags=self.scale.beyond[num_steps].flags)
-        for speed in self.scale.speeds[num_steps]:
-            facts = {"speed": f"{speed.target:g}"}
-            fora = ["--accelerate-method", "calibrated-fora", "--interval", speed.interval]
-            self.row("calibrated-fora", num_steps, fora, **facts)
-            if speed.target != MILD:
-                router = f"harmonica-T{num_steps}-speedup{speed.target:g}-s0"
-                flags = dynamic("calibrated-dynamiclayer")
-                self.row("calibrated-harmonica", num_steps, flags, router, **facts, train_seed=0)
-            self.end_to_end(num_steps, speed, 0, "end-to-end", {"--terms": 0, "--max-steps": 22})
-
-    def fresh(self, num_steps: int, group: str) -> None:
-        """The end-to-end rows and those of the others that come near, at a seed of their own.
-
-        Near come the others that have the least error or distance of all others somewhere in the comparison
-        at this number of steps, as of training seed 0; at FRESH HarmoniCa too, of all training seeds.
-        """
-        for speed in self.scale.speeds[num_steps]:
-            facts = {"speed": f"{speed.target:g}", "group": group}
-            for method, flags in interval_methods(speed):
-                if method in NEAR[num_steps]:
-                    self.row(method, num_steps, flags, **facts)
-            seeds = range(self.scale.seeds[num_steps])
-            routers = [(FORECAST, speed.target, seed) for seed in seeds]
-            if group == FRESH:
-                routers += [("harmonica", speed.target, seed) for seed in seeds]
-                routers += [("l2c", speed.l2c_target, 0)] if speed.target == MILD else []
-            if num_steps == 10:
-                routers += [("harmonica-paper", speed.target, 0)] if speed.target != MILD else []
-            for name, target, seed in routers:
-                router = f"{name}-T{num_steps}-speedup{target:g}-s{seed}"
-                reuse = dynamic("l2c" if name == "l2c" else "dynamiclayer")
-                self.row(name, num_steps, reuse, router, train_seed=seed, **facts)
-
-    def without_flags(self, num_steps: int) -> None:
-        """What the flags of end-to-end trainings are worth, at two speeds with one training seed."""
-        no_moments = dict(self.scale.beyond[num_steps].flags)
-        no_moments.pop("--moments-weight")
-        for speed in self.scale.speeds[num_steps]:
-            if speed.target in ABLATED:
-                self.end_to_end(num_steps, speed, 0, NO_MOMENTS, no_moments, group=FRESH)
-                for group in SEEDS:
-                    self.end_to_end(num_steps, speed, 0, UNIFORM, group=group)
-
-    def ingredients(self) -> None:
-        """Ablations of end-to-end training at T = 10 and one speed, and its routers elsewhere."""
-        num_steps, speed = ABLATION_STEPS, ablation_speed()
-        for variant, flags in (
-            ("one-term", {"--terms": 1}),
-            ("two-terms", {"--terms": 2}),
-            ("fitted-only", {"--max-steps": 17}),
-            ("window-5", {"--window": 5}),
-            ("window-2", {"--window": 2}),
-            ("open-share-0.25", {"--open-share": 0.25}),
-            ("pool-1024", {"--pool": 1024}),
-            ("moments", {"--moments-weight": 1}),
-            ("from-50-steps", {"--init": self.routers / f"{FORECAST}-T50-speedup1.96-s0.safetensors"}),
-        ):
-            facts = {"group": "end-to-end", "variant": variant}
-            id = self.end_to_end(num_steps, speed, 0, f"{FORECAST}-{variant}", flags, **facts)
-            if variant == "from-50-steps":
-                task = self.tasks[id]
-                self.tasks[id] = dataclasses.replace(task, needs=(f"{FORECAST}-T50-speedup1.96-s0",))
-        router, speed = f"{FORECAST}-T{num_steps}-speedup{speed.target:g}-s0", f"{speed.target:g}"
-        for cfg_scale, sampler in ((1.5, "ddim"), (1.0, "ddpm")):
-            for reuse, variant in (("", "as-trained"), ("calibrated-", "calibrated")):
-                self.row(
-                    FORECAST, num_steps, dynamic(f"{reuse}dynamiclayer"), router, speed=speed, train_seed=0,
-                    group="transfer", variant=variant, cfg_scale=cfg_scale, sampler=sampler,
-                )  # fmt: skip
-
-    def trained(self, num_steps: int, speed: Speed, seed: int) -> None:
-        """All trained methods at one speed, from one seed."""
-        facts = {"speed": f"{speed.target:g}", "train_seed": seed}
-        if speed.l2c_target:
-            router = self.train("l2c", num_steps, ("speedup", speed.l2c_target), seed)
-            self.row("l2c", num_steps, dynamic("l2c"), router, **facts)
-        router = self.harmonica(num_steps, speed, seed)
-        if speed.target == MILD:
-            return
-        self.row("taylor-harmonica", num_steps, dynamic("taylor-dynamiclayer"), router, **facts)
-        self.harmonica(num_steps, speed, seed, "harmonica-paper", ("--proxy", "paper"))
-        router = self.train("l2c-every-row", num_steps, ("speedup", speed.target), seed)
-        self.row("l2c-every-row", num_steps, dynamic("l2c"), router, **facts)
-
-    def compare(self, num_steps: int, seeds: range | None = None) -> None:
-        """All methods at all speeds; what is planned already stays where it is."""
-        for seed in seeds or range(self.scale.seeds[num_steps]):
-            for speed in self.scale.speeds[num_steps]:
-                if seed == 0:
-                    self.static(num_steps, speed)
-                if speed.target != MILD:
-                    self.random(num_steps, speed, seed)
-                self.trained(num_steps, speed, seed)
-
-    def variants(self, seeds: range) -> None:
-        """Ablations of the training at T = 10 and one speed; `group` says of what."""
-        for group, name, flags in (
-            ("proxy", "harmonica-no-proxy", ("--proxy", "none")),
-            ("router-train", "harmonica-ste", ("--router-train", "ste")),
-            ("data-loss", "harmonica-eps", ("--data-loss", "eps")),
-            ("cost", "harmonica-macs", ("--cost", "macs")),
-            ("rollout", "harmonica-one-step", ("--rollout", "one-step")),
-        ):
-            for seed in seeds:
-                self.harmonica(ABLATION_STEPS, ablation_speed(), seed, name, flags, facts={"group": group})
-
-    def settings(self) -> None:
-        """Threshold, learning rate, guidance and sampler; seed 0."""
-        num_steps, speed = ABLATION_STEPS, ablation_speed()
-        router = self.harmonica(num_steps, speed, 0)  # the same as above, no second training
-        for threshold in (0.02, 0.05, 0.2, 0.3, 0.5, 0.7, 0.9):
-            flags = [*dynamic(), "--thres", threshold]
-            self.row(
-                "harmonica", num_steps, flags, router, train_seed=0, group="threshold", variant=threshold
-            )
-        for lr, updates in ((0.3, 100), (0.03, 330)):
-            name, facts = f"harmonica-lr{lr}", {"group": "lr"}
-            self.harmonica(num_steps, speed, 0, name, lr=lr, updates=updates, facts=facts)
-
-        self.static(num_steps, speed, cfg_scale=1.5)
-        facts = {"speed": f"{speed.target:g}", "train_seed": 0}
-        guided = self.harmonica(num_steps, speed, 0, cfg_scale=1.5)
-        l2c = f"l2c-every-row-T{num_steps}-speedup{speed.target:g}-s0"
-        self.row("l2c-every-row", num_steps, dynamic("l2c"), l2c, **facts, cfg_scale=1.5)
-        facts["group"] = "transfer"
-        self.row("harmonica", num_steps, dynamic(), guided, **facts, variant="trained-at-1.5")
-        self.row("harmonica", num_steps, dynamic(), router, **facts, variant="trained-at-1", cfg_scale=1.5)
-        self.row(
-            "harmonica", num_steps, dynamic(), router, **facts, variant="trained-with-ddim", sampler="ddpm"
-        )
-        fora = ["--accelerate-method", "fora", "--interval", speed.interval]
-        self.row("fora", num_steps, fora, speed=f"{speed.target:g}", group="transfer", sampler="ddpm")
-
-    def objective(self) -> None:
-        """What SDT minimises, of routers that it trained and of schedules that it did not."""
-        num_steps, speed = ABLATION_STEPS, ablation_speed()
-        errors, facts = ["--step-errors", 500], {"train_seed": 0, "group": "objective"}
-        fora = ["--accelerate-method", "fora", "--interval", speed.interval]
-        self.row("fora", num_steps, [*fora, *errors], speed=f"{speed.target:g}", group="objective")
-        for name in ("harmonica", "harmonica-no-proxy", "harmonica-paper", "harmonica-20k", "l2c-every-row"):
-            router = f"{name}-T{num_steps}-speedup{speed.target:g}-s0"
-            reuse = dynamic("l2c" if name.startswith("l2c") else "dynamiclayer")
-            self.row(name, num_steps, [*reuse, *errors], router, speed=f"{speed.target:g}", **facts)
-
-    def targets(self) -> None:
-        """Whether `--target-cur` reaches what it is asked for."""
-        for cur in (0.25, 0.4, 0.55):
-            for seed in range(3):
-                router = self.train("harmonica", 10, ("cur", cur), seed)
-                self.row("harmonica", 10, dynamic(), router, train_seed=seed, group="target-cur", variant=cur)
-
-    def full_length(self) -> None:
-        """The published 20,000 train steps at the published learning rate."""
-        changes = {"lr": 0.01, "updates": 2000, "facts": {"group": "full-length"}}
-        self.harmonica(ABLATION_STEPS, ablation_speed(), 0, "harmonica-20k", **changes)
-
-
-def interval_methods(speed: Speed) -> list[tuple[str, list]]:
-    """FORA and TaylorSeer of orders 1 and 2 with their flags, by one rule for all and by the released rules.
-
-    As many rows are computed by either rule. The released codes know whole intervals alone; where none gives
-    that many rows, theirs is a fraction here.
-    """
-    ours, released = ["--interval", speed.interval], ["--interval", speed.released_interval]
+def words(settings: Mapping[str, object]) -> list[str]:
+    """Settings as a command line: {"cfg_scale": 1.5, "p_sample": True} is --cfg-scale 1.5 --p-sample."""
     found = []
-    for suffix, fora, taylor in (
-        ("", ours, ours),
-        ("-released", [*released, "--anchor", "last"], [*released, "--first-steps", 2]),
-    ):
-        found.append((f"fora{suffix}", ["--accelerate-method", "fora", *fora]))
-        for order, name in ((1, "taylor-fora"), (2, "taylor2-fora")):
-            flags = ["--accelerate-method", "taylor-fora", *taylor, "--order", order]
-            found.append((f"{name}{suffix}", flags))
+    for name, value in settings.items():
+        if value is not False:
+            found += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     return found
 
 
-def ablation_speed() -> Speed:
-    return next(one for one in SPEEDS[ABLATION_STEPS] if f"{one.target:g}" == MAIN_SPEED)
+def plan(folder: Path, scale: Scale) -> list[Task]:
+    """All tasks of a study in a folder, each once and after what it needs."""
+    return tasks(rows(scale), folder, scale)
 
 
-def dynamic(method: str = "dynamiclayer") -> list[str]:
-    return ["--accelerate-method", method]
+def tasks(rows: Iterator[Row], folder: Path, scale: Scale) -> list[Task]:
+    """Rows with what they need: the trainings of their routers and the uncached rows beside them."""
+    routers, found = Path(os.path.relpath(folder / ROUTERS, ROOT)), {}
+
+    def train(training: Training) -> None:
+        init = training.init
+        settings = training.settings | ({"init": f"{routers}:{init.id}"} if init else {})
+        found.setdefault(training.id, Task(training.id, settings, (init.id,) if init else ()))
+
+    def measure(row: Row) -> None:
+        needs = [one.id for one in (row.training, row.uncached) if one]
+        found.setdefault(row.id, Task(row.id, row.measured_with(scale, routers), tuple(needs), row))
+
+    for row in rows:
+        if row.training:
+            train(row.training)
+        if row.uncached:
+            measure(row.uncached)
+        measure(row)
+    return list(found.values())
+
+
+def recipe_speed() -> Speed:
+    """The speed of the ablations."""
+    return next(speed for speed in SPEEDS[RECIPE_STEPS] if speed.name == MAIN_SPEED)
+
+
+RANDOM_CURS = np.arange(0.005, 0.9, 0.0025)  # among which `random_cur` looks
 
 
 @cache
@@ -435,32 +657,6 @@ def random_cur(num_steps: int, speedup: float, seed: int) -> float:
     above = min(bisect.bisect_left(curs, speedup, key=speedup_at), len(curs) - 1)
     nearest = min(curs[max(0, above - 1) : above + 1], key=lambda cur: abs(speedup_at(cur) - speedup))
     return float(curs[bisect.bisect_left(curs, speedup_at(nearest), key=speedup_at)])  # the least of equals
-
-
-def plan(folder: Path, scale: Scale) -> list[Task]:
-    """All tasks in order: what is cheap and what is most asked for comes first."""
-    tasks = Plan(folder, scale)
-    tasks.compare(10)
-    if scale.ablations:
-        tasks.targets()
-    tasks.compare(20, range(1))
-    if scale.ablations:
-        tasks.variants(range(1))
-        tasks.settings()
-        tasks.full_length()
-        tasks.objective()
-    tasks.compare(50)
-    tasks.compare(20)
-    if scale.ablations:
-        tasks.variants(range(scale.seeds[ABLATION_STEPS]))
-    for num_steps in (10, 20, 50):
-        tasks.beyond(num_steps)
-    if scale.ablations:
-        tasks.ingredients()
-        for num_steps, group in ((20, FRESH), (20, SECOND), (10, FRESH), (50, FRESH)):
-            tasks.fresh(num_steps, group)
-        tasks.without_flags(20)
-    return list(tasks.tasks.values())
 
 
 @cache

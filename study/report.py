@@ -1,57 +1,48 @@
-"""One HTML file, and PNGs, of what a study left: opens from disk, needs no network.
+"""The report of a study: one HTML file that opens from disk and needs no network, its charts as PNGs, tables.
 
-Reads of the folder: study.json (rows, see study/run.py), rows/ (sample pictures), routers/ (schedules) and
-curves/ (the trainings' metrics.jsonl). What is absent is left out of the report.
+It reads from the study's folder: the rows of study.json, the sample pictures of rows.jsonl, the schedules of
+the routers and the curves of the trainings. What is absent is left out of the report.
 """
 
 import base64
 import html
-import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from common.columns import markdown
 from common.files import read_json, replacing
-from router import load_router
 from study import charts
+from study.plan import EVIDENCE, RESULTS
+from study.store import Study
 from study.tables import (
+    FULL_LENGTH,
     MAIN_SPEED,
     comparison_table,
     evaluation_table,
     further_tables,
     grouped,
+    has_own_router,
+    is_at_main_speed,
     is_main,
+    shows_training,
 )
+
+Pictures = list[tuple[str, dict[str, str]]]  # captions, and data URIs by theme
 
 # ---- pictures --------------------------------------------------------------------------------------
 
 
-def of_main_speed(rows: list[dict]) -> list[dict]:
-    """One row a method: at the main speed, of seed 0 where it was trained; and the uncached."""
-    return [
-        row for row in rows
-        if row.get("speed") in (None, MAIN_SPEED) and row.get("train_seed") in (None, 0)
-    ]  # fmt: skip
-
-
-def of_routers(study: Path, rows: list[dict]) -> list[dict]:
-    """Those of `of_main_speed` with a router of their own (forecast and calibrated ones have another's)."""
-    return [
-        row for row in of_main_speed(rows)
-        if row["router"] and (study / row["router"]).exists()
-        and not row["method"].startswith(("taylor", "calibrated"))
-    ]  # fmt: skip
-
-
 def comparisons(rows: list[dict]) -> list[tuple[int, list[dict]]]:
-    """The rows that are no ablations, by T, the largest first."""
+    """The rows of the comparison, by number of steps, the largest first."""
     chosen = [row for row in rows if is_main(row)]
     steps = sorted({row["num_steps"] for row in chosen}, reverse=True)
     return [(n, [row for row in chosen if row["num_steps"] == n]) for n in steps]
 
 
-def trade_offs(folder: Path, rows: list[dict]) -> list[tuple[str, dict]]:
+def trade_offs(folder: Path, rows: list[dict]) -> Pictures:
+    """Error and distance against speed, for every number of steps."""
     axes = [
         ("speedup_macs", "mse", ("speed-up by MACs", "MSE of x_0 to uncached")),
         ("speedup_macs", "fd_uncached", ("speed-up by MACs", "Frechet distance to uncached")),
@@ -70,43 +61,47 @@ def trade_offs(folder: Path, rows: list[dict]) -> list[tuple[str, dict]]:
     return found
 
 
-def schedule_pictures(study: Path, folder: Path, rows: list[dict]) -> list[tuple[str, dict]]:
+def schedule_pictures(study: Study, folder: Path, rows: list[dict]) -> Pictures:
+    """The schedules of the routers at the main speed."""
     found = []
     for num_steps, chosen in comparisons(rows):
         tables = []
-        for row in of_routers(study, chosen):
-            router = load_router(study / row["router"])
-            table = router.schedule(router.info["threshold"]).compute.numpy()
-            tables.append((f"{row['method']}, CUR {100 * row['cur']:.1f} %", table))
+        for row in chosen:
+            router = study.routers.get(router_name(row)) if has_own_router(row) else None
+            if router and is_at_main_speed(row):
+                table = router.schedule(router.info["threshold"]).compute.numpy()
+                tables.append((f"{row['method']}, CUR {100 * row['cur']:.1f} %", table))
         if tables:
             size = (3 * min(3, len(tables)) + 0.6, (1.2 + 0.07 * num_steps) * -(-len(tables) // 3) + 0.8)
             pictures = charts.save(folder, f"schedules-T{num_steps}", charts.schedules(tables), size)
-            found.append(
-                (f"T = {num_steps}, {MAIN_SPEED}x asked, seed 0: filled cells are computed", pictures)
-            )
+            caption = f"T = {num_steps}, {MAIN_SPEED}x asked, seed 0: filled cells are computed"
+            found.append((caption, pictures))
     return found
 
 
-def curve_pictures(study: Path, folder: Path, rows: list[dict]) -> list[tuple[str, dict]]:
-    found = []
+def router_name(row: dict) -> str:
+    """The router of a row by its name in the study's file of routers."""
+    return row["router"].rpartition(":")[2]
+
+
+def curve_pictures(study: Study, folder: Path, rows: list[dict]) -> Pictures:
+    """The trainings at the main speed, for every number of steps, and that of the published length."""
+    curves, found = study.curves.read(), []
     for num_steps, chosen in comparisons(rows):
-        found += training_pictures(study, folder, chosen, f"T{num_steps}", f"T = {num_steps}")
-    longest = [row for row in rows if row.get("group") == "full-length"]
-    return found + training_pictures(study, folder, longest, "full-length", "The published length")
+        found += training_pictures(curves, folder, chosen, f"T{num_steps}", f"T = {num_steps}")
+    longest = [row for row in rows if row.get("group") == FULL_LENGTH]
+    return found + training_pictures(curves, folder, longest, FULL_LENGTH, "The published length")
 
 
 def training_pictures(
-    study: Path, folder: Path, rows: list[dict], name: str, caption: str
-) -> list[tuple[str, dict]]:
+    curves: dict[str, dict], folder: Path, rows: list[dict], name: str, caption: str
+) -> Pictures:
     """Lambda over steps, and CUR, loss and beta over training."""
-    curves, found = {}, []
-    for row in of_routers(study, rows):
-        path = study / "curves" / f"{Path(row['router']).stem}.jsonl"
-        if path.exists():
-            curves[row["method"]] = [json.loads(line) for line in path.read_text().splitlines()]
+    shown = [row for row in rows if shows_training(row) and router_name(row) in curves]
+    logs, found = {row["method"]: curves[router_name(row)]["lines"] for row in shown}, []
     weights = {
         method: np.array(lines[-1]["proxy_weights"][:-1])
-        for method, lines in curves.items() if method.startswith("harmonica")
+        for method, lines in logs.items() if method.startswith("harmonica")
     }  # fmt: skip
     if weights:
         series = [(method, np.arange(len(values)), values) for method, values in weights.items()]
@@ -119,7 +114,7 @@ def training_pictures(
         ("reg_weight", "beta", True),
     ):
         series = []
-        for method, lines in curves.items():
+        for method, lines in logs.items():
             points = [(line["train_steps"], line[key]) for line in lines if key in line]
             series += [(method, *np.array(points).T)] if points else []
         if series:
@@ -129,12 +124,13 @@ def training_pictures(
     return found
 
 
-def image_pictures(folder: Path, rows: list[dict]) -> list[tuple[str, dict]]:
+def image_pictures(folder: Path, rows: list[dict]) -> Pictures:
+    """The first samples of every method at the main speed."""
     found = []
     for num_steps, chosen in comparisons(rows):
         strips = []
-        for row in of_main_speed(chosen):
-            if row.get("images"):
+        for row in chosen:
+            if is_at_main_speed(row) and row.get("images"):
                 images = np.frombuffer(base64.b64decode(row["images"]), dtype=np.uint8).reshape(-1, 8, 8)
                 strips.append((row["method"], images))
         strips.sort(key=lambda strip: strip[0] != "uncached")
@@ -195,40 +191,42 @@ def charts_html(found: list[tuple[str, dict]], kind: str = "charts") -> str:
 def setting(rows: list[dict]) -> str:
     first, machines = rows[0], " and ".join(sorted({row["hardware"] for row in rows}))
     return (
-        "The digits DiT, DDIM without guidance where nothing else is said, "
-        f"{first['dtype']} on {machines} with batches of {first['batch_size']}, samples of seed "
-        f"{first['seed']}; all methods from the same noise and labels. Speed asked: what methods are matched "
-        "at, within 4 % by MACs; a star marks what is further away. Where a method was trained from several "
-        "seeds the figure is their mean, and bars and brackets give the least and the greatest; the measured "
-        "speed-up is that of the first one."
+        "Model: the digits DiT. Sampling: DDIM without guidance unless a row says otherwise, "
+        f"{first['dtype']} on {machines}, batches of {first['batch_size']}, samples of seed {first['seed']}. "
+        'All methods start from the same noise and labels. "Speed asked" is the speed-up by MACs at which '
+        "methods are compared: they match it within 4 %, and a star marks the rows that do not. The figure "
+        "of a method with several training seeds is their mean; bars and brackets show the least and the "
+        "greatest. The measured speed-up is that of the first seed."
     )
 
 
-def page(study: Path, rows: list[dict], evaluations: list[Path]) -> str:
-    folder = study / "pictures"
+def page(study: Study, folder: Path, rows: list[dict], evaluations: Sequence[Path]) -> str:
+    """The whole report as HTML; its charts are written into `folder` too."""
+    judged = evaluation_table(evaluations) if evaluations else None  # first: it may refuse a file
     parts = [
         f"<h1>{TITLE}</h1><p>{html.escape(setting(rows))}</p>",
         section(
-            "Quality against speed", "Down and to the right is better.", charts_html(trade_offs(folder, rows))
+            "Quality against speed",
+            "Lower and further to the right is better.",
+            charts_html(trade_offs(folder, rows)),
         ),
     ]
     tables = [f"<h3>T = {n}</h3>{table_html(comparison_table(chosen, n))}" for n, chosen in comparisons(rows)]
-    parts.append(section("All figures", "Sorted by MSE within a speed.", *tables))
+    parts.append(section("All figures", "Within a speed, rows are sorted by MSE.", *tables))
     images = image_pictures(folder, rows)
     if images:
-        parts.append(section("Images", "Every method from the same noise.", charts_html(images, "wide")))
+        parts.append(section("Images", "All methods start from the same noise.", charts_html(images, "wide")))
     schedules = schedule_pictures(study, folder, rows)
     if schedules:
-        intro = "Steps run downwards, branches (attn, mlp of each block) across."
+        intro = "Steps run downwards; branches (attention and MLP of each block) run across."
         parts.append(section("Learned schedules", intro, charts_html(schedules, "wide")))
     curves = curve_pictures(study, folder, rows)
     if curves:
-        parts.append(section("Trainings", "Seed 0 at the main speed.", charts_html(curves)))
+        parts.append(section("Trainings", "Training seed 0 at the main speed.", charts_html(curves)))
     for title, intro, table in further_tables(rows):
         parts.append(section(title, intro, table_html(table)))
-    if evaluations:
-        table = table_html(evaluation_table(evaluations))
-        parts.append(section("Evaluations", "What evaluate.py found of files of samples.", table))
+    if judged:
+        parts.append(section("Evaluations", "Sample files, as evaluate.py judged them.", table_html(judged)))
     commands = "".join(f"<li><code>{html.escape(row['command'])}</code></li>" for row in rows)
     parts.append(f"<details><summary>The command of every row</summary><ol>{commands}</ol></details>")
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -236,32 +234,38 @@ def page(study: Path, rows: list[dict], evaluations: list[Path]) -> str:
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
 
 
-def write_study(study: Path, rows: list[dict], evaluations: list[Path] | None = None) -> None:
-    """table.md, report.html and pictures/ of rows as study/run.py collects them. Nothing for no rows."""
-    if not rows:
-        return
+def write_table(folder: Path, rows: list[dict]) -> None:
+    """FOLDER/table.md."""
     parts = [f"# {TITLE}\n\n{setting(rows)}\n"]
     for num_steps, chosen in comparisons(rows):
         parts.append(f"## T = {num_steps}\n\n{markdown(comparison_table(chosen, num_steps))}")
     parts += [f"## {title}\n\n{intro}\n\n{markdown(table)}" for title, intro, table in further_tables(rows)]
-    text = page(study, rows, evaluations or [])  # before anything is written: it may find a file wrong
-    with replacing(study / "table.md") as temporary:
+    with replacing(folder / "table.md") as temporary:
         temporary.write_text("\n".join(parts))
-    with replacing(study / "report.html") as temporary:
+
+
+def write_page(study: Study, folder: Path, rows: list[dict], evaluations: Sequence[Path] = ()) -> None:
+    """FOLDER/report.html and FOLDER/pictures/. evaluations: what `evaluate.py --output` wrote."""
+    text = page(study, folder / "pictures", rows, evaluations)
+    with replacing(folder / "report.html") as temporary:
         temporary.write_text(text)
 
 
-def read_rows(study: Path) -> list[dict]:
-    """The rows of study.json, with the pictures of rows/. Raises FileNotFoundError or ValueError."""
-    path = study / "study.json"
+def page_folder(study: Path) -> Path:
+    """Where a study's report goes: into its own folder, but for the committed study into results/."""
+    return RESULTS if study.resolve() == EVIDENCE else study
+
+
+def read_rows(study: Study) -> list[dict]:
+    """The rows of study.json with their sample pictures. Raises FileNotFoundError or ValueError."""
+    path = study.folder / "study.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; run `python -m study.run` or give its folder")
     try:
         rows = read_json(path)["rows"]
     except (ValueError, KeyError):
         raise ValueError(f"{path} is no study: no JSON with rows; run `python -m study.run` again") from None
-    for row in rows:
-        detail = study / "rows" / f"{row['id']}.json"
-        if detail.is_file():
-            row["images"] = read_json(detail).get("images")
-    return rows
+    if not rows:
+        raise ValueError(f"{path} has no rows; run `python -m study.run` first")
+    records = study.rows.read()
+    return [row | {"images": records.get(row["id"], {}).get("images")} for row in rows]

@@ -1,22 +1,21 @@
-"""The digits study: train what is missing, measure every method, write results/digits.
+"""The digits study: train the routers that are missing, measure every method, write tables and a report.
 
-    python -m study.run            # hours; after an interruption run it again (`make study`)
     python -m study.run --quick    # a quarter of an hour, into results/digits-quick
+    python -m study.run            # hours, into results/digits; after an interruption run it again
+    python -m study.run --results-dir study/results/digits    # goes on with the committed study
 
-`study/plan.py` says what is trained and measured, in the order in which it is done; each row of `study.json`
-holds the command that measures it again, and the one that trained its router. Trainings and rows that are
-already there are not repeated. Leaves: study.json, table.md, report.html and pictures/; routers/; curves/,
-rows/ and latency/ (what the report is made of); scratch/ (what can be deleted).
+`study/plan.py` says what is trained and measured and in which order, `study/store.py` which file holds what.
+Each row of `study.json` holds the command that measures it again, and the one that trained its router.
+Trainings and rows that are there are not repeated. One command at a time writes in a folder.
 """
 
 import argparse
 import concurrent.futures
 import contextlib
-import hashlib
+import json
 import multiprocessing
 import os
-import shutil
-import sys
+import shlex
 import time
 from collections.abc import Iterator
 from functools import cache
@@ -25,25 +24,26 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import end_to_end.rounds
-import training.rounds
 from common import cli, devices, distributed, lifeline
 from common.arrays import ArrayFile
-from common.files import read_json, replacing, write_json
-from common.identity import same_weights, weights_fingerprint
+from common.files import replacing, write_json
+from common.identity import weights_fingerprint
+from end_to_end.rounds import ROUNDS as END_TO_END_ROUNDS
 from examples.digits import MODEL
 from examples.digits.classifier import Judge
-from router import find_router, load_router, save_router
+from router import find_router, load_router
 from study import measure
 from study.measure import Measurement
 from study.plan import FULL, QUICK, QUICK_RESULTS, RESULTS, ROOT, Task, digits_model, plan
-from study.report import write_study
-from study.tables import is_main
+from study.report import page_folder, write_page, write_table
+from study.store import Study, router_hash, short_hash
+from study.tables import is_main, shows_training
 from training.arguments import parse_args as parse_training
+from training.rounds import ROUNDS
 from training.run import train as train_router
 from training.settings import TrainSettings
 
-HIDDEN = ("images", "arguments", "router_hash")  # of rows/ alone
+HIDDEN = ("images", "router_hash")  # of the rows' records, not in study.json
 
 
 @cache
@@ -51,90 +51,53 @@ def judge() -> Judge:
     return Judge()
 
 
-def is_done(folder: Path, task: Task, weights: str | None = None) -> bool:
-    """Whether its result is there: of these arguments, this router and these weights of the model.
-
-    weights: the model's fingerprint, where many tasks are asked about.
-    """
-    path = folder / ("routers" if task.is_training else "rows") / task.file_name
-    if not path.exists():
-        return False
-    weights = weights or weights_fingerprint(digits_model())
-    try:
-        if task.is_training:
-            info = load_router(path).info
-            found = info.get("train_arguments")
-            return found == list(task.arguments) and same_weights(info["settings"]["weights"], weights)
-        row = read_json(path)
-    except (ValueError, KeyError) as error:
-        print(f"{task.id} is done again: {error}", flush=True)
-        return False
-    found = row.get("arguments"), row.get("router_hash")
-    wanted = list(task.arguments), router_hash(folder, task)
-    return found == wanted and same_weights(row.get("weights"), weights)
+@cache
+def fingerprint() -> str:
+    return weights_fingerprint(digits_model())
 
 
-def router_hash(folder: Path, task: Task) -> str | None:
-    """Of the file that a row measures: a router that was trained anew is measured anew."""
-    path = folder / (task.facts["router"] or "")
-    return short_hash(path.read_bytes()) if path.is_file() else None
+# ---- in a worker -----------------------------------------------------------------------------------
 
 
-def short_hash(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
+def start_worker() -> None:
+    """One thread for the work; the process ends when the study is killed."""
+    lifeline.follow_starter()
+    torch.set_num_threads(1)
+    cli.keep_freed_memory()
 
 
-def perform(folder: Path, task: Task) -> str:
-    """Do one task in this process; returns a word on the outcome."""
-    with quietly(folder / "scratch" / f"{task.id}.log"):
+def perform(folder: Path, task: Task) -> Path | dict:
+    """Do one task in this process: a training's run folder, or a row's record."""
+    log = folder / "scratch" / f"{task.id}.log"
+    with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         return train(folder, task) if task.is_training else measure_row(folder, task)
 
 
-@contextlib.contextmanager
-def quietly(log: Path) -> Iterator[None]:
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        yield
-
-
-def train(folder: Path, task: Task) -> str:
-    """Train as train_router.py does, keep the router without its training state, and its curves."""
-    results = folder / "scratch" / f"{task.id}-{short_hash(' '.join(task.arguments).encode())}"
+def train(folder: Path, task: Task) -> Path:
+    """Train a router, or go on with it; returns the run's folder."""
+    results = folder / "scratch" / f"{task.id}-{short_hash(' '.join(task.arguments))}"
     where = ["--results-dir", str(results), "--resume", "auto", "--device", "cpu"]
     settings = TrainSettings.from_arguments(parse_training([*task.arguments, *where]))
-    rounds = training.rounds.ROUNDS | end_to_end.rounds.ROUNDS
-    run = train_router(settings, rounds, distributed.start("cpu"), show=print)
-    router = load_router(find_router(run))
-    (folder / "curves").mkdir(exist_ok=True)
-    if (run / "metrics.jsonl").exists():  # not in a very short training
-        shutil.copy(run / "metrics.jsonl", folder / "curves" / f"{task.id}.jsonl")
-    path = folder / "routers" / task.file_name
-    save_router(path, router, train_arguments=task.arguments)
-    return f"CUR {100 * router.info['cur']:.2f} %, {router.info['speedup_macs']:.3f}x by MACs"
+    return train_router(settings, ROUNDS | END_TO_END_ROUNDS, distributed.start("cpu"), show=print)
 
 
-def measure_row(folder: Path, task: Task) -> str:
-    asked = Measurement.from_arguments(measure.parse_args(list(task.arguments)))
+def measure_row(folder: Path, task: Task) -> dict:
+    asked = Measurement.from_arguments(measure.parse_args(task.arguments))
     model, method = digits_model(), asked.load(digits_model())
     own = plain = uncached_samples(folder, asked)
     if method.name != "none":
         own = measure.draw(asked, method.trajectory(model, asked.sampling))
-    row = task.facts | measure.compare(asked, model, judge(), method, own, plain)
-    row |= {"command": f"python -m study.measure {' '.join(task.arguments)}", "arguments": task.arguments}
-    row |= {"id": task.id, "router_hash": router_hash(folder, task), "images": measure.pictures(own)}
-    write_json(folder / "rows" / task.file_name, row)
-    return (
-        f"{row['speedup_macs']:.3f}x by MACs, MSE {row['mse']:.2e}, FD to uncached {row['fd_uncached']:.3f}"
-    )
+    row = task.row.facts | measure.compare(asked, model, judge(), method, own, plain)
+    measured = router_hash(load_router(task.settings["path"])) if task.row.training else None
+    row |= {"command": task.command, "id": task.id, "router_hash": measured}
+    return row | {"images": measure.pictures(own)}
 
 
 def uncached_samples(folder: Path, asked: Measurement) -> torch.Tensor:
     """x_0 that a row is compared with, from scratch/ where a row before drew as many."""
     sampling, model = asked.sampling, digits_model()
-    setting = (
-        f"T{sampling.num_sampling_steps}-cfg{sampling.cfg_scale:g}-{sampling.sampler}-seed{sampling.seed}"
-    )
-    path = folder / "scratch" / f"uncached-{weights_fingerprint(digits_model())}-{setting}.npy"
+    chain = f"T{sampling.num_sampling_steps}-cfg{sampling.cfg_scale:g}-{sampling.sampler}"
+    path = folder / "scratch" / f"uncached-{fingerprint()}-{chain}-seed{sampling.seed}.npy"
     with contextlib.suppress(OSError, ValueError):  # absent or damaged: drawn again
         x_0 = ArrayFile(path).read("arr_0", "f", "(n, C, H, W)")
         if len(x_0) >= asked.samples:
@@ -145,20 +108,42 @@ def uncached_samples(folder: Path, asked: Measurement) -> torch.Tensor:
     return x_0
 
 
-def start_worker() -> None:
-    """One thread for the work; the process ends when the study is killed."""
-    lifeline.follow_starter()
-    torch.set_num_threads(1)
-    cli.keep_freed_memory()
+# ---- in the command's own process ------------------------------------------------------------------
 
 
-def perform_all(folder: Path, tasks: list[Task], workers: int) -> list[str]:
-    """Everything that is not done, in order as far as needs allow; returns the ids of what failed."""
+def keep(study: Study, task: Task, result: Path | dict, with_curve: bool) -> str:
+    """Add a task's result to the study; returns a word on the outcome."""
+    if not task.is_training:
+        study.rows.add(result)
+        figures = result["speedup_macs"], result["mse"], result["fd_uncached"]
+        return "{:.3f}x by MACs, MSE {:.2e}, FD to uncached {:.3f}".format(*figures)
+    router = load_router(find_router(result))
+    study.add_router(task, router)
+    log = result / "metrics.jsonl"
+    if with_curve and log.exists():  # a very short training has none
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        study.curves.add({"id": task.id, "lines": lines})
+    return f"CUR {100 * router.info['cur']:.2f} %, {router.info['speedup_macs']:.3f}x by MACs"
+
+
+def drawn_trainings(tasks: list[Task]) -> set[str]:
+    """The trainings whose curves the report draws."""
+    rows = [task.row for task in tasks if task.row and task.row.training]
+    return {
+        row.training.id for row in rows
+        if shows_training(row.facts | {"sampler": row.sampler, "cfg_scale": row.cfg_scale})
+    }  # fmt: skip
+
+
+def perform_all(study: Study, chosen: list[Task], tasks: list[Task], workers: int) -> list[str]:
+    """Do what is not done of the chosen tasks, in order as far as needs allow; returns the ids that failed.
+
+    tasks: the whole plan.
+    """
     os.environ["OMP_NUM_THREADS"] = "1"  # one thread a process is the most efficient
-    weights = weights_fingerprint(digits_model())
-    done = {task.id for task in tasks if is_done(folder, task, weights)}
-    waiting, failed, running = [task for task in tasks if task.id not in done], [], {}
-    print(f"{len(done)} of {len(tasks)} tasks are done; {workers} processes", flush=True)
+    done, drawn = study.done(chosen, fingerprint()), drawn_trainings(tasks)
+    waiting, failed, running = [task for task in chosen if task.id not in done], [], {}
+    print(f"{len(done)} of {len(chosen)} tasks are done; {workers} processes", flush=True)
     context = multiprocessing.get_context("spawn")
     executor = concurrent.futures.ProcessPoolExecutor(workers, context, initializer=start_worker)
     with executor as pool, ending_children():
@@ -166,14 +151,14 @@ def perform_all(folder: Path, tasks: list[Task], workers: int) -> list[str]:
             ready = [task for task in waiting if set(task.needs) <= done]
             for task in ready[: workers - len(running)]:
                 waiting.remove(task)
-                running[pool.submit(perform, folder, task)] = task, time.monotonic()
+                running[pool.submit(perform, study.folder, task)] = task, time.monotonic()
             if not running:
                 break  # what is left needs what failed
             finished, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
             for future in finished:
                 task, began = running.pop(future)
                 try:
-                    outcome = future.result()
+                    outcome = keep(study, task, future.result(), with_curve=task.id in drawn)
                     done.add(task.id)
                 except concurrent.futures.BrokenExecutor:
                     raise ValueError("a process ended abruptly, of too little memory?; run again") from None
@@ -181,7 +166,7 @@ def perform_all(folder: Path, tasks: list[Task], workers: int) -> list[str]:
                     outcome = f"FAILED: {type(error).__name__}: {error}"
                     failed.append(task.id)
                 seconds = time.monotonic() - began
-                print(f"[{len(done)}/{len(tasks)}] {task.id}: {outcome} ({seconds:.0f} s)", flush=True)
+                print(f"[{len(done)}/{len(chosen)}] {task.id}: {outcome} ({seconds:.0f} s)", flush=True)
     return failed + [task.id for task in waiting]
 
 
@@ -196,19 +181,18 @@ def ending_children() -> Iterator[None]:
         raise
 
 
-def measure_latencies(folder: Path, tasks: list[Task], repeats: int) -> None:
-    """Latency of the main rows of seed 0 that have none yet, alone and in turn with uncached sampling.
+def measure_latencies(study: Study, tasks: list[Task], repeats: int) -> None:
+    """Latency of the rows of the comparison (training seed 0) that have none yet, in turn with uncached.
 
-    One number of steps after the other. A row whose router was trained anew is measured anew.
+    One number of steps after the other, while nothing else runs. A row whose router was trained anew is
+    measured anew.
     """
     torch.set_num_threads(1)
     model, groups = digits_model(), {}
-    for row in collect(folder, tasks):
+    for row in collect(study, tasks):
         if is_main(row) and row.get("train_seed") in (None, 0):
             groups.setdefault(row["num_steps"], []).append(row)
     for num_steps, rows in sorted(groups.items()):
-        path = folder / "latency" / f"T{num_steps}.json"
-        there = read_latencies(path)
         plain = [row for row in rows if row["method"] == "uncached"]
         missing = [row for row in rows if row not in plain and row["speedup_latency"] is None]
         if not (plain and missing):
@@ -216,105 +200,107 @@ def measure_latencies(folder: Path, tasks: list[Task], repeats: int) -> None:
         print(f"latency of {len(missing)} rows at T = {num_steps}", flush=True)
         batches = []
         for row in plain + missing:
-            asked = Measurement.from_arguments(measure.parse_args(row["arguments"]))
+            asked = Measurement.from_arguments(measure.parse_args(arguments_of(row["command"])))
             trajectory = asked.load(model).trajectory(model, asked.sampling)
             batches.append(measure.timed_batch(asked, trajectory))
         plain_ms, *medians = measure.latencies(batches, repeats)
-        measured = {plain[0]["id"]: (plain_ms, None)} if plain[0]["speedup_latency"] is None else {}
-        measured |= {
-            row["id"]: (ms, row.get("router_hash")) for row, ms in zip(missing, medians, strict=True)
-        }
-        found = {
-            id: {
-                "latency_ms": ms,
-                "speedup_latency": plain_ms / ms,
+        measured = list(zip(missing, medians, strict=True))
+        measured += [(plain[0], plain_ms)] if plain[0]["speedup_latency"] is None else []
+        for row, latency_ms in measured:
+            study.latencies.add({
+                "id": row["id"],
+                "latency_ms": latency_ms,
+                "speedup_latency": plain_ms / latency_ms,
                 "latency_batch": measure.LATENCY_BATCH,
                 "latency_repeats": repeats,
                 "latency_hardware": devices.hardware(torch.device("cpu")),
-                "router_hash": router_hash,
-            }
-            for id, (ms, router_hash) in measured.items()
-        }
-        write_json(path, there | found)
+                "router_hash": row["router_hash"],
+            })  # fmt: skip
 
 
-def read_latencies(path: Path) -> dict:
-    """What `measure_latencies` wrote; a file that does not read is measured again."""
-    try:
-        return read_json(path)
-    except (FileNotFoundError, ValueError):
-        return {}
+def arguments_of(command: str) -> list[str]:
+    """The words after `python -m MODULE`."""
+    return shlex.split(command)[3:]
 
 
-def collect(folder: Path, tasks: list[Task]) -> list[dict]:
+def collect(study: Study, tasks: list[Task]) -> list[dict]:
     """The rows that are there, in the plan's order, with their latency and the training's command."""
-    latency = {}
-    for path in (folder / "latency").glob("T*.json"):
-        latency |= read_latencies(path)
-    commands = {
-        task.id: f"python train_router.py {' '.join(task.arguments)}" for task in tasks if task.is_training
-    }
-    rows, weights = [], weights_fingerprint(digits_model())
+    rows, latencies, done = study.rows.read(), study.latencies.read(), study.done(tasks, fingerprint())
+    train_commands = {task.id: task.command for task in tasks if task.is_training}
+    found = []
     for task in tasks:
-        if not task.is_training and is_done(folder, task, weights):
-            row = read_json(folder / "rows" / task.file_name)
-            router = Path(row["router"]).stem if row["router"] else None
-            measured = latency.get(task.id, {"router_hash": "of nothing yet"})
-            if measured["router_hash"] != row.get("router_hash"):  # measured before a training anew
-                measured = {"latency_ms": None, "speedup_latency": None}
-            rows.append(row | measured | {"train_command": commands.get(router)})
-    return rows
+        if task.row and task.id in done:
+            row, latency = rows[task.id], latencies.get(task.id)
+            if latency is None or latency["router_hash"] != row["router_hash"]:  # of an earlier router
+                latency = {"latency_ms": None, "speedup_latency": None}
+            training = task.row.training
+            found.append(row | latency | {"train_command": train_commands[training.id] if training else None})
+    return found
 
 
-def write_results(folder: Path, tasks: list[Task]) -> None:
-    rows = collect(folder, tasks)
+def write_results(study: Study, tasks: list[Task]) -> None:
+    """study.json, table.md and the report of the rows that are there."""
+    rows, ids = collect(study, tasks), [task.id for task in tasks]
+    for records in (study.rows, study.latencies, study.curves):
+        if records.path.is_file():
+            records.tidy(ids)
     shown = [{k: v for k, v in row.items() if k not in HIDDEN} for row in rows]
-    write_json(folder / "study.json", {"model": MODEL, "rows": shown})
-    write_study(folder, rows)
+    write_json(study.folder / "study.json", {"model": MODEL, "rows": shown})
+    if rows:
+        write_table(study.folder, rows)
+        write_page(study, page_folder(study.folder), rows)
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare all methods on the digits model.")
     parser.add_argument("--quick", action="store_true", help="a quarter of an hour instead of hours")
-    parser.add_argument("--results-dir", type=Path, help="default results/digits, or results/digits-quick")
     parser.add_argument(
-        "--processes", type=cli.positive_int, default=os.cpu_count(), help="default: all cores"
+        "--results-dir",
+        type=Path,
+        help="folder of the study; default: results/digits, with --quick results/digits-quick",
     )
-    parser.add_argument("--list", action="store_true", help="print the tasks and do nothing")
-    parser.add_argument("--only", help="tasks whose id contains this, with what they need")
+    parser.add_argument(
+        "--processes", type=cli.positive_int, default=os.cpu_count(), help="default: one a core"
+    )
+    parser.add_argument("--list", action="store_true", help="print the tasks and whether they are done")
+    parser.add_argument("--only", metavar="TEXT", help="tasks whose id contains this, and what they need")
     return parser.parse_args()
 
 
+def choose(tasks: list[Task], text: str | None) -> list[Task]:
+    """The tasks whose id contains a text, and what they need. Raises ValueError where there are none."""
+    if text is None:
+        return tasks
+    chosen = {task.id for task in tasks if text in task.id}
+    if not chosen:
+        raise ValueError(f"--only {text!r}: no task's id contains it; --list shows them")
+    for task in reversed(tasks):  # what is needed stands before what needs it
+        if task.id in chosen:
+            chosen |= set(task.needs)
+    return [task for task in tasks if task.id in chosen]
+
+
 def main(args: argparse.Namespace) -> None:
-    folder = args.results_dir or QUICK_RESULTS if args.quick else RESULTS
-    folder = folder.resolve()
+    folder = (args.results_dir or (QUICK_RESULTS if args.quick else RESULTS)).resolve()
     scale = QUICK if args.quick else FULL
-    tasks = plan(folder, scale)
-    chosen = tasks
-    if args.only:
-        wanted = {task.id for task in tasks if args.only in task.id}
-        needed = {need for task in tasks if task.id in wanted for need in task.needs}
-        chosen = [task for task in tasks if task.id in wanted | needed]
-        if not chosen:
-            raise ValueError(f"--only {args.only!r}: no task's id contains it; --list shows them")
+    study, tasks = Study(folder), plan(folder, scale)
+    chosen = choose(tasks, args.only)
     if args.list:
-        weights = weights_fingerprint(digits_model())
+        done = study.done(chosen, fingerprint())
         for task in chosen:
-            print("done " if is_done(folder, task, weights) else "     ", task.id, *task.arguments)
+            print("done " if task.id in done else "     ", task.id, *task.arguments)
         return
     os.chdir(ROOT)  # router paths in commands are relative to it
-    for name in ("rows", "routers", "curves", "scratch"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    try:
-        failed = perform_all(folder, chosen, args.processes)
-        measure_latencies(folder, tasks, scale.repeats)
-    finally:  # what is done can be looked at, whatever ended the rest
-        write_results(folder, tasks)
-    print(f"wrote {folder}/study.json, table.md and report.html")
+    with study.writing():
+        try:
+            failed = perform_all(study, chosen, tasks, args.processes)
+            measure_latencies(study, tasks, scale.repeats)
+        finally:  # what is done can be looked at, whatever ended the rest
+            write_results(study, tasks)
+    print(f"wrote {folder}/study.json and table.md, and {page_folder(folder)}/report.html")
     if failed:
         raise ValueError(f"not done: {', '.join(failed)}; see {folder}/scratch/*.log and run again")
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     cli.run(main, parse_args())

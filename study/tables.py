@@ -1,6 +1,6 @@
-"""A study's rows as tables: seeds taken together, methods side by side, published numbers beside ours.
+"""The rows of a study as tables: means over seeds, methods side by side, published numbers beside ours.
 
-A row is what study/measure.py finds of one method, and what study/run.py adds to it.
+A row is a dict: the figures that `study.measure` prints for one method, and what `study.run` adds to them.
 """
 
 from pathlib import Path
@@ -10,9 +10,9 @@ import numpy as np
 from common.files import read_json
 
 MAIN_SPEED = "1.96"
-TOLERANCE = 0.04  # rows are matched in MACs within this; the others are marked
+TOLERANCE = 0.04  # rows that miss the speed asked by a larger share are marked
 # DiT-XL/2 on ImageNet 256 px, guidance 1.5, 50,000 samples, H800, as the HarmoniCa paper reports it:
-# T, method, CUR in %, latency in s at batch 8, FID. Steps of DDIM are its own number.
+# T, method, CUR in %, latency in s at batch 8, FID. "fewer-steps" is DDIM with a number of steps of its own.
 PUBLISHED = [
     (50, "uncached", 0, 1.767, 2.27), (50, "fewer-steps", 0, 1.379, 2.37),
     (50, "l2c", 23.39, 1.419, 2.62), (50, "harmonica", 23.68, 1.361, 2.36),
@@ -21,6 +21,7 @@ PUBLISHED = [
     (10, "uncached", 0, 0.332, 12.16), (10, "fewer-steps", 0, 0.299, 16.54),
     (10, "l2c", 19.11, 0.279, 14.59), (10, "harmonica", 22.86, 0.270, 13.35),
 ]  # fmt: skip
+FULL_LENGTH = "full-length"  # the group of the published number of train steps
 FIGURES = (
     "cur",
     "speedup_macs",
@@ -32,13 +33,17 @@ FIGURES = (
     "psnr",
     "ssim",
 )
-# Head of a column, the figure it shows, and how.
+# Head of a column, the figure that it shows, and the function that formats it.
 COLUMNS = [
     ("CUR", "cur", lambda v: f"{100 * v:.1f} %"),
     ("by MACs", "speedup_macs", lambda v: f"{v:.2f}x"),
     ("measured", "speedup_latency", lambda v: f"{v:.2f}x"),
     ("digits-FID", "digits_fid", lambda v: f"{v:.3f}"),
-    ("/ uncached", "fid_ratio", lambda v: f"{v:.2f}"),  # of as many samples: FID falls with their number
+    (
+        "/ uncached",
+        "fid_ratio",
+        lambda v: f"{v:.2f}",
+    ),  # both from as many samples: FID falls with their number
     ("FD to uncached", "fd_uncached", lambda v: f"{v:.3f}"),
     ("recognised", "accuracy", lambda v: f"{100 * v:.2f} %"),
     ("PSNR", "psnr", lambda v: f"{v:.1f} dB"),
@@ -51,8 +56,24 @@ def is_main(row: dict) -> bool:
     return not row.get("group") and row["sampler"] == "ddim" and row["cfg_scale"] == 1
 
 
+def is_at_main_speed(row: dict) -> bool:
+    """One row a method: at the main speed, of training seed 0 where it was trained; and the uncached."""
+    return row.get("speed") in (None, MAIN_SPEED) and row.get("train_seed") in (None, 0)
+
+
+def has_own_router(row: dict) -> bool:
+    """Whether a row's router was trained for its method; forecast and calibrated reuse take another's."""
+    return bool(row["router"]) and not row["method"].startswith(("taylor", "calibrated"))
+
+
+def shows_training(row: dict) -> bool:
+    """Whether the report draws the training of a row's router."""
+    in_report = is_main(row) or row.get("group") == FULL_LENGTH
+    return in_report and is_at_main_speed(row) and has_own_router(row)
+
+
 def grouped(rows: list[dict]) -> list[dict]:
-    """Rows that differ in their training seed alone, as one: mean, least and greatest of every figure."""
+    """Rows that differ only in their training seed, as one: mean, least and greatest of every figure."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         key = ("method", "num_steps", "speed", "cfg_scale", "sampler", "group", "variant")
@@ -73,14 +94,14 @@ def grouped(rows: list[dict]) -> list[dict]:
 
 
 def deviation(group: dict) -> float:
-    """How far the speed-up by MACs of a group's worst row is from the speed asked, as a share of it."""
+    """The largest distance of a row's speed-up by MACs from the speed asked, as a share of the latter."""
     if not group["speed"]:
         return 0.0
     return max(abs(row["speedup_macs"] / float(group["speed"]) - 1) for row in group["rows"])
 
 
 def cells(group: dict) -> list[str]:
-    """The figures of a group as text; MSE with its range where there are several seeds."""
+    """The figures of a group as text. With several seeds the MSE has its range."""
     shown = []
     for _, figure, show in COLUMNS:
         text = show(group["mean"][figure]) if figure in group["mean"] else "-"
@@ -107,14 +128,19 @@ def comparison_table(rows: list[dict], num_steps: int, speed: str | None = None)
     return table
 
 
-BEYOND = "end-to-end+forecast"
-UNIFORM, NO_MOMENTS = f"{BEYOND}-uniform", f"{BEYOND}-no-moments"  # without what T = 20 is trained with
-OURS = ("end-to-end", "calibrated")
-FRESH, SECOND = "fresh-seed", "second-seed"  # of samples apart from those of the comparison
+FORECAST = "end-to-end+forecast"  # schedule and weights of reuse, trained on the error of the image
+FORECAST_EVEN_BATCHES = f"{FORECAST}-uniform"  # without --pool and --moments-weight, settings of T = 20
+FORECAST_NO_MOMENTS = f"{FORECAST}-no-moments"  # without --moments-weight
+OWN_METHODS = ("end-to-end", "calibrated")  # how the names of this project's methods begin
+# Groups of rows on other samples than the comparison's.
+FRESH_SAMPLES, SECOND_SAMPLES = "fresh-seed", "second-seed"
 
 
-def beyond_table(rows: list[dict], group: str | None = None, method: str = BEYOND) -> list[list[str]]:
-    """A method of ours beside the best of all others, at each T and speed; group: FRESH, SECOND or None."""
+def end_to_end_table(rows: list[dict], group: str | None = None, method: str = FORECAST) -> list[list[str]]:
+    """A method of this project beside the best of all others, at each T and speed.
+
+    group: of the samples, FRESH_SAMPLES or SECOND_SAMPLES; None: those of the comparison.
+    """
     table = [["steps", "asked", "seeds", "by MACs", "MSE", "best of the others", "ratio", "/ HarmoniCa"]]
     table[0] += ["FD", "lowest of the others", "digits-FID / uncached"]
     chosen = [row for row in rows if (row.get("group") == group if group else is_main(row))]
@@ -123,7 +149,7 @@ def beyond_table(rows: list[dict], group: str | None = None, method: str = BEYON
         if own["method"] != method:
             continue
         beside = [g for g in every if (g["num_steps"], g["speed"]) == (own["num_steps"], own["speed"])]
-        others = {g["method"]: g["mean"] for g in beside if not g["method"].startswith(OURS)}
+        others = {g["method"]: g["mean"] for g in beside if not g["method"].startswith(OWN_METHODS)}
         if not others:
             continue
         mean, best = own["mean"], min(others, key=lambda name: others[name]["mse"])
@@ -140,12 +166,12 @@ def beyond_table(rows: list[dict], group: str | None = None, method: str = BEYON
 
 
 def ablation_table(rows: list[dict]) -> list[list[str]]:
-    table = [["of", "method", "variant", "steps", "guidance", "sampler", "seeds", *HEADS]]
+    table = [["ablation", "method", "variant", "steps", "guidance", "sampler", "seeds", *HEADS]]
     apart = ("target-cur", "objective")
     for group in grouped([row for row in rows if not is_main(row) and row.get("group") not in apart]):
-        of = group["group"] or ("guidance" if group["cfg_scale"] != 1 else "sampler")
+        kind = group["group"] or ("guidance" if group["cfg_scale"] != 1 else "sampler")
         variant = "-" if group["variant"] is None else str(group["variant"])
-        name = [of, group["method"], variant, str(group["num_steps"]), f"{group['cfg_scale']:g}"]
+        name = [kind, group["method"], variant, str(group["num_steps"]), f"{group['cfg_scale']:g}"]
         table.append([*name, group["sampler"].upper(), str(group["seeds"]), *cells(group)])
     return table
 
@@ -159,7 +185,7 @@ def target_table(rows: list[dict]) -> list[list[str]]:
 
 
 def objective_table(rows: list[dict]) -> list[list[str]]:
-    """How well schedules do on what SDT minimises (the mean error of a step), and on the image."""
+    """The mean error of a step, which SDT minimises, beside the error of the image."""
     table = [["method", "train seed", "by MACs", "step error", "but the last", "MSE of x_0"]]
     rows = [row for row in rows if row.get("group") == "objective"]
     for row in sorted(rows, key=lambda row: row["step_error"]):
@@ -171,7 +197,7 @@ def objective_table(rows: list[dict]) -> list[list[str]]:
 
 
 def published_table(rows: list[dict]) -> list[list[str]]:
-    """The paper's DiT-XL/2 beside our digits, as ratios to uncached: those can be put side by side."""
+    """The paper's DiT-XL/2 beside our digits, both as ratios to the uncached model."""
     table = [
         [
             "steps",
@@ -202,7 +228,7 @@ def published_table(rows: list[dict]) -> list[list[str]]:
 
 
 def evaluation_table(files: list[Path]) -> list[list[str]]:
-    """What evaluate.py found of files of samples, a row each. Raises ValueError for another kind of file."""
+    """The results of evaluate.py, a row for each file of samples. Raises ValueError for any other file."""
     heads = [
         "samples",
         "n",
@@ -232,53 +258,53 @@ def evaluation_table(files: list[Path]) -> list[list[str]]:
 
 
 def further_tables(rows: list[dict]) -> list[tuple[str, str, list[list[str]]]]:
-    """Title, a line on it and the table, of all that is beside the comparison; those with rows."""
+    """All tables beside the comparison that have rows: title, a line about it, the table."""
     found = [
         (
             "Beyond the paper",
-            "Schedule and reuse trained on the error of the image (`--method end-to-end`), the mean over "
-            "training seeds, beside the best of all other methods at the same speed.",
-            beyond_table(rows),
+            "Schedule and reuse are trained on the error of the image (`--method end-to-end`). The mean over "
+            "training seeds stands beside the best of all other methods at the same speed.",
+            end_to_end_table(rows),
         ),
         (
             "Beyond the paper, fresh samples",
-            "The same routers beside HarmoniCa and the best of the others (these of training seed 0), on "
-            "samples of a seed kept for this: 2,000, at T = 20 6,000.",
-            beyond_table(rows, FRESH),
+            "The same routers beside HarmoniCa and the best of the others (training seed 0) on samples of "
+            "another seed, kept for this purpose: 2,000 samples, 6,000 at T = 20.",
+            end_to_end_table(rows, FRESH_SAMPLES),
         ),
         (
             "Beyond the paper, a second seed",
-            "The same on 6,000 samples of a seed that an earlier setting was measured on.",
-            beyond_table(rows, SECOND),
+            "The same on 6,000 samples of a seed on which an earlier setting was measured.",
+            end_to_end_table(rows, SECOND_SAMPLES),
         ),
         (
             "Batches drawn evenly, fresh samples",
             "The same training without `--pool` and `--moments-weight`.",
-            beyond_table(rows, FRESH, UNIFORM),
+            end_to_end_table(rows, FRESH_SAMPLES, FORECAST_EVEN_BATCHES),
         ),
         (
             "Batches drawn evenly, a second seed",
             "The same training without `--pool` and `--moments-weight`.",
-            beyond_table(rows, SECOND, UNIFORM),
+            end_to_end_table(rows, SECOND_SAMPLES, FORECAST_EVEN_BATCHES),
         ),
         (
             "Without moments, fresh samples",
             "The same training without `--moments-weight`.",
-            beyond_table(rows, FRESH, NO_MOMENTS),
+            end_to_end_table(rows, FRESH_SAMPLES, FORECAST_NO_MOMENTS),
         ),
         ("Asking for a speed", "train_router.py --target-cur, HarmoniCa at T = 10.", target_table(rows)),
         (
             "The objective and the image",
-            "T = 10: what step-wise training minimises, the mean error of a step (of all, and of all but "
-            "the last), measured on schedules as they are sampled, beside the error of the image.",
+            "T = 10. Training step by step minimises the mean error of a step. It is measured here while "
+            "sampling, over all steps and over all but the last one, beside the error of the image.",
             objective_table(rows),
         ),
-        ("Ablations", "One thing changed at a time.", ablation_table(rows)),
+        ("Ablations", "Each row changes one thing.", ablation_table(rows)),
         (
             "Published numbers beside ours",
             "DiT-XL/2 on ImageNet 256 px as the paper reports it (guidance 1.5, 50,000 samples, H800) beside "
-            "the digits at the nearest speed: other models and data, so only ratios to the uncached model "
-            "stand side by side.",
+            "the digits at the nearest speed. Models and data differ, so only ratios to the uncached model "
+            "are comparable.",
             published_table(rows),
         ),
     ]

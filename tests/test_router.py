@@ -57,6 +57,12 @@ def test_only_rows_before_the_first_step_train():
     assert router.scores().shape == (6, 4)
 
 
+def test_a_score_at_the_threshold_is_reused():
+    """As in the released code, which computes where score > threshold."""
+    schedule = Router.from_logits(torch.tensor([[0.0, 1e-6, -1e-6], [5.0, 5.0, 5.0]])).schedule(0.5)
+    assert schedule.compute[0].tolist() == [False, True, False]
+
+
 @pytest.mark.parametrize("threshold", [-0.1, 1.0, 2.0])
 def test_threshold_outside_its_range_is_refused(threshold):
     with pytest.raises(ValueError, match="threshold"):

@@ -29,8 +29,8 @@ from models import DiT
 from router import Router, load_router, save_router
 from sampling import loop as sampling
 from schedules.baselines import fora_schedule
+from schedules.table import METHODS, names
 from schedules.table import flags_of as flags_of_method
-from schedules.table import names
 from study import measure
 from training import arguments, data
 
@@ -330,6 +330,7 @@ def needed_by(method: str, places) -> list[str]:
     for flag in flags_of_method(method):
         if flag.needed:
             words += [flag.option, str(NEEDS[flag.name])]
+    words += ["--calibrate", "3"] if method.startswith("calibrated") else []  # quicker than the default
     return [str(places / f"{word}-6.safetensors") if "ROUTER" in word else word for word in words]
 
 
@@ -361,7 +362,13 @@ def sampled(words: list, folder, monkeypatch, tiny_model) -> Outcome:
     return outcome
 
 
-@pytest.mark.parametrize("method", names())
+QUICK_METHODS = (*METHODS, "taylor-fora", "calibrated-fora")  # the others combine the same flags
+
+
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(name, marks=[] if name in QUICK_METHODS else pytest.mark.slow) for name in names()],
+)
 def test_every_flag_of_sampling_does_something_or_is_said_not_to(
     method, routers, tmp_path, monkeypatch, tiny_model
 ):

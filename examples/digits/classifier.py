@@ -1,9 +1,9 @@
-"""The judge of digit images: a small CNN, its accuracy, and the Frechet distance of its penultimate features.
+"""The judge of digit images: a small CNN, its accuracy, and the Frechet distance between its features.
 
     python -m examples.digits.classifier          # trains it, prints its figures, writes its weights
 
-Trained on four fifths of the digits and tested on the rest, so its test accuracy is honest; the Frechet
-distance ("digits-FID") compares samples with the whole data set.
+It is trained on four fifths of the digits and tested on the rest. The Frechet distance ("digits-FID")
+compares the penultimate features of samples with those of the whole data set.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def load_classifier(weights: Path = WEIGHTS) -> DigitClassifier:
 
 
 def _as_pictures(images: Tensor) -> Tensor:
-    """Values outside [-1, 1] are cut, as in a picture; what is not finite is refused, no picture shows it."""
+    """Clamp to [-1, 1], as a picture would. Raises ValueError for values that are not finite."""
     require_finite(images, "samples")
     return images.cpu().clamp(-1, 1)
 
@@ -93,7 +93,7 @@ class Judge:
 
 
 class DigitsFeatures:
-    """The features of `evaluate.py --features digits`, of uint8 images (n, 8, 8, 1)."""
+    """The extractor behind `evaluate.py --features digits`; it reads uint8 images (n, 8, 8, 1)."""
 
     def __init__(self):
         self._classifier = load_classifier()
@@ -108,7 +108,7 @@ class DigitsFeatures:
 
 
 def shifted(images: Tensor) -> Tensor:
-    """Each image moved by up to one pixel in either direction, the background (-1) filled in."""
+    """Each image (N, 1, 8, 8) moved by up to one pixel in each direction; the border is background, -1."""
     padded = F.pad(images, (1, 1, 1, 1), value=-1.0)
     offsets = torch.randint(3, (len(images), 2))
     return torch.stack(
@@ -119,7 +119,7 @@ def shifted(images: Tensor) -> Tensor:
 def train(
     images: Tensor, labels: Tensor, epochs: int, batch_size: int = 64, lr: float = 2e-3
 ) -> DigitClassifier:
-    """Adam with a cosine learning rate on randomly shifted images."""
+    """Train a classifier: AdamW, cosine learning rate, randomly shifted images, label smoothing."""
     model = DigitClassifier().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-2)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
@@ -135,9 +135,11 @@ def train(
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the digits classifier.")
-    parser.add_argument("--epochs", type=cli.positive_int, default=60)
-    parser.add_argument("--seed", type=cli.seed, default=0)
-    parser.add_argument("--output", type=Path, default=WEIGHTS)
+    parser.add_argument("--epochs", type=cli.positive_int, default=60, help="default: 60")
+    parser.add_argument("--seed", type=cli.seed, default=0, help="default: 0")
+    parser.add_argument(
+        "--output", type=Path, default=WEIGHTS, help="file of the weights; default: the committed one"
+    )
     return parser.parse_args()
 
 
@@ -150,11 +152,11 @@ def main(args: argparse.Namespace) -> None:
         save_file(model.state_dict(), temporary)
     judge = Judge(args.output)
     print(f"test accuracy {100 * judge.accuracy(images[test_indices], labels[test_indices]):.2f} %")
-    parts = {"the test fifth to the rest": (train_indices, test_indices)}
-    parts["a random half to the other"] = torch.randperm(len(images)).tensor_split(2)
+    parts = {"the test fifth and the rest": (train_indices, test_indices)}
+    parts["two random halves"] = torch.randperm(len(images)).tensor_split(2)
     for name, (one, other) in parts.items():
         distance = frechet_distance(*judge.statistics(images[one]), *judge.statistics(images[other]))
-        print(f"Frechet distance of {name}: {distance:.3f}")
+        print(f"Frechet distance between {name}: {distance:.3f}")
 
 
 if __name__ == "__main__":

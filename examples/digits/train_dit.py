@@ -2,9 +2,8 @@
 
     python -m examples.digits.train_dit
 
-Run the same command again to go on after an interruption: the state is saved every `--save-every` iterations,
-and every iteration draws from its own seed, so an interrupted training ends in the same weights as an
-uninterrupted one.
+To resume, run the same command again. The state is saved every `--save-every` iterations and each iteration
+draws from its own seed, so an interrupted training ends in the same weights as an uninterrupted one.
 """
 
 import argparse
@@ -30,22 +29,34 @@ WEIGHTS = Path(__file__).parent / "dit.safetensors"
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the digits DiT.")
-    parser.add_argument("--iterations", type=cli.positive_int, default=7_000)
-    parser.add_argument("--batch-size", type=cli.positive_int, default=128)
+    parser.add_argument("--iterations", type=cli.positive_int, default=7_000, help="default: 7000")
+    parser.add_argument("--batch-size", type=cli.positive_int, default=128, help="default: 128")
     parser.add_argument(
-        "--lr", type=cli.positive, default=1e-3, help="peak; linear warm-up of 200, then cosine to 0"
+        "--lr",
+        type=cli.positive,
+        default=1e-3,
+        help="peak learning rate, after a warm-up of 200 iterations and before a cosine to 0; default: 1e-3",
     )
-    parser.add_argument("--ema-decay", type=cli.below_one, default=0.999)
-    parser.add_argument("--seed", type=cli.seed, default=0)
-    parser.add_argument("--save-every", type=cli.positive_int, default=500)
-    parser.add_argument("--output", type=Path, default=WEIGHTS)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--ema-decay", type=cli.below_one, default=0.999, help="default: 0.999")
+    parser.add_argument("--seed", type=cli.seed, default=0, help="default: 0")
+    parser.add_argument(
+        "--save-every", type=cli.positive_int, default=500, help="iterations between states; default: 500"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=WEIGHTS, help="file of the weights; default: the committed one"
+    )
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default: a GPU if there is one",
+    )
     return parser.parse_args()
 
 
-def learning_rate(iteration: int, args: argparse.Namespace) -> float:
+def learning_rate(iteration: int, iterations: int, peak: float) -> float:
+    """Linear warm-up over 200 iterations, times a cosine from the peak to 0."""
     warmup = min(1.0, (iteration + 1) / 200)
-    return args.lr * warmup * 0.5 * (1 + math.cos(math.pi * iteration / args.iterations))
+    return peak * warmup * 0.5 * (1 + math.cos(math.pi * iteration / iterations))
 
 
 def train_iteration(
@@ -91,17 +102,17 @@ def main(args: argparse.Namespace) -> None:
         state = torch.load(state_path, map_location=args.device, weights_only=True)
         if state["settings"] != settings:
             raise ValueError(
-                f"{state_path} is of a training with {state['settings']}; go on with those or remove it"
+                f"{state_path} is from other settings, {state['settings']}; use those or remove it"
             )
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         ema, start, seconds = state["ema"], state["iteration"], state["seconds"]
-        print(f"going on from iteration {start}")
+        print(f"resuming from iteration {start}")
 
     began, losses = time.monotonic() - seconds, []
     for iteration in tqdm(range(start, args.iterations), initial=start, total=args.iterations, disable=None):
         torch.manual_seed((args.seed + 1_000_003 * (iteration + 1)) % 2**64)
-        optimizer.param_groups[0]["lr"] = learning_rate(iteration, args)
+        optimizer.param_groups[0]["lr"] = learning_rate(iteration, args.iterations, args.lr)
         losses.append(train_iteration(model, diffusion, optimizer, images, labels, args.batch_size))
         torch._foreach_lerp_(ema, [p.detach() for p in model.parameters()], 1 - args.ema_decay)
         done = iteration + 1

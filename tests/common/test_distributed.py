@@ -113,7 +113,7 @@ def test_a_first_process_that_never_comes_is_one_line(environment, monkeypatch):
 RANKS = """
 import argparse, sys
 sys.path.insert(0, {root!r})
-import cli, distributed
+from common import cli, distributed
 def main(_):
     processes = distributed.start("cpu")
     def work():

@@ -12,7 +12,7 @@ from commands import ENVIRONMENT, ROOT, alive, kill, start, wait_for
 from common import lifeline
 
 PYTHON = sys.executable
-CHILD = "import lifeline, time; open('{ready}', 'w').close(); time.sleep(60)"
+CHILD = "import time; from common import lifeline; open('{ready}', 'w').close(); time.sleep(60)"
 # What stands for torchrun: it starts a child and waits.
 PARENT = "import subprocess, sys; subprocess.Popen(sys.argv[1:]).wait()"
 UNDER_TORCHRUN = {lifeline.RUN_ID: "the run", "LOCAL_RANK": "0"}
@@ -63,7 +63,7 @@ def test_torchrun_that_is_gone_before_the_first_line(tmp_path):
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_children_of_multiprocessing(tmp_path, method):
     (tmp_path / "work.py").write_text(
-        "import lifeline, multiprocessing, time\n"
+        "import multiprocessing, time\nfrom common import lifeline\n"
         "def work(name):\n"
         "    lifeline.follow_starter()\n"
         "    open(name, 'w').close()\n"
@@ -79,7 +79,8 @@ def test_children_of_multiprocessing(tmp_path, method):
 
 def test_bound_command_ends_with_who_started_it(tmp_path):
     code = f"open('{tmp_path / 'ready'}', 'w').close(); import time; time.sleep(60)"
-    starter = f"import lifeline, subprocess, sys; subprocess.run(lifeline.bound({[PYTHON, '-c', code]!r}))"
+    starter = "import subprocess; from common import lifeline; "
+    starter += f"subprocess.run(lifeline.bound({[PYTHON, '-c', code]!r}))"
     parent = start([PYTHON, "-c", starter])
     wait_for((tmp_path / "ready").exists, parent)
     assert kill(parent) == []
@@ -94,14 +95,16 @@ def test_bound_command_is_the_command():
 def test_sigterm_and_ctrl_c_remove_what_is_half_written(tmp_path, number, status):
     """A command that is writing a file for ever."""
     code = (
-        "import argparse, cli, files, time\n"
+        "import argparse, time\nfrom common import cli, files\n"
         "def main(args):\n"
         f"    with files.replacing('{tmp_path / 'x.npz'}') as temporary:\n"
         "        temporary.write_bytes(b'half')\n"
         "        time.sleep(60)\n"
         "cli.run(main, argparse.Namespace())\n"
     )
-    process = subprocess.Popen([PYTHON, "-c", code], cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE)
+    # A job in the background of a shell is started with SIGINT ignored, and hands that on.
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    process = subprocess.Popen([PYTHON, "-c", heed + code], cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE)
     wait_for(lambda: list(tmp_path.glob("*.part.npz")), process)
     time.sleep(0.1)
     os.kill(process.pid, number)

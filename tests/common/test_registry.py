@@ -59,3 +59,29 @@ def test_the_projects_own_examples():
     assert registry.router_names()
     assert all(preset.weights.is_file() for preset in registry.presets().values())
     assert set(registry.data()) == set(registry.features())
+
+
+def test_example_without_a_record_is_named(folder):
+    (folder / "moons").mkdir()
+    (folder / "moons" / "__init__.py").touch()
+    with pytest.raises(ValueError, match=r"moons/__init__\.py has no EXAMPLE = Example"):
+        registry.presets()
+
+
+@pytest.mark.parametrize("kind", ["presets", "data", "features", "routers"])
+def test_name_that_two_examples_use_is_refused(folder, kind):
+    """Or one of them would be taken in silence."""
+    (folder / "twin" / "routers").mkdir(parents=True)
+    text = (folder / "stars" / "__init__.py").read_text()
+    others = {"presets": "'DiT-stars/2'", "data": "{'stars': 'some_examples.stars.data:load'}"}
+    others |= {"features": "{'stars': 'some_examples.stars.data:judge'}", "routers": None}
+    for name, word in others.items():
+        if name != kind and word:
+            text = text.replace(word, word.replace("'stars'", "'twin'").replace("DiT-stars", "DiT-twin"))
+    (folder / "twin" / "__init__.py").write_text(text)
+    router = "stars-T5" if kind == "routers" else "twin-T5"
+    (folder / "twin" / "routers" / f"{router}.safetensors").touch()
+    with pytest.raises(
+        ValueError, match=f"of {kind} is in some_examples.stars and some_examples.twin; rename"
+    ):
+        registry.examples()

@@ -138,6 +138,18 @@ def test_the_loss_is_the_logarithm_of_the_error(at_step):
         assert update.loss.item() == pytest.approx(math.log(update.data_loss), rel=1e-5)
 
 
+def test_the_error_of_all_ranks_scales_the_gradient(at_step, monkeypatch):
+    """The loss is the logarithm of the mean over ranks: their errors are four times this one's here."""
+    rounds, plain = at_step(SEARCH)
+    alone = take_step(rounds, plain)
+    monkeypatch.setattr("common.distributed.mean", lambda one: 4 * one if one.ndim == 2 else one)
+    rounds, training = at_step(SEARCH)
+    update = take_step(rounds, training)
+    torch.testing.assert_close(update.data_loss, 4 * alone.data_loss)
+    torch.testing.assert_close(update.loss, alone.loss + math.log(4))
+    torch.testing.assert_close(training.moves.grad, plain.moves.grad / 4)
+
+
 def test_the_learning_rate_falls_over_the_updates(at_step):
     for number in range(5):
         rounds, training = at_step(SEARCH + number)

@@ -171,7 +171,7 @@ def test_recomputed_branches_have_the_same_gradients(tiny_model, ten_steps, tiny
 def test_a_training_that_recomputes_ends_in_the_same_router(tmp_path):
     logits = []
     for name, flags in (("kept", []), ("recomputed", ["--recompute-branches"])):
-        arguments = ["--model", "DiT-digits/2", "--num-sampling-steps", 4, "--max-steps", 8, "--lr", 0.1]
+        arguments = ["--model", "DiT-digits/2", "--num-sampling-steps", 3, "--max-steps", 4, "--lr", 0.1]
         arguments += ["--global-batch-size", 2, "--device", "cpu", "--results-dir", tmp_path / name]
         run("train_router.py", *arguments, *flags)
         logits.append(load_router(find_router(next((tmp_path / name).iterdir()))).logits)

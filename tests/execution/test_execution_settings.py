@@ -38,12 +38,14 @@ def test_flags_give_the_settings():
     [
         (ExecutionSettings(), CPU, False),
         (ExecutionSettings(), GPU, False),
+        (ExecutionSettings(compile=True), CPU, False),
         (ExecutionSettings(compile=True), GPU, True),
         (ExecutionSettings(compile=True, cuda_graph=False), GPU, False),
         (ExecutionSettings(cuda_graph=True), GPU, True),
     ],
 )
-def test_a_graph_comes_with_the_compiler_on_a_gpu(settings, device, graph):
+def test_a_graph_comes_with_the_compiler_on_a_gpu(settings, device, graph, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: name)  # as if there were a compiler
     assert settings.on(device).cuda_graph == graph
 
 

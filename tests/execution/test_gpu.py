@@ -1,6 +1,5 @@
 """What only a GPU shows: the same numbers as a CPU's, and training that repeats its bits."""
 
-import argparse
 import copy
 
 import pytest
@@ -11,6 +10,7 @@ from conftest import relative_error
 from backbones.loading import load_model
 from diffusion import create_diffusion
 from execution import Captured, prepare
+from execution.settings import ExecutionSettings
 from router import Schedule, find_router, load_router
 from sampling.loop import Trajectory, generate_seeded
 from schedules.baselines import fora_schedule, forecast
@@ -48,9 +48,9 @@ def test_compiled_trajectory_is_near_the_plain_one(dtype):
     """With branches reused, and combined from three outputs."""
     model, diffusion = load_model("DiT-digits/2", device="cuda", dtype=dtype), create_diffusion("10")
     own, labels = copy.deepcopy(model), torch.arange(10)
-    args = argparse.Namespace(quantize=None, compile=True, cuda_graph=None, cache_dtype=None)
-    compiled = prepare(args, own, torch.device("cuda"))
-    assert args.cuda_graph
+    settings = ExecutionSettings(compile=True).on(torch.device("cuda"))
+    assert settings.cuda_graph
+    compiled = prepare(settings, own, torch.device("cuda"))
     schedule = forecast(fora_schedule(10, 24, 2), 2)
     for seed, chosen in ((1, None), (2, schedule), (3, schedule)):
         plain = generate_seeded(Trajectory(model, diffusion, 1.5, chosen), labels, seed)
@@ -66,8 +66,8 @@ def test_float8_stays_near_bfloat16(compiled):
     """Its error is a hundredth of the sample; under a cache it is of the same size."""
     model, diffusion = load_model("DiT-digits/2", device="cuda", dtype=torch.bfloat16), create_diffusion("10")
     own, labels = copy.deepcopy(model), torch.arange(20) % 10
-    args = argparse.Namespace(quantize="fp8", compile=compiled, cuda_graph=None, cache_dtype=None)
-    quantised = prepare(args, own, torch.device("cuda"))
+    settings = ExecutionSettings(quantize="fp8", compile=compiled)
+    quantised = prepare(settings, own, torch.device("cuda"))
     for chosen in (None, fora_schedule(10, 24, 2)):
         plain = generate_seeded(Trajectory(model, diffusion, 1.5, chosen), labels, 1)
         fast = generate_seeded(Trajectory(own, diffusion, 1.5, chosen), labels, 1, sample=quantised)

@@ -26,6 +26,7 @@ from commands import (
 )
 
 from backbones.loading import load_model
+from common.distributed import Processes
 from diffusion import create_diffusion
 from sampling.decoding import decode
 from sampling.loop import Trajectory, generate, generate_seeded
@@ -377,6 +378,26 @@ def test_calibrated_on_any_number_of_processes(calibrated, tmp_path, processes):
     torchrun(processes, *SAMPLE, *CALIBRATED, "--num-samples", 40, "--output", tmp_path / "x.npz")
     assert (tmp_path / "x.npz").read_bytes() == calibrated.read_bytes()
     assert facts_of(tmp_path / "x.npz") == facts_of(calibrated)
+
+
+def test_each_rank_draws_its_share(plain, tmp_path, monkeypatch):
+    """One rank after the other, without a process group: the first one misses the share of the second."""
+    arguments = [*SAMPLE, "--num-samples", 75, "--batch-size", 16, "--output", tmp_path / "x.npz"]
+    parts = tmp_path / "x.npz.parts"
+    for rank, firsts in ((0, [0, 32, 64]), (1, [16, 48])):
+        before = set(parts.glob("*.npy"))
+        with monkeypatch.context() as patch:
+            processes = Processes(rank, 2, torch.device("cpu"))
+            patch.setattr("common.distributed.start", lambda *_, own=processes: own)
+            if rank == 0:
+                assert "lacks 32 samples that were drawn" in error_line(*arguments)
+            else:
+                patch.setattr("sampling.parts.Parts.missing", lambda _: list(range(75)))
+                run(*arguments)
+        drawn = sorted(int(path.stem[:7]) for path in set(parts.glob("*.npy")) - before)
+        assert drawn == firsts
+    assert "0 to draw" in run(*arguments)
+    assert (tmp_path / "x.npz").read_bytes() == plain.read_bytes()
 
 
 @pytest.mark.slow

@@ -38,6 +38,7 @@ def cur_of(text: str) -> float:
 )
 def test_each_method_samples(routers, tmp_path, monkeypatch, prefix, method, flags, cur):
     monkeypatch.chdir(routers)
+    flags = [*flags, "--calibrate", 4] if prefix == "calibrated-" else flags
     text = run(
         *SAMPLE, "--accelerate-method", prefix + method, *flags, "--output", tmp_path / "x.png", "--compare"
     )

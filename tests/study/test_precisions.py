@@ -9,7 +9,7 @@ from commands import error_line, run
 
 
 def test_caching_and_precision_in_one_table(tmp_path):
-    few = ["--samples", 20, "--batch-size", 20, "--repeats", 1, "--path", "digits-T10-1.96x"]
+    few = ["--samples", 4, "--batch-size", 4, "--repeats", 1, "--path", "digits-T10-1.96x"]
     text = run("study.precisions", *few, "--output", tmp_path / "x.json")
     result = json.loads(text.splitlines()[-1])
     assert result == json.loads((tmp_path / "x.json").read_text())
@@ -22,7 +22,7 @@ def test_caching_and_precision_in_one_table(tmp_path):
     assert cached["speedup_macs"] == pytest.approx(1.96, rel=0.01)
     missing = error_line("study.precisions", "--path", "nowhere.safetensors")
     assert "nowhere.safetensors does not exist" in missing
-    assert "is no multiple" in run("study.precisions", *few, "--samples", 30, status=2)
+    assert "is no multiple" in run("study.precisions", *few, "--samples", 6, status=2)
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("torchao"), reason="needs torchao")
