@@ -93,13 +93,17 @@ class Schedule:
         copied = (used.sum(-1) == 1) & used[..., 0] & (self.weights[..., 0] == 1)
         return torch.where(copied, 0, used.sum(-1))
 
-    def kept(self) -> Tensor:
-        """(T, B) how many of its last outputs a branch keeps after a step: as many as later steps read."""
+    def outputs_read(self) -> Tensor:
+        """(T, B) how many of a branch's last outputs must be stored for a cell; 0 where it is computed."""
         reads = weights_read(self.compute, self.num_terms)  # (T, B, K), by the outputs stored before a step
         if self.weights is not None:
             reads &= self.weights != 0
         reads[..., 0] |= ~self.compute  # reuse takes the last output, whatever its weight
-        oldest = (reads * torch.arange(1, self.num_terms + 1)).amax(-1)  # (T, B), 0: the step reads none
+        return (reads * torch.arange(1, self.num_terms + 1)).amax(-1)
+
+    def kept(self) -> Tensor:
+        """(T, B) how many of its last outputs a branch keeps after a step: as many as later steps read."""
+        oldest = self.outputs_read()
         kept = torch.zeros(self.compute.shape, dtype=torch.long)
         for step in range(1, self.num_steps):  # from the last step executed, 0, back to the first
             after = step - 1  # the step that is executed after this one

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from backbones.contract import Cache
 from backbones.families import Branch, find_branches
 from cache import StaticCache
-from router import Schedule, load_router, weights_read
+from router import Schedule, load_router
 
 HOOK = "harmonica"
 _COPYING = "a transformer with a schedule cannot be copied or pickled; call remove_schedule first"
@@ -215,7 +215,7 @@ class _Store(StaticCache):
 
     def __init__(self, schedule: Schedule, dtype: torch.dtype | None):
         super().__init__(schedule, dtype)
-        self._needed = outputs_read(schedule).tolist()
+        self._needed = schedule.outputs_read().tolist()
         self.splits: dict[int, tuple[int, ...]] = {}
 
     def go_to(self, step: int) -> list[bool]:
@@ -223,15 +223,6 @@ class _Store(StaticCache):
         self.step, row = step, zip(self.computed[step], self._stored, self._needed[step], strict=True)
         self.computed[step] = [one or len(stored) < least for one, stored, least in row]
         return self.computed[step]
-
-
-def outputs_read(schedule: Schedule) -> Tensor:
-    """(T, B) how many of a branch's last outputs must be stored for a cell; 0 where it is computed."""
-    reads = weights_read(schedule.compute, schedule.num_terms)
-    if schedule.weights is not None:
-        reads &= schedule.weights != 0
-    reads[..., 0] |= ~schedule.compute
-    return (reads * torch.arange(1, schedule.num_terms + 1)).amax(-1)
 
 
 class Session:

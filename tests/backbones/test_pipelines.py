@@ -8,7 +8,8 @@ import accelerate
 import diffusers
 import pytest
 import torch
-from tiny_transformers import TEXT, dit, flux, pixart, sd3, seeded
+from tiny_pipeline import quiet, vae
+from tiny_transformers import TEXT, dit, flux, pixart, sd3
 from torch import Tensor, nn
 
 from backbones import apply_schedule, remove_schedule, scheduled, summary
@@ -16,14 +17,6 @@ from backbones.families import find_branches
 from router import Schedule
 
 T = 6
-
-
-def vae(latent_channels: int = 4) -> nn.Module:
-    return seeded(
-        "AutoencoderKL", block_out_channels=(8,), down_block_types=("DownEncoderBlock2D",),
-        up_block_types=("UpDecoderBlock2D",), latent_channels=latent_channels, norm_num_groups=4,
-        shift_factor=0.0, scaling_factor=1.0,
-    )  # fmt: skip
 
 
 def draw(*shape: int, seed: int) -> Tensor:
@@ -102,11 +95,6 @@ PIPELINES = {
     "pixart-alpha": pixart_alpha, "pixart-sigma": pixart_sigma, "dit": dit_pipeline, "sd3": sd3_pipeline,
     "flux": flux_pipeline,
 }  # fmt: skip
-
-
-def quiet(pipe):
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 @pytest.fixture(params=PIPELINES)

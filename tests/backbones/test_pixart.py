@@ -5,7 +5,7 @@ from functools import partial
 import diffusers
 import pytest
 import torch
-from test_pipelines import quiet, vae
+from tiny_pipeline import quiet, vae
 from tiny_transformers import pixart
 
 from backbones import scheduled

@@ -92,8 +92,8 @@ def test_a_router_for_another_sampler_is_noted(pipeline, texts, tmp_path):
     run(*training(pipeline, texts, tmp_path / "r", "--max-steps", 4, "--sampler", "sa-solver"))
     output = run(
         "sample.py", "--model", pipeline, "--prompt", "a heart", "--num-sampling-steps", T,
-        "--cfg-scale", 4.5, "--accelerate-method", "dynamiclayer", "--path", next((tmp_path / "r").iterdir()), "--repeats", 0,
-        "--output", tmp_path / "x.png",
+        "--cfg-scale", 4.5, "--accelerate-method", "dynamiclayer", "--path", next((tmp_path / "r").iterdir()),
+        "--repeats", 0, "--output", tmp_path / "x.png",
     )  # fmt: skip
     assert "note: the router was trained at sampler sa-solver, this samples at ddim" in output
 

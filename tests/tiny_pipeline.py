@@ -1,4 +1,4 @@
-"""A folder of diffusers with a tiny PixArt: transformer, VAE, T5 and its tokenizer, all seeded."""
+"""Tiny parts of pipelines of diffusers, all seeded, and a folder of one: transformer, VAE, T5, tokenizer."""
 
 from pathlib import Path
 
@@ -46,3 +46,18 @@ def save_pipeline(folder: Path) -> Path:
     ).save_pretrained(folder / "vae")  # fmt: skip
     save_text_encoder(folder)
     return folder
+
+
+def vae(latent_channels: int = 4):
+    """An AutoencoderKL of factor 1."""
+    return seeded(
+        "AutoencoderKL", block_out_channels=(8,), down_block_types=("DownEncoderBlock2D",),
+        up_block_types=("UpDecoderBlock2D",), latent_channels=latent_channels, norm_num_groups=4,
+        shift_factor=0.0, scaling_factor=1.0,
+    )  # fmt: skip
+
+
+def quiet(pipe):
+    """The pipeline without its progress bar."""
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
