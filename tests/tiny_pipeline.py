@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import diffusers
 import torch
-from tiny_transformers import pixart, seeded
+from tiny_transformers import TEXT, dit, flux, pixart, sd3, seeded
+from torch import Tensor
 
 WORDS = ["[PAD]", "[UNK]", "</s>", "a", "green", "heart", "red", "apple", "style"]
 
@@ -61,3 +63,81 @@ def quiet(pipe):
     """The pipeline without its progress bar."""
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def draw(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def masked(n: int) -> dict:
+    ones = torch.ones(n, TEXT, dtype=torch.long)
+    return {"prompt_attention_mask": ones, "negative_prompt_attention_mask": ones}
+
+
+def request(pipe, n: int = 1, steps: int = 6, seed: int = 0, side: int = 8, **more) -> Tensor:
+    """The final latents of a request for n images, its prompt and noise from `seed`."""
+    kind = type(pipe).__name__
+    common = {"num_inference_steps": steps, "guidance_scale": 4.0}
+    common["generator"] = torch.Generator().manual_seed(seed)
+    if kind.startswith("DiT"):
+        images = pipe(class_labels=list(range(n)), output_type="np", **common, **more).images
+        return torch.from_numpy(images)
+    common |= {"output_type": "latent", "height": side, "width": side}
+    if kind.startswith("PixArt"):
+        prompts = {"prompt_embeds": draw(n, TEXT, 16, seed=seed), "use_resolution_binning": False}
+        prompts |= {"negative_prompt": None, "negative_prompt_embeds": draw(n, TEXT, 16, seed=99)} | masked(n)
+    elif kind.startswith("StableDiffusion3"):
+        prompts = {
+            "prompt_embeds": draw(n, TEXT, 32, seed=seed),
+            "pooled_prompt_embeds": draw(n, 16, seed=seed),
+        }
+        prompts["negative_prompt_embeds"] = draw(n, TEXT, 32, seed=98)
+        prompts["negative_pooled_prompt_embeds"] = draw(n, 16, seed=97)
+    else:
+        prompts = {
+            "prompt_embeds": draw(n, TEXT, 32, seed=seed),
+            "pooled_prompt_embeds": draw(n, 32, seed=seed),
+        }
+    return pipe(**prompts, **common, **more).images
+
+
+def pixart_alpha():
+    parts = {"tokenizer": None, "text_encoder": None, "vae": vae(), "transformer": pixart()}
+    return diffusers.PixArtAlphaPipeline(**parts, scheduler=diffusers.DPMSolverMultistepScheduler())
+
+
+def pixart_sigma():
+    parts = {"tokenizer": None, "text_encoder": None, "vae": vae(), "transformer": pixart()}
+    return diffusers.PixArtSigmaPipeline(**parts, scheduler=diffusers.DDIMScheduler(clip_sample=False))
+
+
+def dit_pipeline():
+    return diffusers.DiTPipeline(
+        transformer=dit(num_embeds_ada_norm=1000), vae=vae(), scheduler=diffusers.DDIMScheduler()
+    )
+
+
+def sd3_pipeline():
+    names = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
+    return diffusers.StableDiffusion3Pipeline(
+        transformer=sd3(),
+        vae=vae(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        **dict.fromkeys(names),
+    )
+
+
+def flux_pipeline():
+    names = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    return diffusers.FluxPipeline(
+        transformer=flux(),
+        vae=vae(4),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        **dict.fromkeys(names),
+    )
+
+
+PIPELINES = {
+    "pixart-alpha": pixart_alpha, "pixart-sigma": pixart_sigma, "dit": dit_pipeline, "sd3": sd3_pipeline,
+    "flux": flux_pipeline,
+}  # fmt: skip

@@ -1,0 +1,77 @@
+"""The Python blocks of docs/diffusers.md run, on tiny models in place of the published ones."""
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import diffusers
+import pytest
+import torch
+from tiny_pipeline import PIPELINES, quiet, request
+from tiny_transformers import inputs, pixart
+
+from backbones.families import find_branches
+from router import Router, save_router
+
+PAGE = Path(__file__).parents[2] / "docs" / "diffusers.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
+TINY = {
+    "PixArtSigmaPipeline": "pixart-sigma", "DiTPipeline": "dit", "StableDiffusion3Pipeline": "sd3",
+    "FluxPipeline": "flux",
+}  # fmt: skip
+STEPS = 20
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_pipelines(name, tmp_path, monkeypatch):
+    (block,) = [one for one in BLOCKS if f"import {name}\n" in one]
+    pipe = quiet(PIPELINES[TINY[name]]())
+    plain, drawn = request(pipe, steps=STEPS), []
+
+    def called(self, _prompt, num_inference_steps):
+        with monkeypatch.context() as patch:
+            patch.setattr(kind, "__call__", original)
+            drawn.append(request(self, steps=num_inference_steps))
+        return SimpleNamespace(images=[drawn[-1]])
+
+    kind = getattr(diffusers, name)
+    original = kind.__call__
+    monkeypatch.setattr(kind, "__call__", called)
+    monkeypatch.setattr(kind, "from_pretrained", lambda *_, **__: pipe)
+    monkeypatch.chdir(tmp_path)
+    router = Router(STEPS, len(find_branches(pipe.transformer)), torch.Generator().manual_seed(0))
+    save_router(tmp_path / "ROUTER.safetensors", router, method="test", threshold=0.5)
+    exec(block, {})
+    assert len(drawn) == 1
+    assert not torch.equal(drawn[0], plain)
+    assert not any("_diffusers_hook" in vars(module) for module in pipe.transformer.modules())
+
+
+def test_a_bare_transformer():
+    (block,) = [one for one in BLOCKS if "session.start()" in one]
+    transformer = pixart()
+    outputs = []
+
+    def denoise(model, timestep):
+        with torch.no_grad():
+            outputs.append(model(**inputs(model, timestep, len(outputs) % STEPS), return_dict=False)[0])
+
+    exec(
+        block,
+        {
+            "transformer": transformer,
+            "timesteps": [1000.0 - 50 * k for k in range(STEPS)],
+            "denoise": denoise,
+        },
+    )
+    assert torch.equal(torch.stack(outputs[:STEPS]), torch.stack(outputs[STEPS:]))
+
+
+def test_the_table_of_memory_is_that_of_the_formula():
+    rows = re.findall(r"^\| (\d+) \| ([\d,]+) \| ([\d.]+) \| ([\d.]+) \|$", PAGE.read_text(), re.M)
+    assert len(rows) == 4
+    for pixels, tokens, half, single in rows:
+        count = (int(pixels) // 16) ** 2
+        assert int(tokens.replace(",", "")) == count
+        for shown, size in ((half, 2), (single, 4)):
+            assert float(shown) == round(84 * count * 1152 * 2 * size / 2**30, 2)
