@@ -373,9 +373,8 @@ def test_lost_weights_of_reuse_are_solved_again(calibrated, tmp_path, monkeypatc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2, 4])
-def test_calibrated_on_any_number_of_processes(calibrated, tmp_path, processes):
-    torchrun(processes, *SAMPLE, *CALIBRATED, "--num-samples", 40, "--output", tmp_path / "x.npz")
+def test_calibrated_on_four_processes(calibrated, tmp_path):
+    torchrun(4, *SAMPLE, *CALIBRATED, "--num-samples", 40, "--output", tmp_path / "x.npz")
     assert (tmp_path / "x.npz").read_bytes() == calibrated.read_bytes()
     assert facts_of(tmp_path / "x.npz") == facts_of(calibrated)
 

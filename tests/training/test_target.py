@@ -88,7 +88,7 @@ def test_two_processes_meet_the_same_target(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("flag", "value"), [("--target-cur", 0.4), ("--target-speedup", 1.7)])
+@pytest.mark.parametrize(("flag", "value"), [("--target-speedup", 1.7)])
 def test_target_is_reached_and_stored(tmp_path, digits, flag, value):
     text = run(*TRAIN, flag, value, "--results-dir", tmp_path, "--max-steps", 500, "--l1", 1e-5)
     assert "the target was not met" not in text

@@ -89,12 +89,6 @@ def test_what_a_run_leaves(uninterrupted):
 
 
 @pytest.mark.slow
-def test_two_processes_train_the_same_router(uninterrupted, tmp_path):
-    torchrun(2, *TRAIN, "--results-dir", tmp_path, "--max-steps", 23, "--ckpt-every", 6)
-    assert (logits(tmp_path) - logits(uninterrupted)).abs().max() < 1e-5
-
-
-@pytest.mark.slow
 def test_four_processes_train_the_same_router(tmp_path):
     eight_rows = [8 if word == 4 else word for word in TRAIN]  # four trajectories
     run(*eight_rows, "--results-dir", tmp_path / "one", "--max-steps", 13)
@@ -158,10 +152,10 @@ def test_resumed_run_on_two_processes_ends_bit_for_bit_the_same(tmp_path):
 @pytest.mark.slow
 def test_killed_at_random_moments_on_two_processes_it_ends_bit_for_bit_the_same(tmp_path):
     """kill -9 of torchrun, at once resumed each time: at start-up, between checkpoints, as one is written."""
-    steps, moments = 60, random.Random(7)
+    steps, moments = 40, random.Random(7)
     settings = [*TRAIN, "--max-steps", steps, "--ckpt-every", 2, "--device", "cpu"]
     torchrun(2, *settings, "--results-dir", tmp_path / "whole")
-    for number in range(3):
+    for number in range(2):
         process = start_torchrun(2, *settings, "--results-dir", tmp_path / "parts", "--resume", "auto")
         wait_for(lambda: len(alive(process)) >= 3, process)  # noqa: B023
         if number:
