@@ -6,6 +6,7 @@ T-1 is the first step executed, the noisiest: nothing is stored before it, so it
 
     python router.py FILE                     # what a router file holds
     python router.py FILE --export OTHER.pt   # the same router in the released HarmoniCa layout
+    python router.py push FILE USER/REPO      # share it on the Hub, with a page made of its facts
 
 A file can hold many routers by name (`save_routers`); FILE.safetensors:NAME is one of them, wherever a router
 is asked for.
@@ -16,6 +17,7 @@ import contextlib
 import difflib
 import json
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,14 +27,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from common import cli, registry
+from common import cards, cli, hub, registry
 from common.contents import is_pickle, is_safetensors
-from common.files import load_pickle_safely, replacing
+from common.files import load_pickle_safely, make_folder, replacing
+from common.pictures import schedule_heat_map
 from common.weights import DTYPES, unwrapped
 
 FORMAT_VERSION = 1
 MAX_TERMS = 3  # most outputs that a reused branch may combine, as in TaylorSeer's second order
 LOGIT_LIMIT = 5.0
+DEFAULT_THRESHOLD = 0.1  # HarmoniCa's, where a file says none
 
 
 @dataclass(frozen=True, eq=False)
@@ -312,7 +316,7 @@ def find_router(path: str | Path) -> Path:
     """The router that `path` means: itself, one that ships under that name, or a folder's newest.
 
     Of a folder, or its `checkpoints`, the one of most train steps. `registry.router_names` lists those that
-    ship with the examples.
+    ship with the examples. USER/REPO is one on the Hub, fetched once.
     """
     path = Path(path)
     if path.is_file():
@@ -324,6 +328,8 @@ def find_router(path: str | Path) -> Path:
         files = [file for file in found if not file.stem.endswith(".part")]
         if files:
             return max(files, key=lambda file: (_train_steps(file), file.name))
+    if hub.is_repository(str(path)):
+        return hub.fetch(str(path), cards.FILE)
     if path.is_dir():
         raise FileNotFoundError(
             f"no router (*.safetensors, *.pt, *.pth, ...) in folder {path}; train one with train_router.py"
@@ -460,8 +466,33 @@ def _opened(file: Path) -> Iterator[tuple]:
         raise ValueError(f"{file} is no file of named routers ({error})") from None
 
 
+def push(path: str, repository: str, folder: Path, private: bool = False) -> str:
+    """Share a router on the Hub: the file, its schedule as a picture, a page. Returns the address.
+
+    All of it is written to `folder` first, and stays there. Raises OSError, in one line, where the Hub cannot
+    be reached.
+    """
+    router = load_router(path)
+    threshold = router.info.get("threshold", DEFAULT_THRESHOLD)
+    schedule = router.schedule(threshold)
+    make_folder(folder)
+    save_router(folder / cards.FILE, router)
+    names = tuple(f"{k}.branch" for k in range(router.num_branches))
+    title = f"{router.info.get('model', 'unknown model')}, T = {router.num_steps}"
+    with replacing(folder / cards.PICTURE) as temporary:
+        schedule_heat_map(router.scores(), threshold, names, title).save(temporary)
+    facts = router.info | {"num_steps": router.num_steps}
+    with replacing(folder / "README.md") as temporary:
+        temporary.write_text(cards.model_card(facts, schedule.cur, repository), encoding="utf-8")
+    return hub.upload(folder, repository, private)
+
+
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Show a router file, or export it to the released layout.")
+    if sys.argv[1:2] == ["push"]:
+        return parse_push_args(sys.argv[2:])
+    parser = argparse.ArgumentParser(
+        description="Show a router file, or export it to the released layout. `push` shares one on the Hub."
+    )
     parser.add_argument("path", help="a router file, or a folder that holds one")
     parser.add_argument("--thres", type=cli.threshold, help="default: the router's own, else 0.1")
     parser.add_argument("--export", type=Path, metavar="FILE.pt", help="write the released HarmoniCa layout")
@@ -471,11 +502,30 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+def parse_push_args(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        usage="router.py push PATH USER/REPO [--private]", description="Share a router on the Hub."
+    )
+    parser.add_argument("path", help="a router file, or a folder that holds one")
+    parser.add_argument("repository", metavar="USER/REPO", help="it is made if it does not exist")
+    parser.add_argument("--private", action="store_true", help="make a private repository")
+    args = parser.parse_args(arguments)
+    if not hub.is_repository(args.repository):
+        parser.error(f"{args.repository} is no USER/REPO of the Hub")
+    return args
+
+
 def main(args: argparse.Namespace) -> None:
+    if hasattr(args, "repository"):
+        folder = Path("results") / "hub" / args.repository.replace("/", "--")
+        print(f"shared at {push(args.path, args.repository, folder, args.private)}")
+        return
     router = load_router(args.path)
     for fact, value in sorted(router.info.items()):
         print(f"{fact:14} {value}")
-    schedule = router.schedule(args.thres if args.thres is not None else router.info.get("threshold", 0.1))
+    schedule = router.schedule(
+        args.thres if args.thres is not None else router.info.get("threshold", DEFAULT_THRESHOLD)
+    )
     computed, total = int(schedule.compute.sum()), schedule.compute.numel()
     print(f"{schedule.source}: {computed} / {total} branches computed, CUR {100 * schedule.cur:.2f} %")
     if args.export:

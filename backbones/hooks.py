@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from backbones.contract import Cache
 from backbones.families import Branch, find_branches
 from cache import StaticCache
-from router import Schedule, load_router
+from router import DEFAULT_THRESHOLD, Schedule, load_router
 
 HOOK = "harmonica"
 _COPYING = "a transformer with a schedule cannot be copied or pickled; call remove_schedule first"
@@ -467,7 +467,9 @@ def as_schedule(given: Schedule | str | Path, threshold: float | None, transform
         schedule = given
     else:
         router = load_router(given)
-        schedule = router.schedule(router.info.get("threshold", 0.1) if threshold is None else threshold)
+        schedule = router.schedule(
+            router.info.get("threshold", DEFAULT_THRESHOLD) if threshold is None else threshold
+        )
     found = len(find_branches(transformer))
     if schedule.num_branches != found:
         raise ValueError(

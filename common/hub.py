@@ -8,8 +8,9 @@ _FILES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".png")
 
 
 def is_repository(name: str) -> bool:
-    """Whether a name reads as USER/REPOSITORY of the Hub rather than as a file or folder here."""
-    return bool(_REPOSITORY.fullmatch(name)) and not name.endswith(_FILES) and not Path(name).exists()
+    """Whether a name reads as USER/REPOSITORY of the Hub; what may be meant in a folder here does not."""
+    named = _REPOSITORY.fullmatch(name) and not name.endswith(_FILES)
+    return bool(named) and not Path(name).exists() and not Path(name).parent.is_dir()
 
 
 def fetch(repository: str, name: str) -> Path:

@@ -3,10 +3,8 @@
 import torch
 
 from backbones.loading import pixels_of
-from router import Schedule, load_router
+from router import DEFAULT_THRESHOLD, Schedule, load_router
 from schedules.request import Request
-
-DEFAULT_THRESHOLD = 0.1  # HarmoniCa's, where a file says none
 
 
 def routed_schedule(

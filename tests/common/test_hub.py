@@ -1,10 +1,15 @@
 """Fetching from the Hub and sending there, with the network's part replaced."""
 
+import shutil
+
 import huggingface_hub
 import pytest
 import requests
+import torch
+from commands import error_line, run
 
 from common import hub
+from router import load_router
 
 
 def test_names_of_repositories(tmp_path, monkeypatch):
@@ -55,3 +60,39 @@ def test_sending(tmp_path, monkeypatch):
         ("user/r", {"private": True, "exist_ok": True}),
         {"repo_id": "user/r", "folder_path": tmp_path},
     ]
+
+
+def test_a_router_is_shared_and_used(tmp_path, monkeypatch):
+    """Pushed to a folder that stands for the Hub, and read from there by its name."""
+    monkeypatch.chdir(tmp_path)
+    shared = tmp_path / "hub"
+    monkeypatch.setattr(huggingface_hub, "create_repo", lambda *_, **__: None)
+    monkeypatch.setattr(
+        huggingface_hub, "upload_folder", lambda **more: shutil.copytree(more["folder_path"], shared)
+    )
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda _repository, name: str(shared / name))
+    output = run("router.py", "push", "digits-T20-1.96x", "user/my-router")
+    assert "shared at https://huggingface.co/user/my-router" in output
+    assert sorted(file.name for file in shared.iterdir()) == [
+        "README.md",
+        "router.safetensors",
+        "schedule.png",
+    ]
+    card = (shared / "README.md").read_text()
+    assert 'apply_schedule(pipe, "user/my-router")' in card
+    assert "| speed-up by MACs | 1.96" in card
+    router, original = load_router("user/my-router"), load_router("digits-T20-1.96x")
+    assert torch.equal(router.logits, original.logits)
+    assert torch.equal(router.weights, original.weights)
+    assert "is no USER/REPO" in error_line("router.py", "push", "digits-T20-1.96x", "no repository")
+
+
+def test_a_push_without_network_finishes_what_is_local(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise requests.exceptions.ConnectionError("no route to host")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "create_repo", fail)
+    line = error_line("router.py", "push", "digits-T20-1.96x", "user/r")
+    assert "results/hub/user--r is complete, but cannot be sent" in line
+    assert len(list((tmp_path / "results" / "hub" / "user--r").iterdir())) == 3
