@@ -15,13 +15,30 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from backbones.contract import Backbone
 from backbones.denoiser import Denoiser, arrive, executed, walk
 from cache import SoftCache, StaticCache
 from diffusion import GaussianDiffusion, Sampler, State
-from models import DiT
 from router import Router, Schedule
 
 PROXY_DEFINITIONS = ("released", "paper")
+
+
+def mean_squared(difference: Tensor, _model: Backbone) -> Tensor:
+    """Over all channels of a difference of outputs (N, C_out, H, W), as published; a scalar."""
+    return difference.square().mean()
+
+
+def mean_squared_noise(difference: Tensor, model: Backbone) -> Tensor:
+    """Over the channels that predict noise alone: DDIM never reads those of the variance."""
+    return model.predicted_noise(difference).square().mean()
+
+
+# The values of --data-loss. Another distance is a function like these and one row.
+DATA_LOSSES: dict[str, Callable[[Tensor, Backbone], Tensor]] = {
+    "all": mean_squared,
+    "eps": mean_squared_noise,
+}
 
 
 @dataclass(frozen=True)
@@ -29,19 +46,14 @@ class Variant:
     """What may differ from the published objective; the defaults are the published one.
 
     branch_costs: (B,) factors of the scores in the regularization, with mean 1; None counts all alike.
-    eps_only: leave the variance channels, which DDIM never reads, out of the data loss. straight_through:
-    train the thresholded router, see `SoftCache`. one_step: take x_t and the store of every step from the
-    uncached trajectory instead of the routed one.
+    data_loss: a key of `DATA_LOSSES`. straight_through: train the thresholded router, see `SoftCache`.
+    one_step: take x_t and the store of every step from the uncached trajectory instead of the routed one.
     """
 
     branch_costs: Tensor | None = None
-    eps_only: bool = False
+    data_loss: str = "all"
     straight_through: bool = False
     one_step: bool = False
-
-    def compared(self, out: Tensor, model: DiT) -> Tensor:
-        """The channels of a model output that enter the data loss."""
-        return model.predicted_noise(out) if self.eps_only else out
 
     def score_sum(self, scores: Tensor) -> Tensor:
         return scores.sum() if self.branch_costs is None else (self.branch_costs * scores).sum()
@@ -60,7 +72,7 @@ class TrainStep(NamedTuple):
 
 
 def train_trajectory(
-    model: DiT,
+    model: Backbone,
     diffusion: GaussianDiffusion | Sampler,
     router: Router,
     optimizer: torch.optim.Optimizer,
@@ -89,8 +101,7 @@ def train_trajectory(
         with torch.no_grad():
             teacher = denoise(state.x, step, fresh if variant.one_step else None)  # (N, C or 2C, H, W)
         routed = denoise(state.x, step, cache)
-        difference = variant.compared(teacher - routed, model)
-        losses = _losses(difference, rows[step], proxy_weights[step], reg_weight, variant)
+        losses = _losses(teacher - routed, model, rows[step], proxy_weights[step], reg_weight, variant)
         _update(router, optimizer, step, losses[0])
         update = TrainStep(step, *(loss.detach() for loss in losses))
         if variant.one_step:
@@ -118,7 +129,7 @@ class Pair(NamedTuple):
 
 
 def train_pair(
-    model: DiT,
+    model: Backbone,
     diffusion: GaussianDiffusion | Sampler,
     router: Router,
     optimizer: torch.optim.Optimizer,
@@ -136,7 +147,7 @@ def train_pair(
 
 
 def train_pairs(
-    model: DiT,
+    model: Backbone,
     diffusion: GaussianDiffusion | Sampler,
     router: Router,
     optimizer: torch.optim.Optimizer,
@@ -186,7 +197,7 @@ def update_rows(
 
 
 def _losses_and_gradient(
-    model: DiT,
+    model: Backbone,
     diffusion: GaussianDiffusion | Sampler,
     router: Router,
     pair: Pair,
@@ -201,15 +212,15 @@ def _losses_and_gradient(
     with torch.no_grad():
         x_t = denoise.advance(denoise.sampler.add_noise(x_0, step, noise), step, cache).x
         plain = denoise(x_t, step - 1)
-    difference = variant.compared(plain - denoise(x_t, step - 1, cache), model)
-    losses = _losses(difference, cache.scores[step - 1], 1.0, reg_weight, variant)
+    difference = plain - denoise(x_t, step - 1, cache)
+    losses = _losses(difference, model, cache.scores[step - 1], 1.0, reg_weight, variant)
     (gradient,) = torch.autograd.grad(losses[0], router.rows[step - 1])
     return torch.cat([torch.stack(losses).detach(), gradient])
 
 
 @torch.no_grad()
 def step_errors(
-    model: DiT,
+    model: Backbone,
     diffusion: GaussianDiffusion | Sampler,
     schedule: Schedule | None,
     noise: Tensor,
@@ -238,10 +249,11 @@ def step_errors(
 
 
 def _losses(
-    difference: Tensor, scores: Tensor, proxy_weight: Tensor | float, reg_weight: float, variant: Variant
-) -> tuple[Tensor, Tensor, Tensor]:
+    difference: Tensor, model: Backbone, scores: Tensor, proxy_weight: Tensor | float, reg_weight: float,
+    variant: Variant,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss, data loss and score sum of one step."""
-    data_loss, score_sum = difference.square().mean(), variant.score_sum(scores)
+    data_loss, score_sum = DATA_LOSSES[variant.data_loss](difference, model), variant.score_sum(scores)
     return proxy_weight * data_loss + reg_weight * score_sum, data_loss, score_sum
 
 
@@ -255,7 +267,7 @@ def _update(router: Router, optimizer: torch.optim.Optimizer, step: int, loss: T
 
 @torch.no_grad()
 def image_error_proxy(
-    model: DiT,
+    model: Backbone,
     diffusion: GaussianDiffusion | Sampler,
     router: Router,
     noise: Tensor,

@@ -32,7 +32,7 @@ from backbones.hooks import apply_schedule, remove_schedule
 from backbones.pixart import PixArt, random_pixart, random_prompts
 from backbones.pixart_models import PIXART
 from common import cli, devices
-from common.columns import print_columns
+from common.columns import aligned
 from common.files import check_writable, to_json, write_json
 from common.timing import alternating, latency
 from router import Schedule
@@ -181,7 +181,7 @@ def main(args: argparse.Namespace) -> None:
         row["share"] = (total / promised[name] - runs.other_macs) / int(runs.branch_macs.sum())
         row["ratio"] = row["speedup_latency"] / row["speedup_macs"]
         rows.append(row)
-    print_columns(rows, COLUMNS)
+    print(aligned(rows, COLUMNS))
     result = {
         "model": args.model, "blocks": args.blocks, "num_steps": num_steps, "batch_size": args.batch_size,
         "cfg_scale": CFG_SCALE, "repeats": args.repeats, "precision": precision,

@@ -10,6 +10,7 @@ from cache import SoftCache
 from diffusion import create_diffusion
 from models import DiT
 from objectives import (
+    DATA_LOSSES,
     PROXY_DEFINITIONS,
     Pair,
     Variant,
@@ -346,7 +347,7 @@ def test_loss_on_eps_leaves_the_variance_out(tiny_model, ten_steps, tiny_batch):
     torch.manual_seed(0)
     router = Router(10, 4)
     everything, alone = (
-        one_trajectory(model, ten_steps, tiny_batch, router, Variant(eps_only=flag)) for flag in (False, True)
+        one_trajectory(model, ten_steps, tiny_batch, router, Variant(data_loss=one)) for one in ("all", "eps")
     )
     assert all(update.data_loss > 1e-4 for update in everything)
     assert all(update.data_loss < 1e-10 for update in alone)
@@ -392,13 +393,23 @@ def test_one_step_training_starts_every_step_from_the_uncached_trajectory(tiny_m
     assert [update.step for update in updates] == list(range(8, -1, -1))
 
 
+def test_another_distance_is_a_function_and_a_row(tiny_model, ten_steps, tiny_batch, monkeypatch):
+    """The mean absolute difference, written as CONTRIBUTING says."""
+    monkeypatch.setitem(DATA_LOSSES, "l1", lambda difference, _model: difference.abs().mean())
+    router = Router(10, tiny_model.num_branches, torch.Generator().manual_seed(0))
+    first, *_ = one_trajectory(tiny_model, ten_steps, tiny_batch, router, Variant(data_loss="l1"))
+    squared, *_ = one_trajectory(tiny_model, ten_steps, tiny_batch, router, Variant())
+    assert first.data_loss > squared.data_loss.sqrt() * 0.5  # of values below 1 the mean is the larger one
+    assert first.data_loss <= squared.data_loss.sqrt()
+
+
 def test_step_errors_are_the_data_losses_of_a_router_of_zeros_and_ones(tiny_model, ten_steps, tiny_batch):
     noise, labels = tiny_batch
     torch.manual_seed(0)
     logits = torch.where(torch.rand(10, 4) > 0.5, 40.0, -40.0)
     schedule = Router.from_logits(logits).schedule(0.1)
     of_all, of_eps = step_errors(tiny_model, ten_steps, schedule, noise, labels, 1.5)
-    for variant, errors in ((None, of_all), (Variant(eps_only=True), of_eps)):
+    for variant, errors in ((None, of_all), (Variant(data_loss="eps"), of_eps)):
         router = Router.from_logits(logits)  # training bounds its logits
         updates = one_trajectory(tiny_model, ten_steps, tiny_batch, router, variant)
         torch.testing.assert_close(errors[:-1].flip(0), torch.stack([one.data_loss for one in updates]))

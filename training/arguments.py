@@ -10,7 +10,7 @@ from backbones.loading import is_latent
 from common import cli, devices, registry
 from common.cli import Unread
 from diffusion import NUM_TIMESTEPS, SAMPLERS, space_timesteps
-from objectives import PROXY_DEFINITIONS
+from objectives import DATA_LOSSES, PROXY_DEFINITIONS
 from router import MAX_TERMS
 from training.settings import METHODS, L2CSettings, OutputSettings, TrainSettings
 
@@ -44,7 +44,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "so --l1 differs from the paper's too",
     )  # fmt: skip
     method.add_argument(
-        "--data-loss", choices=("all", "eps"), default="all", help="channels that the data loss compares"
+        "--data-loss",
+        choices=DATA_LOSSES,
+        default="all",
+        help="distance of outputs: mean square over all channels, or over those of the noise",
     )
     method.add_argument(
         "--router-train", choices=("soft", "ste"), default="soft",

@@ -102,7 +102,7 @@ class RowRounds(Rounds):
         costs = torch.tensor(model.branch_macs, dtype=torch.float32, device=processes.device)
         self.variant = Variant(
             branch_costs=costs / costs.mean() if method.cost == "macs" else None,
-            eps_only=method.data_loss == "eps",
+            data_loss=method.data_loss,
             straight_through=method.router_train == "ste",
         )
 

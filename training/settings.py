@@ -21,7 +21,7 @@ class RowSettings:
 
     ste_threshold: a branch is computed where its score is above. l1: weight beta of the regularization, or
     its start where the run has a target. cost: a branch counts as one (`count`) or by its MACs (`macs`).
-    data_loss: channels that are compared, `all` or `eps`. router_train: `soft` scores, or `ste`, thresholded
+    data_loss: a key of `objectives.DATA_LOSSES`. router_train: `soft` scores, or `ste`, thresholded
     with a straight-through gradient. epochs: trajectories, or passes of the data.
     """
 

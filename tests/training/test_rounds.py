@@ -81,10 +81,11 @@ def test_lambda_stays_one_without_a_proxy(tiny_model):
 def test_flags_make_the_variant(tiny_model):
     plain = rounds_of(tiny_model, HarmonicaSettings()).variant
     assert plain.branch_costs is None
-    assert not any((plain.eps_only, plain.straight_through, plain.one_step))
+    assert not any((plain.straight_through, plain.one_step))
+    assert plain.data_loss == "all"
     others = {"cost": "macs", "data_loss": "eps", "router_train": "ste", "rollout": "one-step"}
     variant = rounds_of(tiny_model, HarmonicaSettings(**others)).variant
-    assert variant.eps_only
+    assert variant.data_loss == "eps"
     assert variant.straight_through
     assert variant.one_step
     macs = torch.tensor(tiny_model.branch_macs, dtype=torch.float32)
