@@ -78,7 +78,8 @@ def parse_args() -> argparse.Namespace:
     args = cli.parse(parser)
     sampling_settings.check_arguments(parser, args)
     method_settings.check_arguments(parser, args)
-    model_settings.check_arguments(parser, args)
+    by_prompt = cli.Unread(("labels",), lambda args: is_text_model(args.model), "with --model {model}")
+    model_settings.check_arguments(parser, args, [by_prompt])
     if args.compare and args.accelerate_method == "none":
         parser.error("--compare needs a caching method; add --accelerate-method dynamiclayer --path ROUTER")
     return args

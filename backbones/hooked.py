@@ -113,6 +113,7 @@ class HookedTransformer(ABC):
     def predict(self, x: Tensor, prepared: Any, cache: Cache | None = None) -> Tensor:
         timestep, condition, computed = prepared
         hooks = self.hooks
+        hooks.check_gradients()
         hooks.policy, hooks.computing = cache, None if cache is None or computed is None else list(computed)
         try:
             return self.transformer(**self._arguments(x, timestep, condition), return_dict=False)[0]

@@ -32,7 +32,6 @@ from router import DEFAULT_THRESHOLD, Schedule, load_router
 HOOK = "harmonica"
 _COPYING = "a transformer with a schedule cannot be copied or pickled; call remove_schedule first"
 _OTHER_CACHES = ("Cache", "PyramidAttention")  # in the names of diffusers' hooks that cache, too
-_KNOWN_ORDER = 1
 
 
 # ---- hooks -----------------------------------------------------------------------------------------
@@ -139,7 +138,10 @@ class Hooks:
                     "apply_schedule again"
                 )
         check_supported(transformer)
-        if torch.is_grad_enabled() and transformer.training and _checkpoints(transformer):
+
+    def check_gradients(self) -> None:
+        """Raise ValueError where the library would run blocks again for their gradient."""
+        if torch.is_grad_enabled() and getattr(self.transformer(), "gradient_checkpointing", False):
             raise ValueError(
                 "gradient checkpointing runs a block twice, and the second time reads a store that has moved "
                 "on; call disable_gradient_checkpointing, and use --recompute-branches"
@@ -182,10 +184,6 @@ def _submodule(branch: Branch) -> nn.Module | None:
         return branch.module
     except AttributeError:
         return None
-
-
-def _checkpoints(transformer: nn.Module) -> bool:
-    return bool(getattr(transformer, "gradient_checkpointing", False))
 
 
 def check_supported(transformer: nn.Module) -> None:
@@ -264,6 +262,7 @@ class Session:
     def before(self, timestep: Any, shape: torch.Size) -> None:
         if self._running:  # the call before was interrupted
             self._abandon()
+        self.hooks.check_gradients()
         step = self._locate(timestep)
         self._call = self._call + 1 if step == self._step else 0
         self._step = step
@@ -340,14 +339,12 @@ class Session:
 
 def _checked_timesteps(scheduler: Any, num_steps: int) -> list[float]:
     kind, values = type(scheduler).__name__, scheduler.timesteps.tolist()
-    if getattr(scheduler, "order", _KNOWN_ORDER) != _KNOWN_ORDER or "Heun" in kind:
+    if getattr(scheduler, "order", 1) != 1:
         raise ValueError(f"{kind} calls the model more than once a step; take a scheduler of order 1")
     if len(set(values)) < len(values) and not hasattr(scheduler, "step_index"):
         raise ValueError(
             f"{kind} repeats timesteps, so its steps cannot be told apart; take another scheduler"
         )
-    if kind.startswith("PNDM"):
-        raise ValueError("PNDMScheduler repeats steps; take another scheduler, such as DPM-Solver++")
     if len(values) != num_steps:
         raise ValueError(
             f"the schedule is for {num_steps} steps, the pipeline takes {len(values)}; use "

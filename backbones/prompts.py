@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.files import make_folder, read_json, write_json, writing
+from common.files import first_line, make_folder, read_json, write_json, writing
 
 FOLDER = Path(__file__).parents[1] / "results" / "prompts"
 NULL_PROMPT = ""
@@ -90,31 +90,49 @@ def encode_prompts(
     """
     rows = [normalized(text) for text in (*texts, NULL_PROMPT)]
     place = (folder or FOLDER) / _key(rows, str(encoder), num_tokens)
+    if _done(place) == len(rows):  # any number of processes may read
+        return open_prompts(place)
     make_folder(place)
     with writing(place):
-        info = place / "info.json"
-        done = read_json(info)["done"] if info.is_file() else 0
+        done = _done(place)
         if done < len(rows):
             _encode(rows, encoder, num_tokens, place, done, batch_size, torch.device(device), dtype)
     return open_prompts(place)
 
 
+def _done(place: Path) -> int:
+    """How many rows of a folder are written."""
+    info = place / "info.json"
+    return read_json(info)["done"] if info.is_file() else 0
+
+
 def open_prompts(place: Path) -> Prompts:
     """Embeddings in a folder that `encode_prompts` filled. Raises ValueError where they are not complete."""
     states, lengths = (np.load(place / f"{name}.npy", mmap_mode="r") for name in ("states", "lengths"))
-    if read_json(place / "info.json")["done"] != len(lengths):
+    if _done(place) != len(lengths):
         raise ValueError(f"{place} is not complete; encode the prompts again to go on")
     return Prompts(states, lengths, place.name)
 
 
 def _key(rows: Sequence[str], encoder: str, num_tokens: int) -> str:
     digest = hashlib.sha256(f"{os.path.basename(os.path.normpath(encoder))}\n{num_tokens}\n".encode())
-    config = Path(encoder) / "config.json"
-    for file in (config, Path(encoder) / "text_encoder" / "config.json"):
-        if file.is_file():
-            digest.update(file.read_bytes())
+    for folder in (Path(encoder), Path(encoder) / "text_encoder"):
+        for file in sorted(folder.glob("*")) if folder.is_dir() else ():
+            if file.suffix in (".json", ".safetensors", ".bin"):
+                digest.update(_sample_of(file))
     digest.update("\n".join(rows).encode())
     return digest.hexdigest()[:16]
+
+
+def _sample_of(file: Path, blocks: int = 64, size: int = 2**16) -> bytes:
+    """Blocks of a file spread evenly over it: what another training of the same encoder would change."""
+    length = file.stat().st_size
+    with open(file, "rb") as stream:
+        found = [str(length).encode()]
+        for k in range(blocks if length > blocks * size else 1):
+            stream.seek(k * length // blocks)
+            found.append(stream.read(size if length > blocks * size else length))
+    return b"".join(found)
 
 
 @torch.no_grad()
@@ -173,6 +191,7 @@ def load_encoder(source: str | Path):
         loader = AutoModelForTextEncoding if config.is_encoder_decoder else AutoModel
         encoder = loader.from_pretrained(encoder_at)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise OSError(f"the text encoder {source} cannot be had ({reason}); give its folder") from None
+        raise OSError(
+            f"the text encoder {source} cannot be had ({first_line(error)}); give its folder"
+        ) from None
     return tokenizer, encoder.eval().requires_grad_(False)

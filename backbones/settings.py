@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ UNREAD = (
         "with --model {model}",
     ),
     cli.Unread(
-        ("num_classes", "class_dropout_prob", "learn_sigma", "labels"),
+        ("num_classes", "class_dropout_prob", "learn_sigma"),
         lambda args: is_text_model(args.model),
         "with --model {model}: its prompts are what it is given",
     ),
@@ -93,7 +94,10 @@ class ModelSettings:
 def add_arguments(parser: argparse.ArgumentParser, with_vae: bool = False) -> None:
     model = parser.add_argument_group("model")
     model.add_argument(
-        "--model", default="DiT-XL/2", help=f"DiT-XL/2 and its family, or {' or '.join(registry.presets())}"
+        "--model",
+        default="DiT-XL/2",
+        help=f"DiT-XL/2 and its family, {', '.join(registry.presets())}, a PixArt such as "
+        "PixArt-Sigma-512, or a folder of diffusers with one (default DiT-XL/2)",
     )
     model.add_argument(
         "--ckpt", help="checkpoint file, index of shards or folder (default: the official one)"
@@ -129,11 +133,13 @@ def add_arguments(parser: argparse.ArgumentParser, with_vae: bool = False) -> No
         )
 
 
-def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def check_arguments(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, unread: Iterable[cli.Unread] = ()
+) -> None:
     """Note flags that have no effect under the others; refuse a text model without prompts.
 
-    args: as `cli.parse` returns them.
+    args: as `cli.parse` returns them. unread: a command's own such flags.
     """
-    cli.note_unread(parser, args, UNREAD)
+    cli.note_unread(parser, args, [*UNREAD, *unread])
     if is_text_model(args.model) and not (args.prompt or args.prompts):
         parser.error(f"--model {args.model} needs --prompt TEXT or --prompts FILE")

@@ -1,7 +1,7 @@
 """Text-to-image models by name, Hub id or folder: transformer, prompts and VAE, ready for every command.
 
-`--model` is a name of `pixart.PIXART`, or a folder of diffusers: a pipeline's, with its `transformer`, `vae`,
-`tokenizer` and `text_encoder`, or a transformer's alone. What is not there is looked for on the Hub.
+`--model` is a name of `pixart_models.PIXART`, or a folder of diffusers: a pipeline's, with its `transformer`,
+`vae`, `tokenizer` and `text_encoder`, or a transformer's alone. What is not there is looked for on the Hub.
 """
 
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ from backbones.pixart_models import PIXART
 from backbones.prompts import Prompts, encode_prompts
 from backbones.vae import VaeConfig, read_vae_config
 from common import distributed
+from common.files import first_line
 from common.weights import read_config
 
 SUPPORTED = "PixArtTransformer2DModel"  # of the families, those with a backbone
@@ -75,7 +76,7 @@ def _load_transformer(source: str, fetch: bool):
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise OSError(
-            f"the transformer {source} cannot be had ({_first_line(error)}); fetch it with `hf download`, or "
+            f"the transformer {source} cannot be had ({first_line(error)}); fetch it with `hf download`, or "
             "give a folder with --ckpt, or --random-weights"
         ) from None
 
@@ -101,10 +102,6 @@ def _vae_config(given: str | None, pipeline: str, fetch: bool) -> VaeConfig | No
         folder = snapshot_download(pipeline, allow_patterns=["vae/*"], local_files_only=not fetch)
     except (OSError, ValueError) as error:
         raise OSError(
-            f"the VAE of {pipeline} cannot be had ({_first_line(error)}); give its folder with --vae, or none"
+            f"the VAE of {pipeline} cannot be had ({first_line(error)}); give its folder with --vae, or none"
         ) from None
     return read_vae_config(folder)
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

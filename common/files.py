@@ -110,6 +110,11 @@ def read_json(path: str | Path) -> dict:
     return value
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's message that is not empty; else its class."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def make_folder(path: Path) -> None:
     """Make a folder with those above it. Raises OSError in one line that says what is in the way."""
     try:

@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from common.files import first_line
+
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _FILES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".png")
 
@@ -25,7 +27,7 @@ def fetch(repository: str, name: str) -> Path:
         return Path(huggingface_hub.hf_hub_download(repository, name))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         raise OSError(
-            f"{name} of {repository} cannot be had from the Hub ({_first_line(error)}); check the name, sign "
+            f"{name} of {repository} cannot be had from the Hub ({first_line(error)}); check the name, sign "
             "in with `hf auth login` if it is private, or give a file"
         ) from None
 
@@ -43,11 +45,7 @@ def upload(folder: Path, repository: str, private: bool = False) -> str:
         huggingface_hub.upload_folder(repo_id=repository, folder_path=folder)
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise OSError(
-            f"{folder} is complete, but cannot be sent to {repository} ({_first_line(error)}); when the Hub "
+            f"{folder} is complete, but cannot be sent to {repository} ({first_line(error)}); when the Hub "
             f"can be reached: hf upload {repository} {folder}"
         ) from None
     return f"https://huggingface.co/{repository}"
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -30,7 +30,7 @@ from end_to_end import search
 from end_to_end.importance import inclusion, systematic_sample
 from end_to_end.trajectory import ReferenceTrajectory, toggle_effects
 from objectives import TrainStep
-from router import Router, Schedule, load_router, weights_read
+from router import DEFAULT_THRESHOLD, Router, Schedule, load_router, weights_read
 from sampling.seeds import TRAINING_STREAM, sample_generator
 from training.rounds import Rounds
 from training.state import Training
@@ -139,7 +139,7 @@ class EndToEnd(Rounds):
         self.warm_start = None
         if method.init:
             router = load_router(method.init, settings.model.model, num_branches=model.num_branches)
-            source = router.schedule(router.info.get("threshold", 0.1))
+            source = router.schedule(router.info.get("threshold", DEFAULT_THRESHOLD))
             self.warm_start = search.interpolated(source.compute, num_steps)
         self.candidates = self.budget.candidates_for_pool(num_steps) if method.pool else search.CANDIDATES
         self.num_candidates = 1 if method.init else len(self.candidates)

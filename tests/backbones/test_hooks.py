@@ -305,3 +305,27 @@ def test_two_calls_a_step_have_a_store_each():
             for half in halves:
                 found[half].append(model(**inputs(model, t, half + k))[0])
     assert torch.equal(torch.stack(sum(found.values(), [])), torch.stack(wanted))
+
+
+def test_gradient_checkpointing_of_the_library_is_refused_where_gradients_flow():
+    """Its second run of a block would read a store that has moved on; in eval mode too."""
+    model = pixart()
+    model.enable_gradient_checkpointing()
+    with scheduled(model, random_schedule(model)) as session:
+        trajectory(model)
+        session.start()
+        with torch.enable_grad(), pytest.raises(ValueError, match="call disable_gradient_checkpointing"):
+            model(**inputs(model, 900.0, 0))
+
+
+def test_branches_of_three_outputs_are_refused():
+    """Such as those of an IP-adapter."""
+    model = flux()
+    attention = model.transformer_blocks[0].attn
+    plain = attention.forward
+    attention.forward = lambda *args, **kwargs: (*plain(*args, **kwargs), None)
+    with (
+        scheduled(model, random_schedule(model)),
+        pytest.raises(ValueError, match=r"returns 3 outputs \(an IP-"),
+    ):
+        trajectory(model)

@@ -286,3 +286,24 @@ def test_a_model_that_predicts_noise_is_refused_by_a_sampler_of_velocity(model):
     noise, labels = noise_and_labels()
     with pytest.raises(ValueError, match="FlowEuler needs a model that predicts velocity, this"):
         generate(model, create_diffusion(str(T)), labels, noise, 4.5, "flow-euler")
+
+
+def test_training_under_the_librarys_checkpointing_is_refused(model):
+    noise, labels = noise_and_labels()
+    model.transformer.enable_gradient_checkpointing()
+    router = Router(T, model.num_branches, torch.Generator().manual_seed(0))
+    optimizer = torch.optim.AdamW(router.parameters(), lr=0.01)
+    arguments = (
+        model,
+        create_diffusion(str(T)),
+        router,
+        optimizer,
+        noise,
+        labels,
+        4.5,
+        0.1,
+        torch.ones(T),
+        1e-5,
+    )
+    with pytest.raises(ValueError, match="use --recompute-branches"):
+        list(train_trajectory(*arguments))

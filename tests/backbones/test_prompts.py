@@ -1,14 +1,18 @@
 """Prompts as embeddings on disk: encoded once, resumed, read without the encoder."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_pipeline import save_text_encoder
 
 from backbones import prompts as module
 from backbones.prompts import encode_prompts, open_prompts, read_prompts
+from common.files import writing
 
 transformers = pytest.importorskip("transformers")
 
@@ -97,3 +101,24 @@ def test_prompt_files(tmp_path):
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(ValueError, match="is not text in UTF-8"):
         read_prompts(tmp_path / "binary.txt")
+
+
+def test_what_is_complete_is_read_while_another_process_holds_the_folder(encoder, tmp_path):
+    """Several ranks read at once what the first one wrote."""
+    encode_prompts(TEXTS, encoder, L, tmp_path)
+    (place,) = tmp_path.iterdir()
+    with writing(place):
+        assert len(encode_prompts(TEXTS, encoder, L, tmp_path)) == 3
+
+
+def test_another_training_of_an_encoder_is_another_encoder(encoder, tmp_path):
+    """The same folder's name and config, one weight changed everywhere."""
+    encode_prompts(TEXTS, encoder, L, tmp_path / "embeddings")
+    copied = tmp_path / Path(encoder).name
+    shutil.copytree(encoder, copied)
+    encode_prompts(TEXTS, copied, L, tmp_path / "embeddings")
+    assert len(list((tmp_path / "embeddings").iterdir())) == 1
+    file = copied / "text_encoder" / "model.safetensors"
+    save_file({name: 1.01 * value for name, value in load_file(file).items()}, file, {"format": "pt"})
+    encode_prompts(TEXTS, copied, L, tmp_path / "embeddings")
+    assert len(list((tmp_path / "embeddings").iterdir())) == 2

@@ -103,7 +103,7 @@ def test_many_samples_of_a_prompt_set(pipeline, texts, tmp_path):
         "sample_ddp.py", "--model", pipeline, "--prompts", texts, "--num-samples", 6, "--labels", "uniform",
         "--num-sampling-steps", T, "--sampler", "dpm-solver++", "--cfg-scale", 4.5,
     ]  # fmt: skip
-    run(*arguments, "--output", tmp_path / "a.npz", "--batch-size", 16)
+    assert "no effect" not in run(*arguments, "--output", tmp_path / "a.npz", "--batch-size", 16)
     run(*arguments, "--output", tmp_path / "b.npz", "--batch-size", 32)
     first, second = (np.load(tmp_path / f"{name}.npz")["arr_0"] for name in "ab")
     assert first.shape == (6, 64, 64, 3)
@@ -112,6 +112,7 @@ def test_many_samples_of_a_prompt_set(pipeline, texts, tmp_path):
     settings = json.loads((tmp_path / "a.npz.settings.json").read_text())
     texts.write_text("red apple\na heart\na green heart\n")
     assert settings["conditions"]
+    assert settings["labels"] == "uniform"
     run(*arguments, "--output", tmp_path / "c.npz")
     assert not np.array_equal(np.load(tmp_path / "c.npz")["arr_0"], first)
     assert json.loads((tmp_path / "c.npz.settings.json").read_text())["conditions"] != settings["conditions"]
