@@ -24,7 +24,7 @@ is from that of the same schedule through hooks (relative). The last line is JSO
 
 import argparse
 import importlib.metadata
-import logging
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -146,7 +146,7 @@ class PixArtPeer(Peer):
         if "cache-dit" not in versions():
             print("cache-dit is not installed and left out: pip install cache-dit")
             return
-        logging.getLogger("CACHE_DIT").setLevel(logging.ERROR)
+        os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "error")  # read when it is imported
         compute = chosen["fora:2"].compute.clone()
         steps = compute[:, 0].flip(0).tolist()  # in the order of execution
         compute[:, : self.model.num_branches // self.args.blocks] = True  # its first block
