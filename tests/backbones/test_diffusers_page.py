@@ -11,8 +11,6 @@ from tiny_pipeline import PIPELINES, quiet, request
 from tiny_transformers import inputs, pixart
 
 from backbones.families import find_branches
-from benchmarks.cache_memory import table
-from common.columns import markdown
 from router import Router, save_router
 
 PAGE = Path(__file__).parents[2] / "docs" / "diffusers.md"
@@ -69,7 +67,3 @@ def test_a_bare_transformer():
         },
     )
     assert torch.equal(torch.stack(outputs[:STEPS]), torch.stack(outputs[STEPS:]))
-
-
-def test_the_table_of_memory_is_what_its_command_prints():
-    assert markdown(table(rows=2)) in PAGE.read_text()

@@ -1,8 +1,11 @@
+from pathlib import Path
+
 import pytest
 import torch
 
 from backbones.pixart import random_pixart
-from benchmarks.cache_memory import measured, stored_bytes
+from benchmarks.cache_memory import measured, stored_bytes, table
+from common.columns import markdown
 from schedules.baselines import fora_schedule
 from schedules.baselines import forecast as forecasting
 
@@ -30,3 +33,8 @@ def test_forecasts_take_more():
         stored_bytes(tiny(), one, 1, torch.float32) for one in (schedule, forecasting(schedule, 2))
     )
     assert second == 3 * plain
+
+
+def test_the_page_has_the_table_that_the_command_prints():
+    page = Path(__file__).parents[2] / "docs" / "diffusers.md"
+    assert markdown(table(rows=2)) in page.read_text()
