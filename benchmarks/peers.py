@@ -44,7 +44,7 @@ from common import cli, devices
 from common.columns import aligned
 from common.files import check_writable, to_json, write_json
 from common.timing import alternating, latency
-from diffusion import create_diffusion
+from diffusion import NUM_TIMESTEPS, create_diffusion
 from models import DiT
 from router import Schedule
 from sampling.loop import Trajectory, sample
@@ -183,6 +183,11 @@ class DiTPeer(Peer):
         from diffusers import DDIMScheduler  # slow to import
 
         super().__init__(args, device, dtype)
+        if NUM_TIMESTEPS % args.num_sampling_steps:  # else the library and we space the steps differently
+            raise ValueError(
+                f"--num-sampling-steps {args.num_sampling_steps} does not divide {NUM_TIMESTEPS}, which "
+                f"{args.model} needs here; give 10 or 20"
+            )
         side, n = DIT[args.model] // 8, args.batch_size
         transformer = random_dit(side, args.blocks)
         self.ours = DiT(input_size=side, depth=args.blocks).eval().requires_grad_(False)

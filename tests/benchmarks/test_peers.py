@@ -5,7 +5,7 @@ import importlib.util
 import json
 
 import pytest
-from commands import run
+from commands import error_line, run
 
 from backbones.pixart_models import PIXART
 from benchmarks import peers
@@ -40,6 +40,11 @@ def test_our_dit_beside_that_of_diffusers(monkeypatch, tmp_path):
     for name in ours:  # the same numbers from two roads
         assert 0 < rows[name]["difference"] < 1e-5, name
         assert rows[name]["share"] == rows[name.removeprefix("ours ").replace("ours", "all")]["share"]
+
+
+def test_steps_that_diffusers_spaces_differently_are_refused():
+    found = error_line("benchmarks.peers", "--model", "DiT-XL-2-256", "--num-sampling-steps", 30)
+    assert "--num-sampling-steps 30 does not divide 1000" in found
 
 
 @pytest.mark.slow  # cache-dit's import
