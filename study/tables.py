@@ -168,7 +168,7 @@ def end_to_end_table(rows: list[dict], group: str | None = None, method: str = F
 
 def ablation_table(rows: list[dict]) -> list[list[str]]:
     table = [["ablation", "method", "variant", "steps", "guidance", "sampler", "seeds", *HEADS]]
-    apart = ("target-cur", "objective")
+    apart = ("target-cur", "objective", SAMPLERS_GROUP)
     for group in grouped([row for row in rows if not is_main(row) and row.get("group") not in apart]):
         kind = group["group"] or ("guidance" if group["cfg_scale"] != 1 else "sampler")
         variant = "-" if group["variant"] is None else str(group["variant"])
@@ -183,6 +183,20 @@ def target_table(rows: list[dict]) -> list[list[str]]:
         reached = [f"{100 * row['cur']:.2f} %", f"{row['speedup_macs']:.2f}x", f"{row['mse']:.2e}"]
         table.append([f"{100 * row['variant']:.0f} %", str(row["train_seed"]), *reached])
     return table
+
+
+def sampler_table(rows: list[dict]) -> list[list[str]]:
+    """Schedules under samplers other than their own: MSE and distance to uncached, by sampler of use."""
+    lines: dict[tuple[str, str, str], dict[str, str]] = {}
+    for row in (row for row in rows if row.get("group") == SAMPLERS_GROUP):
+        base = row["method"].removeprefix("calibrated-")
+        own = (row.get("variant") or "-").removeprefix("trained-with-")
+        reuse = "as it is" if row["method"] == base else "calibrated"
+        cell = f"{row['mse']:.2e} / {row['fd_uncached']:.2e}"
+        lines.setdefault((base, own, reuse), {})[row["sampler"]] = cell
+    used = list(dict.fromkeys(sampler for cells in lines.values() for sampler in cells))
+    table = [["schedule", "trained with", "reuse", *used]]
+    return table + [[*names, *(cells.get(one, "-") for one in used)] for names, cells in lines.items()]
 
 
 def objective_table(rows: list[dict]) -> list[list[str]]:
@@ -292,6 +306,13 @@ def further_tables(rows: list[dict]) -> list[tuple[str, str, list[list[str]]]]:
             "Without moments, fresh samples",
             "The same training without `--moments-weight`.",
             end_to_end_table(rows, FRESH_SAMPLES, FORECAST_NO_MOMENTS),
+        ),
+        (
+            "Samplers",
+            "T = 20 and 1.96x. Each router was trained with one sampler and is used with another, as trained "
+            "and with weights of reuse solved for the sampler of use. MSE / Frechet distance to uncached "
+            "samples of the same sampler and noise.",
+            sampler_table(rows),
         ),
         ("Asking for a speed", "train_router.py --target-cur, HarmoniCa at T = 10.", target_table(rows)),
         (

@@ -242,6 +242,29 @@ def test_elsewhere_than_trained():
     assert ddim == sorted(ddim)
 
 
+SAMPLERS = ("ddim", "dpm-solver++", "sa-solver", "ddpm")
+
+
+def test_routers_under_four_samplers():
+    printed, _ = table("docs/results.md", "schedule", "trained with", "reuse", *SAMPLERS)
+    rows = {
+        (row["method"], row.get("variant"), row["sampler"]): row
+        for row in study()
+        if row.get("group") == "samplers"
+    }
+    expected = []
+    for own in (*SAMPLERS, None):
+        base, variant = ("harmonica", f"trained-with-{own}") if own else ("fora", None)
+        for reuse, prefix in (("as it is", ""), ("calibrated", "calibrated-")):
+            found = [rows.pop((prefix + base, variant, used)) for used in SAMPLERS]
+            cells = [f"{row['mse']:.2e} / {row['fd_uncached']:.2e}" for row in found]
+            expected.append([base, own or "-", reuse, *cells])
+            assert all(abs(row["speedup_macs"] / 1.96 - 1) < 0.04 for row in found)
+            assert {(row["num_steps"], row["samples"], row["seed"]) for row in found} == {(20, 2000, 1234)}
+    assert printed == expected
+    assert not rows
+
+
 def test_objective_of_step_wise_training():
     printed, _ = table("examples/digits/README.md", "method", "mean error of a step")
     rows = {row["method"]: row for row in study() if row.get("group") == "objective"}

@@ -1,5 +1,6 @@
 """The plan: every method at every speed, speeds that are met, ids and commands."""
 
+import itertools
 from collections import Counter
 
 import pytest
@@ -9,6 +10,7 @@ from schedules.baselines import random_schedule
 from study import measure
 from study.measure import Measurement
 from study.plan import (
+    COMPARED_SAMPLERS,
     EVIDENCE,
     FULL,
     QUICK,
@@ -92,6 +94,24 @@ def test_samples_of_other_seeds(full):
     ):
         assert by_id[id].settings.get("seed") == seed, id
         assert by_id[id].settings["samples"] == samples, id
+
+
+def test_every_router_is_used_under_every_sampler(full):
+    """Trained under its own; a row is compared with uncached samples of the sampler of use."""
+    by_id = {task.id: task for task in full}
+    for own, used in itertools.product(COMPARED_SAMPLERS, repeat=2):
+        training, plain = (
+            by_id[name if sampler == "ddim" else f"{name}-{sampler}"]
+            for name, sampler in (("harmonica-T20-speedup1.96-s0", own), ("uncached-T20", used))
+        )
+        assert training.settings.get("sampler", "ddim") == own
+        for reuse in ("", "calibrated-"):
+            name = f"{reuse}harmonica-T20-1.96-0-samplers-trained-with-{own}"
+            row = by_id[name if used == "ddim" else f"{name}-{used}"]
+            assert row.needs == (training.id, plain.id)
+            assert (row.row.sampler, row.row.method) == (used, f"{reuse}harmonica")
+            asked = Measurement.from_arguments(measure.parse_args(row.arguments))
+            assert asked.sampling.sampler == used
 
 
 def test_rows_say_what_they_are_and_which_command_measures_them(tmp_path):

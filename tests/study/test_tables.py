@@ -16,6 +16,7 @@ from study.tables import (
     is_main,
     objective_table,
     published_table,
+    sampler_table,
     shows_training,
     target_table,
 )
@@ -156,3 +157,21 @@ def test_evaluations_are_read_and_others_refused(tmp_path):
         file.write_text(content)
         with pytest.raises(ValueError, match="one.json is not what evaluate.py --output writes"):
             evaluation_table([file])
+
+
+def test_samplers_stand_side_by_side():
+    facts = {"num_steps": 20, "group": "samplers"}
+    own = facts | {"variant": "trained-with-ddim"}
+    rows = [
+        row("harmonica", 1e-3, fd_uncached=0.25, **own), row("harmonica", 2e-3, sampler="ddpm", **own),
+        row("calibrated-harmonica", 3e-3, sampler="ddpm", **own),
+        row("fora", 4e-3, **facts), row("harmonica", 5e-3, num_steps=20), row("fora", 6e-3, sampler="ddpm"),
+    ]  # fmt: skip
+    assert sampler_table(rows) == [
+        ["schedule", "trained with", "reuse", "ddim", "ddpm"],
+        ["harmonica", "ddim", "as it is", "1.00e-03 / 2.50e-01", "2.00e-03 / 1.00e-01"],
+        ["harmonica", "ddim", "calibrated", "-", "3.00e-03 / 1.00e-01"],
+        ["fora", "-", "as it is", "4.00e-03 / 1.00e-01", "-"],
+    ]
+    assert "Samplers" in [title for title, _, _ in further_tables(rows)]
+    assert len(ablation_table(rows)) == 2  # FORA under DDPM, of no group
