@@ -1,7 +1,7 @@
 """One denoising step, and the loop over steps, as every part of this project takes them."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -39,7 +39,8 @@ class Denoiser:
     off and the batch is n; otherwise it is 2n and both halves start from the same noise. The state x_t keeps
     its own dtype, whatever the model's. All that depends on step and label alone is made for many steps at
     once, and once for all trajectories that share a Denoiser. computed: bools (T, B) of a cache policy, the
-    cells that it may compute; None: all cells.
+    cells that it may compute; None: all cells. condition: what `model.condition` makes of the labels; None:
+    it is made here.
     """
 
     def __init__(
@@ -49,12 +50,13 @@ class Denoiser:
         labels: Tensor,
         cfg_scale: float,
         computed: Sequence[Sequence[bool]] | None = None,
+        condition: Any = None,
     ):
         check_guidance(model, cfg_scale)
         check_prediction(model, as_sampler(diffusion))
         self.model, self.sampler, self.cfg_scale = model, as_sampler(diffusion), cfg_scale
         self.guided, self.num_steps = cfg_scale != 1.0, self.sampler.num_steps
-        self.condition = model.condition(labels, self.guided)
+        self.condition = model.condition(labels, self.guided) if condition is None else condition
         self.device, self.dtype, self.computed = labels.device, model.dtype, computed
         rows = len(labels) * (2 if self.guided else 1)
         step_bytes = max(1, rows * model.prepared_size * self.dtype.itemsize)
