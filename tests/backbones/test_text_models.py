@@ -110,6 +110,11 @@ def test_many_samples_of_a_prompt_set(pipeline, texts, tmp_path):
     assert np.array_equal(first, second)
     assert not np.array_equal(first[0], first[3])  # the same prompt, other noise
     settings = json.loads((tmp_path / "a.npz.settings.json").read_text())
+    beside = tmp_path / "a.npz.prompts.txt"
+    assert beside.read_text().splitlines() == ["a green heart", "red apple", "a heart style"] * 2
+    beside.unlink()
+    assert "holds these samples already" in run(*arguments, "--output", tmp_path / "a.npz")
+    assert beside.is_file()
     texts.write_text("red apple\na heart\na green heart\n")
     assert settings["conditions"]
     assert settings["labels"] == "uniform"
