@@ -6,10 +6,10 @@
     python benchmark.py --model DiT-B/2 --batch-size 1 --num-sampling-steps 10 --train
 
 A method is `none`, `fora:2`, `random:0.375`, `fewer-steps:10`, any other value of `--accelerate-method` with
-its number or file, or a router file or name alone; `none` is always measured, and without --compile and
---cuda-graph so is `loop`, which calls the bare model step by step. Weights are random, and of a PixArt the
-prompts too, unless --ckpt or a folder as --model brings them: speed does not depend on them. Everything takes
-turns (A B A B); the figures are medians over repeats. The last line is
+its number or file, or a router file or name alone; --calibrate solves their weights of reuse. `none` is
+always measured, and without --compile and --cuda-graph so is `loop`, which calls the bare model step by step.
+Weights are random, and a PixArt's prompts too, unless --ckpt or a folder as --model brings them: speed does
+not depend on them. Everything takes turns (A B A B); the figures are medians over repeats. The last line is
 JSON, `--output` writes it to a file.
 `speedup_latency` is the median ratio to the neighbouring run of `none`; `ratio` is what is left of the
 speed-up that the MACs promise. With `--train`: an update of router training, and a refresh of lambda, in
@@ -42,6 +42,7 @@ from sampling.settings import SamplingSettings
 from schedules import methods
 from schedules.methods import Method
 from schedules.settings import MethodSettings
+from schedules.table import CALIBRATE, CALIBRATED
 
 EXECUTION = ("compile", "cuda_graph", "quantize", "cache_dtype")  # settings that a result holds
 
@@ -56,6 +57,7 @@ def parse_args() -> argparse.Namespace:
         metavar="METHOD[:VALUE]",
         help="methods to time, each one word such as fora:2; see above",
     )
+    CALIBRATE.add_to(parser, f"for every caching method of --methods: {CALIBRATE.help}")
     parser.add_argument(
         "--batch-size", type=cli.positive_int, nargs="+", default=[8],
         help="one or more numbers of images (default 8); with --train a number of trajectories",
@@ -113,16 +115,32 @@ UNREAD = (
         lambda args: not any(MethodSettings.from_spec(spec).caches for spec in args.methods),
         "without a caching method in --methods",
     ),
+    cli.Unread(
+        ("calibrate",),
+        lambda args: not any(one.reuse == CALIBRATED for one in chosen_methods(args).values()),
+        "without a method in --methods that it could calibrate",
+    ),
 )
 
 
 def load_methods(args: argparse.Namespace, model: Backbone, sampling: SamplingSettings) -> dict[str, Method]:
     """Every method asked for, `none` first, in one setting of sampling."""
-    specs = dict.fromkeys(["none", *args.methods])
     return {
-        spec: methods.load_method(MethodSettings.from_spec(spec), model, sampling, args.model)
-        for spec in specs
+        name: methods.load_method(settings, model, sampling, args.model)
+        for name, settings in chosen_methods(args).items()
     }
+
+
+def chosen_methods(args: argparse.Namespace) -> dict[str, MethodSettings]:
+    """The methods by what their rows are called, `none` first."""
+    chosen = {}
+    for spec in ["none", *args.methods]:
+        given = settings = MethodSettings.from_spec(spec)
+        if "calibrate" in args.given:
+            settings = given.calibrated(args.calibrate)
+        value = spec.removeprefix(f"{given.name}:")
+        chosen[spec if settings.name == given.name else f"{settings.name}:{value}"] = settings
+    return chosen
 
 
 COLUMNS = (

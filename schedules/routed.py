@@ -31,9 +31,10 @@ def routed_schedule(
     }
     for fact, value in here.items():
         if str(router.info.get(fact, value)) != str(value):
+            offer = fact == "sampler" and request.reuse != "calibrated"
             request.notes.append(
                 f"note: the router was trained at {fact} {router.info[fact]}, this samples at {value}"
-                + ("; --accelerate-method calibrated-... fits it to that" if fact == "sampler" else "")
+                + ("; --calibrate fits its weights of reuse to that" if offer else "")
             )
     request.notes.append(f"router {router.info['path']}")
     own = router.info.get("threshold", DEFAULT_THRESHOLD)

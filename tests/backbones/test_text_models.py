@@ -90,12 +90,16 @@ def test_two_processes_train_what_one_does(pipeline, texts, tmp_path):
 
 def test_a_router_for_another_sampler_is_noted(pipeline, texts, tmp_path):
     run(*training(pipeline, texts, tmp_path / "r", "--max-steps", 4, "--sampler", "sa-solver"))
-    output = run(
+    arguments = [
         "sample.py", "--model", pipeline, "--prompt", "a heart", "--num-sampling-steps", T,
         "--cfg-scale", 4.5, "--accelerate-method", "dynamiclayer", "--path", next((tmp_path / "r").iterdir()),
         "--repeats", 0, "--output", tmp_path / "x.png",
-    )  # fmt: skip
-    assert "note: the router was trained at sampler sa-solver, this samples at ddim" in output
+    ]  # fmt: skip
+    note = "note: the router was trained at sampler sa-solver, this samples at ddim"
+    assert f"{note}; --calibrate fits" in run(*arguments)
+    output = run(*arguments, "--calibrate", 4)
+    assert f"{note}\n" in output
+    assert ", calibrated)" in output
 
 
 def test_many_samples_of_a_prompt_set(pipeline, texts, tmp_path):
@@ -121,6 +125,22 @@ def test_many_samples_of_a_prompt_set(pipeline, texts, tmp_path):
     run(*arguments, "--output", tmp_path / "c.npz")
     assert not np.array_equal(np.load(tmp_path / "c.npz")["arr_0"], first)
     assert json.loads((tmp_path / "c.npz.settings.json").read_text())["conditions"] != settings["conditions"]
+
+
+def test_calibrated_weights_of_prompts_lie_with_the_samples(pipeline, texts, tmp_path):
+    """And --calibrate means the same as a method's name that begins with it."""
+    arguments = [
+        "sample_ddp.py", "--model", pipeline, "--prompts", texts, "--num-samples", 3, "--interval", 2,
+        "--num-sampling-steps", T, "--sampler", "sa-solver", "--cfg-scale", 4.5, "--calibrate", 4,
+        "--accelerate-method",
+    ]  # fmt: skip
+    run(*arguments, "fora", "--output", tmp_path / "a.npz")
+    assert "holds these samples" in run(*arguments, "calibrated-fora", "--output", tmp_path / "a.npz")
+    settings = json.loads((tmp_path / "a.npz.settings.json").read_text())
+    assert (settings["accelerate_method"], settings["calibrate"]) == ("calibrated-fora", 4)
+    run(*arguments, "calibrated-fora", "--output", tmp_path / "b.npz")
+    again = json.loads((tmp_path / "b.npz.settings.json").read_text())
+    assert again["reuse_weights"] == settings["reuse_weights"]
 
 
 def test_other_prompts_are_another_training(pipeline, texts, tmp_path):

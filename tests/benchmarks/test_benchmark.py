@@ -1,11 +1,13 @@
 import json
 import shutil
 from functools import partial
+from unittest import mock
 
 import pytest
 from commands import error_line, run
 from tiny_pipeline import save_pipeline
 
+import benchmark
 from backbones import prompts
 from backbones.loading import load_model
 from backbones.pixart import random_pixart
@@ -110,6 +112,20 @@ def test_a_known_model_has_random_weights_and_prompts(monkeypatch):
     found = json.loads(run(*arguments, "--batch-size", 3).splitlines()[-1])
     assert [row["method"] for row in found["rows"]] == ["none", "loop"]
     assert found["weights"] == "random"
+
+
+def test_methods_are_calibrated():
+    methods = ["fora:2", "taylor-fora:2", "digits-T4-1.96x", "none"]
+    words = [*TINY, "--num-sampling-steps", 4, "--batch-size", 1, "--calibrate", 3, "--methods"]
+    found = json.loads(run("benchmark.py", *words, *methods[:1]).splitlines()[-1])
+    assert [row["method"] for row in found["rows"]] == ["none", "calibrated-fora:2", "loop"]
+    assert found["rows"][1]["cache_mb"] > found["rows"][0]["cache_mb"]
+    with mock.patch("sys.argv", ["benchmark.py", *map(str, words), *methods]):
+        chosen = benchmark.chosen_methods(benchmark.parse_args())
+    router = "calibrated-dynamiclayer:digits-T4-1.96x"
+    assert list(chosen) == ["none", "calibrated-fora:2", "taylor-fora:2", router]
+    assert chosen[router].values["calibrate"] == chosen["calibrated-fora:2"].values["calibrate"] == 3
+    assert "--calibrate has no effect" in run("benchmark.py", *words, "none")
 
 
 def test_what_a_model_cannot_do_is_refused(pipeline):
