@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from backbones.contract import Backbone
-from backbones.loading import choose_vae, find_checkpoint, is_text_model, load_model
+from backbones.loading import choose_vae, find_checkpoint, is_diffusers_model, is_text_model, load_model
 from backbones.prompts import read_prompts
 from backbones.vae import VaeConfig, read_vae_config
 from common import cli, registry
@@ -23,8 +23,13 @@ UNREAD = (
     ),
     cli.Unread(
         ("num_classes", "class_dropout_prob", "learn_sigma"),
-        lambda args: is_text_model(args.model),
-        "with --model {model}: its prompts are what it is given",
+        lambda args: is_diffusers_model(args.model),
+        "with --model {model}: its config says what it is given",
+    ),
+    cli.Unread(
+        ("image_size",),
+        lambda args: is_diffusers_model(args.model) and not is_text_model(args.model),
+        "with --model {model}: it draws one size",
     ),
 )
 
@@ -68,8 +73,8 @@ class ModelSettings:
         fetch: download an absent official checkpoint; else (several processes would meet) it is refused.
         Raises ValueError or FileNotFoundError, in one line, for what does not exist or does not fit.
         """
-        if is_text_model(self.model):
-            return self._load_text_model(device, dtype, fetch)
+        if is_diffusers_model(self.model):
+            return self._load_transformer(device, dtype, fetch)
         vae = read_vae_config(choose_vae(self.vae, self.model, self.random_weights))
         ckpt = self.ckpt
         if not ckpt and not self.random_weights:
@@ -80,11 +85,15 @@ class ModelSettings:
         )  # fmt: skip
         return model, vae
 
-    def _load_text_model(
+    def _load_transformer(
         self, device: torch.device | str, dtype: torch.dtype, fetch: bool
     ) -> tuple[Backbone, VaeConfig | None]:
-        from backbones.text_models import load_text_model  # brings diffusers, slow to import
+        from backbones.text_models import load_class_model, load_text_model  # bring diffusers, slow to import
 
+        if not is_text_model(self.model):
+            return load_class_model(
+                self.model, self.ckpt, self.random_weights, self.vae, device, dtype, fetch
+            )
         return load_text_model(
             self.model, self.texts, self.ckpt, self.random_weights, self.image_size, self.text_encoder,
             self.vae, device, dtype, fetch,
