@@ -147,6 +147,12 @@ def is_text_model(name: str) -> bool:
     return name in PIXART or class_in(Path(name)) in INPUTS
 
 
+def is_video_model(name: str) -> bool:
+    """Whether a value of `--model` draws videos."""
+    kind = class_in(Path(name))
+    return kind in INPUTS and INPUTS[kind].frames > 0
+
+
 def is_diffusers_model(name: str) -> bool:
     """Whether a value of `--model` is a transformer of diffusers, by name or in a folder."""
     return name in PIXART or class_in(Path(name)) in FAMILIES

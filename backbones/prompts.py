@@ -260,7 +260,13 @@ def _encoders_of_pipeline(
 
     def encode(texts: list[str]) -> dict[str, Tensor]:
         own = {} if texts == [null_prompt] else instructed
-        returned = pipeline.encode_prompt(prompt=texts, device=device, **options, **own)
+        try:
+            returned = pipeline.encode_prompt(prompt=texts, device=device, **options, **own)
+        except (AttributeError, TypeError) as error:  # an encoder that is not there
+            raise OSError(
+                f"the text encoders of {source} are not complete ({first_line(error)}); give the folder of a "
+                f"{row.pipeline} with --text-encoder"
+            ) from None
         found = {name: one for name, one in zip(row.encoded, returned, strict=True) if name}
         states, mask = found["states"], found.pop("mask", None)
         lengths = torch.full((len(texts),), states.shape[1]) if mask is None else mask.sum(1)

@@ -66,7 +66,7 @@ def recompute_branches(model: Backbone) -> None:
     model.wrap_branches(lambda branch: partial(_recomputed, branch))
 
 
-def _recomputed(branch: Callable[..., Tensor], *inputs) -> Tensor:
+def _recomputed(branch: Callable[..., Tensor], *inputs, **named) -> Tensor:
     if not torch.is_grad_enabled():
-        return branch(*inputs)
-    return checkpoint(branch, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return branch(*inputs, **named)
+    return checkpoint(branch, *inputs, use_reentrant=False, preserve_rng_state=False, **named)
