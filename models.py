@@ -194,6 +194,7 @@ class DiT(nn.Module):
         self.in_channels, self.out_channels = in_channels, in_channels * (2 if learn_sigma else 1)
         self.num_classes, self.has_null_label = num_classes, class_dropout_prob > 0
         self.learn_sigma, self.predicts, self.conditions = learn_sigma, "noise", ""
+        self.embeds_guidance = False
         self.vae_factor, self.source = 8 if in_channels > 3 else 1, ""
 
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size, bias=True)

@@ -8,6 +8,7 @@ import torch
 from backbones import downloads
 from backbones.checkpoints import load_checkpoint
 from backbones.families import FAMILIES
+from backbones.inputs import INPUTS
 from backbones.pixart_models import PIXART
 from backbones.vae import VaeConfig
 from common import registry
@@ -126,8 +127,13 @@ def is_latent(model: DiT | str) -> bool:
     Raises ValueError for an unknown name.
     """
     if isinstance(model, str):
-        if is_text_model(model):
+        if is_diffusers_model(model):
             return True
+        if (found := class_in(Path(model))) is not None:
+            raise ValueError(
+                f"--model {model} holds a {found}, which is not supported; supported are "
+                f"{', '.join(FAMILIES)}"
+            )
         if model not in DiT_models:
             names = ", ".join([*DiT_models, *PIXART])
             raise ValueError(f"--model {model} is unknown; choose one of {names}, or a folder of diffusers")
@@ -137,17 +143,33 @@ def is_latent(model: DiT | str) -> bool:
 
 
 def is_text_model(name: str) -> bool:
-    """Whether a value of `--model` is one of these; folders are looked into."""
-    return name in PIXART or transformer_folder(Path(name)) is not None
+    """Whether a value of `--model` takes prompts; folders are looked into."""
+    return name in PIXART or class_in(Path(name)) in INPUTS
+
+
+def is_video_model(name: str) -> bool:
+    """Whether a value of `--model` draws videos."""
+    kind = class_in(Path(name))
+    return kind in INPUTS and INPUTS[kind].frames > 0
+
+
+def is_diffusers_model(name: str) -> bool:
+    """Whether a value of `--model` is a transformer of diffusers, by name or in a folder."""
+    return name in PIXART or class_in(Path(name)) in FAMILIES
 
 
 def transformer_folder(folder: Path) -> Path | None:
-    """The folder of the transformer in a folder of diffusers; None where there is none."""
+    """The folder of the transformer in a folder of diffusers, of whatever class; None where there is none."""
     for place in (folder / "transformer", folder):
-        config = place / "config.json"
-        if config.is_file() and read_config(config).get("_class_name") in FAMILIES:
+        if (place / "config.json").is_file() and "_class_name" in read_config(place / "config.json"):
             return place
     return None
+
+
+def class_in(folder: Path) -> str | None:
+    """The class of the transformer in a folder of diffusers; None where there is none."""
+    place = transformer_folder(folder)
+    return None if place is None else read_config(place / "config.json")["_class_name"]
 
 
 def pixels_of(model: DiT) -> int:

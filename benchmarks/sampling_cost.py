@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones.contract import Backbone
+from backbones.denoiser import halves
 from benchmarks.training_cost import plain_loop
 from common.pictures import branch_types
 from common.timing import alternating, copy_ceiling, latency, matmul_ceiling, peak_memory, reset_peak_memory
@@ -40,7 +41,7 @@ def card(
     model: as it is before it is quantised. The matmul ceiling is measured in the model's dtype; products in 8
     bits can surpass it.
     """
-    rows, dtype = batch * (1 if cfg_scale == 1 else 2), model.dtype
+    rows, dtype = batch * halves(model, cfg_scale), model.dtype
     width = _width(model)
     firsts = {
         kind: next(k for k, name in enumerate(model.branches) if name.endswith(f".{kind}"))
@@ -105,7 +106,7 @@ def sampling_rows(
         require_finite(x_0[name], what=f"x_0 of {name}")
         peaks[name] = peak_memory(device)
     times = dict(zip(runs, alternating(list(runs.values()), setting.repeats, device, warm_up=0), strict=True))
-    passes, rows = 1 if sampling.cfg_scale == 1 else 2, []
+    passes, rows = halves(model, sampling.cfg_scale), []
     weights = torch.tensor(branch_weight_bytes(model, executing.quantize), dtype=torch.float64)
     for name in runs:
         method = chosen.get(name, chosen["none"])

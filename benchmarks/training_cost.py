@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from backbones.contract import Backbone
-from backbones.denoiser import executed
+from backbones.denoiser import condition_for, executed, halves
 from backbones.settings import ModelSettings
 from cache import GatedCache
 from common.timing import alternating, peak_memory, reset_peak_memory
@@ -63,8 +63,8 @@ def plain_loop(
 
     sampler: a sampler, or a chain for DDIM. step_noise: (T, N, C, H, W), for a sampler that adds noise.
     """
-    sampler, guided = as_sampler(sampler), cfg_scale != 1
-    condition = model.condition(labels, guided)
+    sampler, guided = as_sampler(sampler), halves(model, cfg_scale) == 2
+    condition = condition_for(model, labels, cfg_scale)
     state = sampler.start(torch.cat([noise, noise]) if guided else noise)
     channels = {} if sampler.guided_channels is None else {"channels": sampler.guided_channels}
     for step in executed(sampler.num_steps):
@@ -118,7 +118,7 @@ def case(
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(batch_size, *model.sample_shape, generator=generator).to(device)
     if sampler.adds_noise:
-        rows = batch_size * (1 if cfg_scale == 1 else 2)
+        rows = batch_size * halves(model, cfg_scale)
         step_noise = torch.randn(num_steps, rows, *model.sample_shape, generator=generator).to(device)
         sampler = WithNoise(sampler, step_noise)
     labels = (torch.arange(batch_size) % model.num_classes).to(device)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from backbones.denoiser import check_guidance
+from backbones.denoiser import check_guidance, condition_for
 from cache import Combine
 from common.timing import captured
 from sampling.loop import Generators, Trajectory, denoise_loop, draw_step_noise
@@ -29,7 +29,7 @@ class Captured:
         trajectory.check(labels, noise)
         check_guidance(trajectory.backbone, trajectory.cfg_scale)
         step_noise = draw_step_noise(trajectory, noise, generator)
-        condition = trajectory.backbone.condition(labels, trajectory.cfg_scale != 1)
+        condition = condition_for(trajectory.backbone, labels, trajectory.cfg_scale)
         leaves, structure = tree_flatten((labels, noise, step_noise, condition))
         places = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         inputs = [leaves[k] for k in places]

@@ -9,9 +9,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from backbones.contract import Backbone
-from backbones.denoiser import Denoiser, executed, walk
+from backbones.denoiser import Denoiser, executed, halves, sampler_for, walk
 from cache import Combine, StaticCache
-from diffusion import GaussianDiffusion, Sampler, State, as_sampler, create_sampler
+from diffusion import GaussianDiffusion, Sampler, State, as_sampler
 from router import Schedule
 from sampling.decoding import require_finite
 from sampling.seeds import SAMPLING_STREAM, draw_noise, sample_generator
@@ -60,7 +60,7 @@ class Trajectory:
         eta: float = 0.0,
     ) -> "Trajectory":
         """The sampler by name, on a chain. Raises ValueError for an unknown one, or an eta outside [0, 1]."""
-        return cls(backbone, create_sampler(sampler, chain, eta), cfg_scale, schedule)
+        return cls(backbone, sampler_for(backbone, sampler, chain, eta), cfg_scale, schedule)
 
     def cache(self, dtype: torch.dtype | None = None, combine: Combine | None = None) -> StaticCache | None:
         """An empty store for one run; None where every branch is computed."""
@@ -188,8 +188,8 @@ def draw_step_noise(trajectory: Trajectory, noise: Tensor, generator: Generators
     """
     if not trajectory.sampler.adds_noise:
         return None
-    halves = 1 if trajectory.cfg_scale == 1 else 2
-    shape = (halves * len(noise), *noise.shape[1:])
+    rows = halves(trajectory.backbone, trajectory.cfg_scale)
+    shape = (rows * len(noise), *noise.shape[1:])
 
     def draw() -> Tensor:
         if generator is None:
@@ -197,7 +197,7 @@ def draw_step_noise(trajectory: Trajectory, noise: Tensor, generator: Generators
         if isinstance(generator, torch.Generator):
             return torch.randn(shape, generator=generator, device=generator.device)
         own = [torch.randn(shape[1:], generator=one, device=one.device) for one in generator]
-        return torch.cat([torch.stack(own)] * halves)
+        return torch.cat([torch.stack(own)] * rows)
 
     drawn = [draw() for _ in range(trajectory.sampler.num_steps)]
     return torch.stack(drawn[::-1]).to(noise.device)

@@ -12,7 +12,8 @@ from tiny_pipeline import PIPELINES, quiet, request, save_pipeline
 from tiny_transformers import inputs, pixart
 
 from backbones import apply_schedule
-from backbones.families import find_branches
+from backbones.families import FAMILIES, find_branches
+from backbones.inputs import INPUTS
 from router import Router, save_router
 
 PAGE = Path(__file__).parents[2] / "docs" / "diffusers.md"
@@ -90,6 +91,22 @@ def test_a_router_under_another_sampler(tmp_path, monkeypatch):
     calibrated = request(pipe, steps=STEPS)
     apply_schedule(pipe, "ROUTER.safetensors")
     assert 0 < relative_error(calibrated, plain) < relative_error(request(pipe, steps=STEPS), plain)
+
+
+def test_the_row_of_another_class(monkeypatch):
+    """It is the one that the commands have; functions that are fields' defaults are the same objects."""
+    (block,) = [one for one in BLOCKS if "INPUTS[" in one]
+    row = INPUTS["SD3Transformer2DModel"]
+    monkeypatch.delitem(INPUTS, "SD3Transformer2DModel")
+    exec(block, {})
+    assert INPUTS["SD3Transformer2DModel"] == row
+
+
+def test_every_family_of_the_commands_is_in_the_page():
+    assert set(INPUTS) == set(FAMILIES) - {"DiTTransformer2DModel"}
+    table = PAGE.read_text().partition("| family | `--sampler` |")[2].partition("\n\n")[0]
+    for name in ("PixArt", "SD3", "Flux", "Sana", "Qwen-Image", "Wan 2.1", "DiT"):
+        assert f"\n| {name}" in table
 
 
 def test_the_table_of_memory_is_that_of_the_formula():

@@ -2,12 +2,13 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from commands import error_line, run, torchrun
+from commands import error_line, kill, run, start, torchrun, wait_for
 from tiny_pipeline import save_pipeline
 
 from backbones import prompts
@@ -81,11 +82,19 @@ def test_training_and_resuming(pipeline, texts, tmp_path, method, sampler):
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_does(pipeline, texts, tmp_path):
+def test_two_processes_or_a_killed_one_train_what_one_does(pipeline, texts, tmp_path):
+    """Three trajectories: alone, on two processes, and killed with kill -9 after the first and resumed."""
     more = ["--sampler", "sa-solver", "--max-steps", 12, "--device", "cpu"]
     run(*training(pipeline, texts, tmp_path / "one", *more))
     torchrun(2, *training(pipeline, texts, tmp_path / "two", *more))
     assert torch.allclose(logits(tmp_path / "one"), logits(tmp_path / "two"), atol=1e-5)
+    again = training(pipeline, texts, tmp_path / "killed", *more, "--resume", "auto")
+    process = start([sys.executable, *again])
+    wait_for(lambda: list(tmp_path.glob("killed/*/checkpoints/0000004.safetensors")), process)
+    kill(process)
+    assert not list(tmp_path.glob("killed/*/checkpoints/0000012.safetensors"))
+    run(*again)
+    assert torch.equal(logits(tmp_path / "one"), logits(tmp_path / "killed"))
 
 
 def test_a_router_for_another_sampler_is_noted(pipeline, texts, tmp_path):
