@@ -107,13 +107,3 @@ def test_every_family_of_the_commands_is_in_the_page():
     table = PAGE.read_text().partition("| family | `--sampler` |")[2].partition("\n\n")[0]
     for name in ("PixArt", "SD3", "Flux", "Sana", "Qwen-Image", "Wan 2.1", "DiT"):
         assert f"\n| {name}" in table
-
-
-def test_the_table_of_memory_is_that_of_the_formula():
-    rows = re.findall(r"^\| (\d+) \| ([\d,]+) \| ([\d.]+) \| ([\d.]+) \|$", PAGE.read_text(), re.M)
-    assert len(rows) == 4
-    for pixels, tokens, half, single in rows:
-        count = (int(pixels) // 16) ** 2
-        assert int(tokens.replace(",", "")) == count
-        for shown, size in ((half, 2), (single, 4)):
-            assert float(shown) == round(84 * count * 1152 * 2 * size / 2**30, 2)
