@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import error_line, run, torchrun
+from commands import error_line, run
+from ranks import run_on_ranks
 from tiny_pipeline import save_pipeline
 
 from backbones import prompts
@@ -84,7 +85,7 @@ def test_training_and_resuming(pipeline, texts, tmp_path, method, sampler):
 def test_two_processes_train_what_one_does(pipeline, texts, tmp_path):
     more = ["--sampler", "sa-solver", "--max-steps", 12, "--device", "cpu"]
     run(*training(pipeline, texts, tmp_path / "one", *more))
-    torchrun(2, *training(pipeline, texts, tmp_path / "two", *more))
+    run_on_ranks(2, *training(pipeline, texts, tmp_path / "two", *more))
     assert torch.allclose(logits(tmp_path / "one"), logits(tmp_path / "two"), atol=1e-5)
 
 

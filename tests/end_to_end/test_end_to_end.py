@@ -7,8 +7,8 @@ import re
 
 import pytest
 import torch
-from commands import ROOT, error_line, run, torchrun
-from ranks import on_two_ranks
+from commands import ROOT, error_line, run
+from ranks import on_two_ranks, run_on_ranks
 from safetensors.torch import load_file, save_file
 
 from backbones.loading import load_model
@@ -446,7 +446,7 @@ def test_two_ranks_train_the_same_router(train_tiny, tmp_path, more):
 def test_two_processes_train_the_same_router(tmp_path):
     arguments = [*TRAIN, "--max-steps", STEPS, "--pool", 8, "--moments-weight", 1]
     run(*arguments, "--results-dir", tmp_path / "one")
-    torchrun(2, *arguments, "--results-dir", tmp_path / "two")
+    run_on_ranks(2, *arguments, "--results-dir", tmp_path / "two")
     one, two = router_in(tmp_path / "one"), router_in(tmp_path / "two")
     assert torch.equal(one.logits, two.logits)
     # Stored outputs are nearly collinear: rounding moves weights, but hardly what they make.

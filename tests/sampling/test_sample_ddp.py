@@ -20,10 +20,10 @@ from commands import (
     kill,
     run,
     start_torchrun,
-    torchrun,
     wait_for,
     writing_elsewhere,
 )
+from ranks import run_on_ranks
 
 from backbones.loading import load_model
 from common.distributed import Processes
@@ -77,7 +77,7 @@ def test_batch_size_changes_no_byte(plain, tmp_path, batch_size):
 
 @pytest.mark.slow
 def test_two_processes_write_the_same_bytes(plain, tmp_path):
-    torchrun(2, *SAMPLE, "--num-samples", 75, "--output", tmp_path / "x.npz", "--batch-size", 16)
+    run_on_ranks(2, *SAMPLE, "--num-samples", 75, "--output", tmp_path / "x.npz", "--batch-size", 16)
     assert (tmp_path / "x.npz").read_bytes() == plain.read_bytes()
 
 
@@ -374,7 +374,7 @@ def test_lost_weights_of_reuse_are_solved_again(calibrated, tmp_path, monkeypatc
 
 @pytest.mark.slow
 def test_calibrated_on_four_processes(calibrated, tmp_path):
-    torchrun(4, *SAMPLE, *CALIBRATED, "--num-samples", 40, "--output", tmp_path / "x.npz")
+    run_on_ranks(4, *SAMPLE, *CALIBRATED, "--num-samples", 40, "--output", tmp_path / "x.npz")
     assert (tmp_path / "x.npz").read_bytes() == calibrated.read_bytes()
     assert facts_of(tmp_path / "x.npz") == facts_of(calibrated)
 
@@ -409,7 +409,7 @@ def test_killed_on_two_processes(calibrated, tmp_path):
     assert len(alive(process)) >= 3
     assert kill(process) == []
     finished = sum(int(path.stem.split("-")[1]) for path in parts.glob("*[0-9].npy"))
-    assert f"{40 - finished} to draw" in torchrun(2, *arguments)
+    assert f"{40 - finished} to draw" in run_on_ranks(2, *arguments)
     assert (tmp_path / "x.npz").read_bytes() == calibrated.read_bytes()
     assert not list(tmp_path.glob("*.part*"))
 

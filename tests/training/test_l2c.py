@@ -10,6 +10,7 @@ import pytest
 import torch
 from commands import error_line, run, torchrun, write_old_settings
 from PIL import Image
+from ranks import run_on_ranks
 from safetensors.torch import load_file
 
 from backbones.loading import build_model
@@ -94,7 +95,7 @@ def test_four_processes_train_the_same_bits(tmp_path):
     """With a target: beta and the end of the run are decided by what all groups did."""
     arguments = [*TRAIN, "--max-steps", 8, "--target-cur", 0.3, "--log-every", 4]
     run(*arguments, "--results-dir", tmp_path / "one")
-    torchrun(4, *arguments, "--results-dir", tmp_path / "several")
+    run_on_ranks(4, *arguments, "--results-dir", tmp_path / "several")
     one, several = (load_file(find_router(next((tmp_path / n).glob("0*")))) for n in ("one", "several"))
     assert one.keys() == several.keys()
     assert all(torch.equal(one[name], several[name]) for name in one)

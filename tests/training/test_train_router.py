@@ -25,12 +25,12 @@ from commands import (
     kill,
     run,
     start_torchrun,
-    torchrun,
     wait_for,
     write_old_settings,
     writing_elsewhere,
 )
 from PIL import Image
+from ranks import run_on_ranks
 
 import objectives
 from common.distributed import Processes
@@ -92,7 +92,7 @@ def test_what_a_run_leaves(uninterrupted):
 def test_four_processes_train_the_same_router(tmp_path):
     eight_rows = [8 if word == 4 else word for word in TRAIN]  # four trajectories
     run(*eight_rows, "--results-dir", tmp_path / "one", "--max-steps", 13)
-    torchrun(4, *eight_rows, "--results-dir", tmp_path / "four", "--max-steps", 13)
+    run_on_ranks(4, *eight_rows, "--results-dir", tmp_path / "four", "--max-steps", 13)
     assert (logits(tmp_path / "four") - logits(tmp_path / "one")).abs().max() < 1e-5
 
 
@@ -143,9 +143,9 @@ def test_resumed_run_on_two_processes_ends_bit_for_bit_the_same(tmp_path):
         ["--results-dir", tmp_path / "whole"],
         ["--results-dir", tmp_path / "parts", "--resume", "auto"],
     )
-    torchrun(2, *TRAIN, *whole, "--max-steps", 18)
+    run_on_ranks(2, *TRAIN, *whole, "--max-steps", 18)
     for stop in (8, 18):
-        torchrun(2, *TRAIN, *parts, "--max-steps", stop)
+        run_on_ranks(2, *TRAIN, *parts, "--max-steps", stop)
     assert torch.equal(logits(tmp_path / "parts"), logits(tmp_path / "whole"))
 
 
@@ -154,7 +154,7 @@ def test_killed_at_random_moments_on_two_processes_it_ends_bit_for_bit_the_same(
     """kill -9 of torchrun, at once resumed each time: at start-up, between checkpoints, as one is written."""
     steps, moments = 40, random.Random(7)
     settings = [*TRAIN, "--max-steps", steps, "--ckpt-every", 2, "--device", "cpu"]
-    torchrun(2, *settings, "--results-dir", tmp_path / "whole")
+    run_on_ranks(2, *settings, "--results-dir", tmp_path / "whole")
     for number in range(2):
         process = start_torchrun(2, *settings, "--results-dir", tmp_path / "parts", "--resume", "auto")
         wait_for(lambda: len(alive(process)) >= 3, process)  # noqa: B023
@@ -164,7 +164,7 @@ def test_killed_at_random_moments_on_two_processes_it_ends_bit_for_bit_the_same(
         time.sleep(moments.uniform(0, 0.5))
         assert process.poll() is None, "the run ended before it could be killed"
         assert kill(process) == []
-    torchrun(2, *settings, "--results-dir", tmp_path / "parts", "--resume", "auto")
+    run_on_ranks(2, *settings, "--results-dir", tmp_path / "parts", "--resume", "auto")
     assert torch.equal(logits(tmp_path / "parts"), logits(tmp_path / "whole"))
     assert not list(tmp_path.rglob("*.part*"))
     assert not list(tmp_path.rglob(".lock"))
