@@ -1,4 +1,5 @@
 import copy
+import gc
 import json
 import os
 from pathlib import Path
@@ -22,11 +23,20 @@ from training import run
 from training.settings import OutputSettings, TrainSettings
 
 REFERENCE = Path(__file__).parent / "reference"
+PICTURE = Image.effect_noise((100, 100), 50)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_thread():
+def _quick_process():
+    """One thread, and no garbage collection that looks at all the imported modules again."""
     torch.set_num_threads(1)
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _quick_pictures(monkeypatch):
+    """One picture for all checkpoints, but not in fixtures of modules: drawing takes longer than training."""
+    monkeypatch.setattr("training.run.schedule_heat_map", lambda *_: PICTURE)
 
 
 @pytest.fixture(scope="session")
@@ -79,7 +89,6 @@ def train_tiny(tiny_model, tmp_path, monkeypatch):
     model = copy.deepcopy(tiny_model)
     model.source = "tiny"
     monkeypatch.setattr(ModelSettings, "load", lambda *_, **__: (model, None))
-    monkeypatch.setattr("training.run.schedule_heat_map", lambda *_: Image.new("L", (1, 1)))
     rounds = training.rounds.ROUNDS | end_to_end.rounds.ROUNDS
 
     alone = Processes(0, 1, torch.device("cpu"))

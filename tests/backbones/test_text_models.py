@@ -24,9 +24,14 @@ def pipeline(tmp_path_factory) -> Path:
     return save_pipeline(tmp_path_factory.mktemp("pipeline"))
 
 
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("prompts")
+
+
 @pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(prompts, "FOLDER", tmp_path / "prompts")
+def _own_folder(encoded, monkeypatch):
+    monkeypatch.setattr(prompts, "FOLDER", encoded)
 
 
 @pytest.fixture
@@ -40,7 +45,7 @@ def training(pipeline: Path, texts: Path, results: Path, *more) -> list:
     return [
         "train_router.py", "--model", pipeline, "--prompts", texts, "--num-sampling-steps", T,
         "--cfg-scale", 4.5, "--trajectories", 2, "--results-dir", results, "--log-every", 4,
-        "--ckpt-every", 4, *more,
+        "--ckpt-every", 8, *more,
     ]  # fmt: skip
 
 
@@ -67,7 +72,7 @@ def test_training_and_resuming(pipeline, texts, tmp_path, method, sampler):
     more = ["--sampler", sampler, "--method", method]
     own = {
         "harmonica": ["--lr", 0.1, "--max-steps", 12],
-        "end-to-end": ["--target-speedup", 1.3, "--max-steps", 22],
+        "end-to-end": ["--target-speedup", 1.3, "--max-steps", 19],
     }
     more += own[method]
     run(*training(pipeline, texts, tmp_path / "whole", *more))

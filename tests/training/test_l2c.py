@@ -38,12 +38,6 @@ TRAIN = [
 TRAIN += ["--num-sampling-steps", 6, "--global-batch-size", 4, "--lr", 0.05, "--l1", 1e-3, "--log-every", 5]
 
 
-@pytest.fixture(autouse=True)
-def _quick_pictures(monkeypatch):
-    picture = Image.new("L", (1, 1))
-    monkeypatch.setattr("training.run.schedule_heat_map", lambda *_: picture)
-
-
 def trained(results):
     return load_router(find_router(next(results.glob("0*"))))
 

@@ -5,7 +5,6 @@ import shutil
 import pytest
 import torch
 from commands import error_line, run
-from PIL import Image
 from ranks import run_on_ranks
 
 from backbones.loading import build_model
@@ -15,12 +14,6 @@ from training.target import RegWeightControl, Target
 
 TRAIN = ["train_router.py", "--model", "DiT-digits/2", "--num-sampling-steps", 5, "--global-batch-size", 2]
 TRAIN += ["--lr", 0.2, "--lambda-c", 100, "--cfg-scale", 1, "--device", "cpu"]
-
-
-@pytest.fixture(autouse=True)
-def _quick_pictures(monkeypatch):
-    picture = Image.new("L", (1, 1))
-    monkeypatch.setattr("training.run.schedule_heat_map", lambda *_: picture)
 
 
 @pytest.fixture(scope="module")

@@ -43,13 +43,6 @@ TRAIN = ["train_router.py", "--model", "DiT-digits/2", "--num-sampling-steps", 5
 TRAIN += ["--lr", 0.05, "--l1", 1e-4, "--lambda-c", 7, "--log-every", 5]
 
 
-@pytest.fixture(autouse=True)
-def _quick_pictures(monkeypatch):
-    """One picture for all checkpoints but those of `uninterrupted`: drawing takes longer than training."""
-    picture = Image.effect_noise((100, 100), 50)
-    monkeypatch.setattr("training.run.schedule_heat_map", lambda *_: picture)
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     """Results of 23 train steps (four trajectories and a half) on one process, a checkpoint every 6."""
