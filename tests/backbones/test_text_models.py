@@ -66,7 +66,7 @@ def test_sampling(pipeline, tmp_path, sampler):
     assert np.load(tmp_path / "x.npz")["latents"].shape == (2, 4, 8, 8)
 
 
-@pytest.mark.parametrize("method", ["harmonica", "end-to-end"])
+@pytest.mark.parametrize("method", ["harmonica", pytest.param("end-to-end", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("sampler", ["dpm-solver++", "sa-solver"])
 def test_training_and_resuming(pipeline, texts, tmp_path, method, sampler):
     more = ["--sampler", sampler, "--method", method]

@@ -96,7 +96,8 @@ def test_training_is_measured_compiled():
     assert rows["update, compiled"]["forwards"] > 0
 
 
-def test_cases_of_training_are_chosen():
+def test_cases_of_training_are_chosen(monkeypatch):
+    monkeypatch.setattr("benchmarks.training_cost._memory", lambda *_: 0)  # a fresh process for each case
     arguments = ["--num-sampling-steps", 2, "--batch-size", 1, "--train", "--cases", "update"]
     text = run("benchmark.py", *TINY, *arguments)
     assert [row["case"] for row in json.loads(text.splitlines()[-1])["rows"]] == ["forward", "update"]

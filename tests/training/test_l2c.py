@@ -289,6 +289,7 @@ def image_folder(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("small_dit")
 def test_image_folder_through_a_vae(image_folder, tmp_path):
     from diffusers import AutoencoderKL
 
@@ -326,6 +327,7 @@ def test_latents_from_a_file(tmp_path):
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.usefixtures("small_dit")
 def test_wrong_use(tmp_path, image_folder):
     no_data = [part for part in TRAIN if part not in ("--data", "digits")]
     assert "--method l2c needs --data" in run(*no_data, status=2)
