@@ -11,10 +11,12 @@ from schedules.baselines import fora_schedule
 TINY = ["--model", "DiT-digits/2", "--cfg-scale", 1.5, "--repeats", 1, "--device", "cpu"]
 
 
-@pytest.fixture(autouse=True)
-def _short_ceilings(monkeypatch):
-    monkeypatch.setattr("common.timing.COPY_BYTES", 2**20)
-    monkeypatch.setattr("common.timing.CEILING_RUNS", 2)
+@pytest.fixture(scope="module", autouse=True)
+def _short_ceilings():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("common.timing.COPY_BYTES", 2**20)
+        patch.setattr("common.timing.CEILING_RUNS", 2)
+        yield
 
 
 @pytest.fixture(scope="module")

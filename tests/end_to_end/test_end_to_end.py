@@ -404,6 +404,7 @@ def router_in(results):
     return load_router(find_router(next(results.glob("0*"))))
 
 
+@pytest.mark.slow
 def test_what_a_run_leaves(whole_run):
     (folder,) = whole_run.iterdir()
     assert folder.name == "000-DiT-digits-2-T3-end-to-end+forecast-seed42"
@@ -420,6 +421,7 @@ def test_what_a_run_leaves(whole_run):
     assert (folder / "schedule.png").exists()
 
 
+@pytest.mark.slow
 def test_router_with_weights_keeps_to_its_format(whole_run, tmp_path):
     router = router_in(whole_run)
     save_router(tmp_path / "again.safetensors", router)

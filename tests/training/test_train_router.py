@@ -517,6 +517,7 @@ def test_flags_that_do_not_matter_do_not_keep_a_run_from_going_on(tmp_path):
 def test_launchers_that_pass_the_local_rank_are_understood(tmp_path, monkeypatch, spelling):
     """torch.distributed.launch and DeepSpeed's; where the environment says it, that counts."""
     arguments, seen = [*TRAIN, "--results-dir", tmp_path, "--max-steps", 1, spelling], []
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
     monkeypatch.setattr("train_router.main", lambda _: seen.append(os.environ["LOCAL_RANK"]))
     for given in ({}, {"LOCAL_RANK": "0"}):
         with mock.patch.dict(os.environ, given):
