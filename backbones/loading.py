@@ -102,14 +102,25 @@ def load_model(
 
     options: those of `build_model` (class_dropout_prob, learn_sigma, vae).
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)  # random weights are the same in every process
-        model = build_model(name, image_size, num_classes, **options)
     if random_weights:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)  # the same in every process
+            model = build_model(name, image_size, num_classes, **options)
         randomize(model)
     else:
+        model = _build_empty(name, image_size, num_classes, **options)
         model.source = load_checkpoint(model, ckpt or find_checkpoint(name, image_size))
     return model.to(device=device, dtype=dtype)
+
+
+def _build_empty(name: str, image_size: int | None, num_classes: int | None, **options) -> DiT:
+    """As `build_model`, but the weights hold nothing yet: drawing initial ones takes longer than loading."""
+    with torch.device("meta"):
+        model = build_model(name, image_size, num_classes, **options)
+    positions = model.pos_embed.detach()  # made by numpy, so they are there; a checkpoint may lack them
+    model.to_empty(device="cpu")
+    model.pos_embed.copy_(positions)
+    return model
 
 
 def randomize(model: DiT, seed: int = 0) -> None:

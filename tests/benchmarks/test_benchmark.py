@@ -18,10 +18,12 @@ from schedules.baselines import fora_schedule
 TINY = ["--model", "DiT-digits/2", "--cfg-scale", 1.5, "--repeats", 1, "--device", "cpu"]
 
 
-@pytest.fixture(autouse=True)
-def _short_ceilings(monkeypatch):
-    monkeypatch.setattr("common.timing.COPY_BYTES", 2**20)
-    monkeypatch.setattr("common.timing.CEILING_RUNS", 2)
+@pytest.fixture(scope="module", autouse=True)
+def _short_ceilings():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("common.timing.COPY_BYTES", 2**20)
+        patch.setattr("common.timing.CEILING_RUNS", 2)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +165,8 @@ def test_training_is_measured_compiled():
     assert rows["update, compiled"]["forwards"] > 0
 
 
-def test_cases_of_training_are_chosen():
+def test_cases_of_training_are_chosen(monkeypatch):
+    monkeypatch.setattr("benchmarks.training_cost._memory", lambda *_: 0)  # a fresh process for each case
     arguments = ["--num-sampling-steps", 2, "--batch-size", 1, "--train", "--cases", "update"]
     text = run("benchmark.py", *TINY, *arguments)
     assert [row["case"] for row in json.loads(text.splitlines()[-1])["rows"]] == ["forward", "update"]
