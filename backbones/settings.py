@@ -105,7 +105,8 @@ def add_arguments(parser: argparse.ArgumentParser, with_vae: bool = False) -> No
     model.add_argument(
         "--model",
         default="DiT-XL/2",
-        help=f"DiT-XL/2 and its family, {', '.join(registry.presets())}, a PixArt such as "
+        help=f"DiT-XL/2 and its family, {', '.join([*registry.presets(), *registry.text_models()])}, "
+        "a PixArt such as "
         "PixArt-Sigma-512, or a folder of diffusers with one (default DiT-XL/2)",
     )
     model.add_argument(
