@@ -1,49 +1,63 @@
-"""How fast schedules through hooks are beside uncached diffusers and beside cache-dit, in one run.
+"""How fast schedules through hooks are beside uncached diffusers, cache-dit and our own DiT, in one run.
 
     python -m benchmarks.peers --model PixArt-Sigma-512 --blocks 4
     python -m benchmarks.peers --model PixArt-Sigma-1024 --precision bf16 --device cuda --output peers.json
+    python -m benchmarks.peers --model DiT-XL-2-256 --blocks 4
 
-All run in diffusers' own PixArt pipeline with DPM-Solver++ and guidance, on the same random weights, prompts
-and noise, and take turns (A B A B).
+All rows of a run have the same random weights, condition and noise, guidance and number of steps, and take
+turns (A B A B). PixArt runs in diffusers' own pipeline with DPM-Solver++; DiT in the loop of diffusers'
+pipeline with its `DDIMScheduler`, without the VAE.
 
 | row | what runs |
 |---|---|
-| `diffusers` | the pipeline untouched |
+| `diffusers` | diffusers untouched |
 | `all` | a schedule that computes everything: what hooks cost |
 | `random:X`, `fora:2` | a random share X of the cells is reused, or every other step |
-| `cache-dit` | its DBCache with the steps of fora:2 by its mask; its first block always runs |
+| `cache-dit` | PixArt: its DBCache with the steps of fora:2 by its mask; its first block always runs |
 | `as cache-dit` | hooks with the cells that cache-dit computes |
+| `ours`, `ours random:X`, ... | DiT: `models.DiT` with the same weights and schedule, in our loop |
 
 cache-dit (`pip install cache-dit`) is left out where it is not installed. `share` is the computed share of
-the branches' MACs, `ratio` the measured speed-up over what the MACs promise. The last line is JSON.
+the branches' MACs, `ratio` the measured speed-up over what the MACs promise, `difference` how far the result
+is from that of the same schedule through hooks (relative). The last line is JSON.
 """
 
 import argparse
+import importlib.metadata
 import logging
-import statistics
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from backbones.hooks import apply_schedule, remove_schedule
+from backbones.checkpoints import from_diffusers
+from backbones.contract import Backbone
+from backbones.diffusers_dit import DiffusersDiT, as_official
+from backbones.hooks import Session, scheduled
 from backbones.pixart import PixArt, random_pixart, random_prompts
 from backbones.pixart_models import PIXART
 from common import cli, devices
 from common.columns import aligned
 from common.files import check_writable, to_json, write_json
 from common.timing import alternating, latency
+from diffusion import create_diffusion
+from models import DiT
 from router import Schedule
+from sampling.loop import Trajectory, sample
 from schedules.baselines import fora_schedule, random_schedule
 
-CFG_SCALE = 4.5
+CFG_SCALE, SEED = 4.5, 0
+DIT = {"DiT-XL-2-256": 256, "DiT-XL-2-512": 512}  # pixels
+LIBRARIES = ("torch", "diffusers", "cache-dit")
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Hooks beside uncached diffusers and cache-dit.")
-    parser.add_argument("--model", choices=PIXART, default="PixArt-Sigma-512")
+    parser = argparse.ArgumentParser(description="Hooks beside uncached diffusers, cache-dit and our DiT.")
+    parser.add_argument("--model", choices=(*PIXART, *DIT), default="PixArt-Sigma-512")
     parser.add_argument("--blocks", type=cli.positive_int, default=28, help="of the model (default: all 28)")
     parser.add_argument("--num-sampling-steps", type=cli.positive_int, default=20)
     parser.add_argument("--batch-size", type=cli.positive_int, default=1, help="images (default 1)")
@@ -53,23 +67,64 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-class Runs:
-    """One pipeline, and a request that is always the same."""
+class Run:
+    """One row: what is called, the schedule that it follows, and the model whose MACs count."""
+
+    def __init__(self, call: Callable[[], Tensor], schedule: Schedule, model: Backbone):
+        self.call, self.model = call, model
+        self.speedup_macs = schedule.speedup_macs(model)
+        macs = torch.tensor(model.branch_macs)
+        self.share = ((schedule.compute.long() @ macs).sum() / (schedule.num_steps * macs.sum())).item()
+
+
+class Peer(ABC):
+    """A model of diffusers with random weights, and a request that is always the same.
+
+    model: it as a backbone, for its MACs, without its hooks; args: those of the command.
+    """
+
+    model: Backbone
+
+    def __init__(self, args: argparse.Namespace, device: torch.device, dtype: torch.dtype):
+        self.args, self.device, self.dtype = args, device, dtype
+
+    @abstractmethod
+    def plain(self) -> Tensor:
+        """The result x_0 without any schedule of ours."""
+
+    @abstractmethod
+    def hooked(self, schedule: Schedule) -> Tensor:
+        """The same under a schedule; hooks are applied and taken away within the call."""
+
+    @abstractmethod
+    def further(self, chosen: dict[str, Schedule]) -> Iterator[tuple[str, Run]]:
+        """Rows beside those of diffusers and of hooks."""
+
+    def runs(self) -> dict[str, Run]:
+        """All rows by name; `diffusers` is the one that they are compared with."""
+        chosen = schedules(self.args.num_sampling_steps, self.model.num_branches)
+        found = {"diffusers": Run(self.plain, chosen["all"], self.model)}
+        for name, schedule in chosen.items():
+            found[name] = Run(partial(self.hooked, schedule), schedule, self.model)
+        return found | dict(self.further(chosen))
+
+
+class PixArtPeer(Peer):
+    """PixArt in diffusers' pipeline, beside cache-dit."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device, dtype: torch.dtype):
         from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPipeline  # slow to import
 
-        self.args, known = args, PIXART[args.model]
-        self.transformer = random_pixart(args.model, num_layers=args.blocks).to(device, dtype)
-        prompts = random_prompts(args.batch_size, known.num_tokens)
-        self.pipe = PixArtSigmaPipeline(None, None, None, self.transformer, DPMSolverMultistepScheduler())
+        super().__init__(args, device, dtype)
+        known, n = PIXART[args.model], args.batch_size
+        transformer = random_pixart(args.model, num_layers=args.blocks).to(device, dtype)
+        prompts = random_prompts(n, known.num_tokens)
+        self.pipe = PixArtSigmaPipeline(None, None, None, transformer, DPMSolverMultistepScheduler())
         self.pipe.set_progress_bar_config(disable=True)
-        states, mask = prompts.batch([*range(args.batch_size), *[args.batch_size] * args.batch_size])
+        states, mask = prompts.batch([*range(n), *[n] * n])
         states, mask = states.to(device, dtype), mask.to(device)
         side = known.pixels // 8
-        generator = torch.Generator().manual_seed(0)
-        self.noise = torch.randn(args.batch_size, 4, side, side, generator=generator).to(device, dtype)
-        n = args.batch_size
+        self.noise = seeded_noise(n, side).to(device, dtype)
         self.request = {
             "prompt_embeds": states[:n], "prompt_attention_mask": mask[:n], "negative_prompt": None,
             "negative_prompt_embeds": states[n:], "negative_prompt_attention_mask": mask[n:],
@@ -77,30 +132,37 @@ class Runs:
             "height": known.pixels, "width": known.pixels, "use_resolution_binning": False,
             "output_type": "latent",
         }  # fmt: skip
-        model = PixArt(self.transformer, prompts)
-        self.branch_macs, self.other_macs = torch.tensor(model.branch_macs), model.other_macs
-        model.close()
+        self.model = PixArt(transformer, prompts)
+        self.model.close()
 
-    def __call__(self) -> Tensor:
+    def plain(self) -> Tensor:
         return self.pipe(**self.request, latents=self.noise.clone()).images
 
-    def speedup_macs(self, schedule: Schedule) -> float:
-        full = schedule.num_steps * (int(self.branch_macs.sum()) + self.other_macs)
-        computed = int((schedule.compute.long() @ self.branch_macs).sum())
-        return full / (computed + schedule.num_steps * self.other_macs)
+    def hooked(self, schedule: Schedule) -> Tensor:
+        with scheduled(self.pipe, schedule):
+            return self.plain()
 
-    @contextmanager
-    def scheduled(self, schedule: Schedule) -> Iterator[None]:
-        apply_schedule(self.pipe, schedule)
-        try:
-            yield
-        finally:
-            remove_schedule(self.pipe)
+    def further(self, chosen: dict[str, Schedule]) -> Iterator[tuple[str, Run]]:
+        if "cache-dit" not in versions():
+            print("cache-dit is not installed and left out: pip install cache-dit")
+            return
+        logging.getLogger("CACHE_DIT").setLevel(logging.ERROR)
+        compute = chosen["fora:2"].compute.clone()
+        steps = compute[:, 0].flip(0).tolist()  # in the order of execution
+        compute[:, : self.model.num_branches // self.args.blocks] = True  # its first block
+        same = Schedule(compute)
+
+        def run() -> Tensor:
+            with self.cache_dit(steps):
+                return self.plain()
+
+        yield "cache-dit", Run(run, same, self.model)
+        yield "as cache-dit", Run(partial(self.hooked, same), same, self.model)
 
     @contextmanager
     def cache_dit(self, executed: list[bool]) -> Iterator[None]:
-        """executed: the steps that compute all blocks, in the order of execution; the others one."""
-        import cache_dit  # noqa: F401
+        """executed: the steps that compute all blocks; the others compute one."""
+        import cache_dit
 
         config = cache_dit.DBCacheConfig(
             Fn_compute_blocks=1, Bn_compute_blocks=0, residual_diff_threshold=1e9, max_warmup_steps=1,
@@ -114,15 +176,102 @@ class Runs:
             cache_dit.disable_cache(self.pipe)
 
 
+class DiTPeer(Peer):
+    """DiT in the loop of diffusers' pipeline, beside our own DiT with the same weights."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device, dtype: torch.dtype):
+        from diffusers import DDIMScheduler  # slow to import
+
+        super().__init__(args, device, dtype)
+        side, n = DIT[args.model] // 8, args.batch_size
+        transformer = random_dit(side, args.blocks)
+        self.ours = DiT(input_size=side, depth=args.blocks).eval().requires_grad_(False)
+        state = from_diffusers(transformer.state_dict()) | {"pos_embed": self.ours.pos_embed}
+        self.ours.load_state_dict(state, strict=True)
+        self.ours.to(device, dtype)
+        self.transformer = transformer.to(device, dtype)
+        self.model = DiffusersDiT(self.transformer)
+        self.model.close()
+        self.labels = torch.arange(n, device=device) % self.ours.num_classes
+        self.noise = seeded_noise(n, side).to(device)
+        self.chain = create_diffusion(f"ddim{args.num_sampling_steps}")  # spaced as in diffusers
+        self.scheduler = DDIMScheduler(beta_start=1e-4, beta_end=0.02, clip_sample=False)
+        self.scheduler.set_timesteps(args.num_sampling_steps)
+
+    def plain(self) -> Tensor:
+        return self.loop()
+
+    @torch.no_grad()
+    def loop(self, session: Session | None = None) -> Tensor:
+        """The loop of `DiTPipeline.__call__`, up to the VAE, with the official guidance in three channels."""
+        n, null = len(self.labels), torch.full_like(self.labels, self.ours.num_classes)
+        labels, x = torch.cat([self.labels, null]), torch.cat([self.noise, self.noise])
+        if session is not None:
+            session.start()
+        for t in self.scheduler.timesteps:
+            x = torch.cat([x[:n], x[:n]])
+            timestep = t[None].to(x.device).expand(2 * n)
+            output = self.transformer(x.to(self.dtype), timestep=timestep, class_labels=labels).sample
+            noise = self.model.guide(output, CFG_SCALE)[:, : x.shape[1]]
+            x = self.scheduler.step(noise, t, x).prev_sample
+        return x[:n]
+
+    def hooked(self, schedule: Schedule) -> Tensor:
+        with scheduled(self.transformer, schedule) as session:
+            return self.loop(session)
+
+    def further(self, chosen: dict[str, Schedule]) -> Iterator[tuple[str, Run]]:
+        for name, schedule in chosen.items():
+            plain = name == "all"
+            own = Trajectory.of(self.ours, self.chain, CFG_SCALE, schedule=None if plain else schedule)
+            run = partial(sample, own, self.labels, self.noise)
+            yield "ours" if plain else f"ours {name}", Run(run, schedule, self.ours)
+
+
+def random_dit(side: int, blocks: int) -> nn.Module:
+    """diffusers' DiT-XL/2 for latents of `side`, with seeded random weights and the official constants."""
+    from diffusers import DiTTransformer2DModel  # slow to import
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        transformer = DiTTransformer2DModel(out_channels=8, sample_size=side, num_layers=blocks)
+    first, *others = transformer.transformer_blocks
+    for block in others:  # one embedder for all, as in the official model
+        block.norm1.emb.load_state_dict(first.norm1.emb.state_dict())
+    return as_official(transformer).eval().requires_grad_(False)
+
+
+def seeded_noise(n: int, side: int) -> Tensor:
+    return torch.randn(n, 4, side, side, generator=torch.Generator().manual_seed(SEED))
+
+
 def schedules(num_steps: int, num_branches: int) -> dict[str, Schedule]:
-    everything = Schedule(torch.ones(num_steps, num_branches, dtype=torch.bool))
     size = num_steps, num_branches
     return {
-        "all": everything,
-        "random:0.375": random_schedule(*size, 0.375, 0),
-        "random:0.5": random_schedule(*size, 0.5, 0),
+        "all": Schedule(torch.ones(size, dtype=torch.bool)),
+        "random:0.375": random_schedule(*size, 0.375, SEED),
+        "random:0.5": random_schedule(*size, 0.5, SEED),
         "fora:2": fora_schedule(*size, 2),
     }
+
+
+def versions() -> dict[str, str]:
+    """The versions of the libraries that are installed."""
+    found = {}
+    for name in LIBRARIES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def difference(name: str, results: dict[str, Tensor]) -> float | None:
+    """How far a result is from that of hooks under the same schedule, relative; None: nothing is the same."""
+    other = {"diffusers": "all", "ours": "all", "cache-dit": "as cache-dit"}.get(name)
+    other = other or (name.removeprefix("ours ") if name.startswith("ours ") else None)
+    if other is None:
+        return None
+    own, hooks = results[name].double(), results[other].double()
+    return ((own - hooks).norm() / hooks.norm()).item()
 
 
 COLUMNS = (
@@ -132,6 +281,7 @@ COLUMNS = (
     ("speed-up", lambda row: f"{row['speedup_latency']:.3f}x"),
     ("by MACs", lambda row: f"{row['speedup_macs']:.3f}x"),
     ("ratio", lambda row: f"{row['ratio']:.3f}"),
+    ("difference", lambda row: "-" if row["difference"] is None else f"{row['difference']:.1e}"),
 )
 
 
@@ -140,53 +290,22 @@ def main(args: argparse.Namespace) -> None:
     precision, dtype = devices.set_precision(args.precision, device)
     if args.output:
         check_writable(args.output, [".json"])
-    runs, num_steps = Runs(args, device, dtype), args.num_sampling_steps
-    chosen = schedules(num_steps, len(runs.branch_macs))
-
-    def under(context: Callable) -> Callable[[], Tensor]:
-        def run() -> Tensor:
-            with context():
-                return runs()
-
-        return run
-
-    calls: dict[str, Callable[[], Tensor]] = {"diffusers": runs}
-    promised = {"diffusers": 1.0}
-    for name, schedule in chosen.items():
-        calls[name] = under(lambda schedule=schedule: runs.scheduled(schedule))
-        promised[name] = runs.speedup_macs(schedule)
-    try:
-        import cache_dit  # noqa: F401
-    except ImportError:
-        print("cache-dit is not installed and left out: pip install cache-dit")
-    else:
-        logging.getLogger("CACHE_DIT").setLevel(logging.ERROR)
-        rows = chosen["fora:2"].compute[:, 0].flip(0).tolist()
-        calls["cache-dit"] = under(lambda: runs.cache_dit(rows))
-        blocks = torch.zeros(num_steps, args.blocks, dtype=torch.bool)
-        blocks[torch.tensor(rows).flip(0)] = True
-        blocks[:, 0] = True  # its first block
-        own = Schedule(blocks.repeat_interleave(3, dim=1))
-        calls["as cache-dit"] = under(lambda: runs.scheduled(own))
-        promised["cache-dit"] = promised["as cache-dit"] = runs.speedup_macs(own)
-    for run in calls.values():
-        run()  # the warm-up
-    seconds = dict(
-        zip(calls, alternating(list(calls.values()), args.repeats, device, warm_up=0), strict=True)
-    )
-    total = int(runs.branch_macs.sum()) + runs.other_macs
+    runs = (DiTPeer if args.model in DIT else PixArtPeer)(args, device, dtype).runs()
+    results = {name: run.call() for name, run in runs.items()}  # the warm-up
+    calls = [run.call for run in runs.values()]
+    seconds = dict(zip(runs, alternating(calls, args.repeats, device, warm_up=0), strict=True))
     rows = []
-    for name, times in seconds.items():
-        row = {"method": name} | latency(times, seconds["diffusers"]) | {"speedup_macs": promised[name]}
-        row["share"] = (total / promised[name] - runs.other_macs) / int(runs.branch_macs.sum())
+    for name, run in runs.items():
+        row = {"method": name, "share": run.share} | latency(seconds[name], seconds["diffusers"])
+        row |= {"speedup_macs": run.speedup_macs, "difference": difference(name, results)}
         row["ratio"] = row["speedup_latency"] / row["speedup_macs"]
         rows.append(row)
     print(aligned(rows, COLUMNS))
     result = {
-        "model": args.model, "blocks": args.blocks, "num_steps": num_steps, "batch_size": args.batch_size,
-        "cfg_scale": CFG_SCALE, "repeats": args.repeats, "precision": precision,
-        "hardware": devices.hardware(device), "torch": torch.__version__,
-        "median_ms": statistics.median(1000 * one for one in seconds["diffusers"]), "rows": rows,
+        "model": args.model, "blocks": args.blocks, "num_steps": args.num_sampling_steps,
+        "batch_size": args.batch_size, "cfg_scale": CFG_SCALE, "seed": SEED, "repeats": args.repeats,
+        "precision": precision, "dtype": str(dtype).removeprefix("torch."),
+        "hardware": devices.hardware(device), "versions": versions(), "rows": rows,
     }  # fmt: skip
     if args.output:
         write_json(args.output, result)

@@ -132,6 +132,7 @@ FORECAST = "end-to-end+forecast"  # schedule and weights of reuse, trained on th
 FORECAST_EVEN_BATCHES = f"{FORECAST}-uniform"  # without --pool and --moments-weight, settings of T = 20
 FORECAST_NO_MOMENTS = f"{FORECAST}-no-moments"  # without --moments-weight
 OWN_METHODS = ("end-to-end", "calibrated")  # how the names of this project's methods begin
+SAMPLERS_GROUP = "samplers"  # the group of routers under other samplers than their own
 # Groups of rows on other samples than the comparison's.
 FRESH_SAMPLES, SECOND_SAMPLES = "fresh-seed", "second-seed"
 
