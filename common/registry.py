@@ -57,7 +57,10 @@ class Example:
     presets, text_models: by the value of `--model`. data: by the value of `--data`, a function without
     arguments that returns samples (n, C, H, W) as the model denoises them and labels (n,). features: by the
     value of `--features`, a function without arguments that returns a `metrics.features.Extractor`. routers:
-    a folder of router files; their names are values of `--path`.
+    a folder of router files; their names are values of `--path`. judges: by model, a function without
+    arguments that returns what a study judges samples by: `features(x_0, images)` gives features (n, D) of
+    samples and their uint8 images, `figures(features, labels)` floats by name, and `compared` names those
+    that are wanted of the uncached samples too.
     """
 
     presets: Mapping[str, Preset] = field(default_factory=dict)
@@ -65,6 +68,7 @@ class Example:
     data: Mapping[str, str] = field(default_factory=dict)
     features: Mapping[str, str] = field(default_factory=dict)
     routers: Path | None = None
+    judges: Mapping[str, str] = field(default_factory=dict, kw_only=True)
 
 
 @cache
@@ -111,6 +115,11 @@ def data() -> dict[str, Callable]:
 
 def features() -> dict[str, Callable]:
     return {name: _calling(place) for example in examples() for name, place in example.features.items()}
+
+
+def judge(model: str):
+    """The judge of an example's model."""
+    return next(_calling(one.judges[model])() for one in examples() if model in one.judges)
 
 
 def router_file(name: str) -> Path | None:

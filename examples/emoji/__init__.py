@@ -24,4 +24,5 @@ EXAMPLE = Example(
     data={"emoji": "examples.emoji.captions:training_latents"},
     features={"emoji": "examples.emoji.judge:EmojiFeatures"},
     routers=FOLDER / "routers",
+    judges={MODEL: "examples.emoji.judge:StudyJudge"},
 )
