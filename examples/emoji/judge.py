@@ -31,12 +31,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, safe_open, save_file
 from torch import Tensor, nn
 
 from backbones.prompts import read_prompts
 from common import cli
-from common.files import load_pickle_safely, replacing
+from common.files import first_line, load_pickle_safely, replacing
 from examples.emoji import FOLDER, data, encode
 from examples.emoji.state import TrainingState, iteration_seed
 from examples.emoji.text import TokenStates
@@ -212,9 +213,18 @@ class Judge:
     Raises FileNotFoundError or ValueError in one line.
     """
 
-    def __init__(self, weights: Path = WEIGHTS):
+    def __init__(self, weights: Path | None = None):
+        weights = weights or WEIGHTS
         if not weights.is_file():
             raise FileNotFoundError(f"{weights} does not exist; `python -m examples.emoji.judge` makes it")
+        try:
+            self._load(weights)
+        except (SafetensorError, KeyError, TypeError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"{weights} holds no judge of this version ({first_line(error)}); train it again"
+            ) from None
+
+    def _load(self, weights: Path) -> None:
         tensors = {name: tensor.float() for name, tensor in load_file(weights).items()}
         with safe_open(weights, "pt") as file:
             self.concepts = json.loads(file.metadata()["concepts"])
@@ -297,6 +307,14 @@ class EmojiFeatures:
         return Features(pool, None, encoder.concept_logits(pool, self._judge.places).softmax(1))
 
 
+def _in_half(tensor: Tensor) -> Tensor:
+    """fp16 where it is a floating point number. Raises ValueError for what does not fit."""
+    half = tensor.half() if tensor.is_floating_point() else tensor
+    if not bool(half.isfinite().all()):
+        raise ValueError("a weight of the judge is beyond fp16 or not finite; train it again")
+    return half
+
+
 def write(model: ImageEncoder, places: Tensor, emoji: data.EmojiData, output: Path) -> None:
     """The weights in fp16 with the captions' places and the training pictures' feature statistics."""
     model.eval()
@@ -304,7 +322,7 @@ def write(model: ImageEncoder, places: Tensor, emoji: data.EmojiData, output: Pa
         train = torch.from_numpy(emoji.images[emoji.split == data.TRAIN])
         features = torch.cat([model.features(to_float(batch)) for batch in train.split(64)])
     mean, covariance = feature_statistics(features.numpy())
-    tensors = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
+    tensors = {name: _in_half(tensor).contiguous() for name, tensor in model.state_dict().items()}
     tensors |= {"places": places.half(), "mean": torch.from_numpy(mean).float()}
     tensors["covariance"] = torch.from_numpy(covariance).float()
     with replacing(output) as partial:
