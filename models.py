@@ -17,11 +17,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp, PatchEmbed
-from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from backbones.contract import Cache
+from backbones.layers import Attention, Mlp, PatchEmbed
 from common import registry
 
 
@@ -104,10 +103,10 @@ class DiTBlock(nn.Module):
         super().__init__()
         self.branch_indices = self.attn_branch, self.mlp_branch = 2 * index, 2 * index + 1
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True)
+        self.attn = Attention(hidden_size, num_heads)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         gelu = partial(nn.GELU, approximate="tanh")
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=gelu, drop=0)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), gelu)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
         self.modulated, self.add_gated = modulated, add_gated  # `DiT.use_kernels` replaces them
 
@@ -197,7 +196,7 @@ class DiT(nn.Module):
         self.embeds_guidance = False
         self.vae_factor, self.source = 8 if in_channels > 3 else 1, ""
 
-        self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size, bias=True)
+        self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         grid_size = input_size // patch_size

@@ -1,7 +1,7 @@
 """One denoising step, and the loop over steps, as every part of this project takes them."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,6 +38,14 @@ def check_prediction(model: Backbone, sampler: Sampler) -> None:
         )
 
 
+def condition_for(model: Backbone, labels: Tensor, cfg_scale: float) -> Any:
+    """What a batch with labels (n,) is conditioned on at a guidance scale."""
+    condition = model.condition(labels, halves(model, cfg_scale) == 2)
+    return (
+        model.with_guidance(condition, cfg_scale) if getattr(model, "embeds_guidance", False) else condition
+    )
+
+
 def sampler_for(model: Backbone, name: str, chain: GaussianDiffusion, eta: float = 0.0) -> Sampler:
     """The sampler by name on a chain; where a model says how its noise levels are spaced, on these.
 
@@ -56,7 +64,8 @@ class Denoiser:
     off and the batch is n; otherwise it is 2n and both halves start from the same noise. The state x_t keeps
     its own dtype, whatever the model's. All that depends on step and label alone is made for many steps at
     once, and once for all trajectories that share a Denoiser. computed: bools (T, B) of a cache policy, the
-    cells that it may compute; None: all cells.
+    cells that it may compute; None: all cells. condition: what `condition_for` makes of the labels; None: it
+    is made here.
     """
 
     def __init__(
@@ -66,14 +75,13 @@ class Denoiser:
         labels: Tensor,
         cfg_scale: float,
         computed: Sequence[Sequence[bool]] | None = None,
+        condition: Any = None,
     ):
         check_guidance(model, cfg_scale)
         check_prediction(model, as_sampler(diffusion))
         self.model, self.sampler, self.cfg_scale = model, as_sampler(diffusion), cfg_scale
         self.guided, self.num_steps = halves(model, cfg_scale) == 2, self.sampler.num_steps
-        self.condition = model.condition(labels, self.guided)
-        if getattr(model, "embeds_guidance", False):
-            self.condition = model.with_guidance(self.condition, cfg_scale)
+        self.condition = condition_for(model, labels, cfg_scale) if condition is None else condition
         self.device, self.dtype, self.computed = labels.device, model.dtype, computed
         rows = len(labels) * (2 if self.guided else 1)
         step_bytes = max(1, rows * model.prepared_size * self.dtype.itemsize)

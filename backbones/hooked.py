@@ -74,7 +74,7 @@ class HookedTransformer(ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.transformer.parameters()).dtype
+        return self.transformer.dtype  # that of most modules: some classes keep a few in float32
 
     @property
     def device(self) -> torch.device:

@@ -32,7 +32,7 @@ class Inputs:
     spacing: how sigmas are spaced: "scheduler" leaves it to the scheduler, "even" gives it 1 .. 1/T.
     scheduler: its config where a folder has none. rescaled: guidance keeps the norm of each token.
     side: latents a side, where the config does not say it. factor: pixels per latent, where there is no VAE.
-    frames: whether x has frames, (C, F, H, W).
+    frames: frames of a video per latent frame after the first one, x is (C, F, H, W); 0: x has none.
     """
 
     prompts: Mapping[str, str]
@@ -54,7 +54,7 @@ class Inputs:
     rescaled: bool = False
     side: int = 128
     factor: int = 8
-    frames: bool = False
+    frames: int = 0
 
 
 def _flux_positions(grid: Grid, text: int) -> dict[str, Tensor]:
@@ -133,6 +133,6 @@ INPUTS: dict[str, Inputs] = {
         options={"do_classifier_free_guidance": False},
         scheduler={"shift": 3.0},
         side=60,
-        frames=True,
+        frames=4,
     ),
 }  # fmt: skip

@@ -102,14 +102,25 @@ def load_model(
 
     options: those of `build_model` (class_dropout_prob, learn_sigma, vae).
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)  # random weights are the same in every process
-        model = build_model(name, image_size, num_classes, **options)
     if random_weights:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)  # the same in every process
+            model = build_model(name, image_size, num_classes, **options)
         randomize(model)
     else:
+        model = _build_empty(name, image_size, num_classes, **options)
         model.source = load_checkpoint(model, ckpt or find_checkpoint(name, image_size))
     return model.to(device=device, dtype=dtype)
+
+
+def _build_empty(name: str, image_size: int | None, num_classes: int | None, **options) -> DiT:
+    """As `build_model`, but the weights hold nothing yet: drawing initial ones takes longer than loading."""
+    with torch.device("meta"):
+        model = build_model(name, image_size, num_classes, **options)
+    positions = model.pos_embed.detach()  # made by numpy, so they are there; a checkpoint may lack them
+    model.to_empty(device="cpu")
+    model.pos_embed.copy_(positions)
+    return model
 
 
 def randomize(model: DiT, seed: int = 0) -> None:
@@ -145,6 +156,12 @@ def is_latent(model: DiT | str) -> bool:
 def is_text_model(name: str) -> bool:
     """Whether a value of `--model` takes prompts; folders are looked into."""
     return name in PIXART or name in registry.text_models() or class_in(Path(name)) in INPUTS
+
+
+def is_video_model(name: str) -> bool:
+    """Whether a value of `--model` draws videos."""
+    kind = class_in(Path(name))
+    return kind in INPUTS and INPUTS[kind].frames > 0
 
 
 def is_diffusers_model(name: str) -> bool:

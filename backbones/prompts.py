@@ -269,7 +269,13 @@ def _encoders_of_pipeline(
 
     def encode(texts: list[str]) -> dict[str, Tensor]:
         own = {} if texts == [null_prompt] else instructed
-        returned = pipeline.encode_prompt(prompt=texts, device=device, **options, **own)
+        try:
+            returned = pipeline.encode_prompt(prompt=texts, device=device, **options, **own)
+        except (AttributeError, TypeError) as error:  # an encoder that is not there
+            raise OSError(
+                f"the text encoders of {source} are not complete ({first_line(error)}); give the folder of a "
+                f"{row.pipeline} with --text-encoder"
+            ) from None
         found = {name: one for name, one in zip(row.encoded, returned, strict=True) if name}
         states, mask = found["states"], found.pop("mask", None)
         lengths = torch.full((len(texts),), states.shape[1]) if mask is None else mask.sum(1)
@@ -291,16 +297,20 @@ def load_encoder(source: str | Path):
         from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
     except ImportError:
         raise ValueError("prompts need transformers; install it with `pip install transformers`") from None
+    parts, alone = ("tokenizer", "text_encoder"), ("", "")
     folder = Path(source)
-    parts = [folder / name for name in ("tokenizer", "text_encoder")]
-    tokenizer_at, encoder_at = parts if all(part.is_dir() for part in parts) else (source, source)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_at)
-        config = AutoConfig.from_pretrained(encoder_at)
-        loader = AutoModelForTextEncoding if config.is_encoder_decoder else AutoModel
-        encoder = loader.from_pretrained(encoder_at)
-    except (OSError, ValueError) as error:
-        raise OSError(
-            f"the text encoder {source} cannot be had ({first_line(error)}); give its folder"
-        ) from None
+    layouts = [parts, alone]  # of an id of the Hub nothing tells beforehand
+    if folder.is_dir():
+        layouts = [parts if all((folder / part).is_dir() for part in parts) else alone]
+    for tokenizer_at, encoder_at in layouts:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, subfolder=tokenizer_at)
+            config = AutoConfig.from_pretrained(source, subfolder=encoder_at)
+            loader = AutoModelForTextEncoding if config.is_encoder_decoder else AutoModel
+            encoder = loader.from_pretrained(source, subfolder=encoder_at)
+            break
+        except (OSError, ValueError) as error:
+            reason = first_line(error)
+    else:
+        raise OSError(f"the text encoder {source} cannot be had ({reason}); give its folder") from None
     return tokenizer, encoder.eval().requires_grad_(False)

@@ -9,7 +9,14 @@ from pathlib import Path
 import torch
 
 from backbones.contract import Backbone
-from backbones.loading import choose_vae, find_checkpoint, is_diffusers_model, is_text_model, load_model
+from backbones.loading import (
+    choose_vae,
+    find_checkpoint,
+    is_diffusers_model,
+    is_text_model,
+    is_video_model,
+    load_model,
+)
 from backbones.prompts import read_prompts
 from backbones.vae import VaeConfig, read_vae_config
 from common import cli, registry
@@ -26,6 +33,7 @@ UNREAD = (
         lambda args: is_diffusers_model(args.model),
         "with --model {model}: its config says what it is given",
     ),
+    cli.Unread(("num_frames",), lambda args: not is_video_model(args.model), "with --model {model}"),
     cli.Unread(
         ("image_size",),
         lambda args: is_diffusers_model(args.model) and not is_text_model(args.model),
@@ -40,7 +48,7 @@ class ModelSettings:
 
     ckpt: checkpoint file, index of shards or folder. image_size: pixels. class_dropout_prob: 0 for a model
     without a null label. vae: `ema`, `mse`, `none` or a folder. For text-to-image models: the prompts
-    themselves, or a file with one a line; and the folder or Hub id of their encoder.
+    themselves, or a file with one a line; and the folder or Hub id of their encoder. num_frames: of a video.
     """
 
     model: str = "DiT-XL/2"
@@ -54,6 +62,7 @@ class ModelSettings:
     prompt: tuple[str, ...] | None = None
     prompts: Path | None = None
     text_encoder: str | None = None
+    num_frames: int = 1
 
     @classmethod
     def from_arguments(cls, args: argparse.Namespace) -> "ModelSettings":
@@ -96,7 +105,7 @@ class ModelSettings:
             )
         return load_text_model(
             self.model, self.texts, self.ckpt, self.random_weights, self.image_size, self.text_encoder,
-            self.vae, device, dtype, fetch,
+            self.vae, device, dtype, fetch, self.num_frames,
         )  # fmt: skip
 
 
@@ -105,9 +114,9 @@ def add_arguments(parser: argparse.ArgumentParser, with_vae: bool = False) -> No
     model.add_argument(
         "--model",
         default="DiT-XL/2",
-        help=f"DiT-XL/2 and its family, {', '.join([*registry.presets(), *registry.text_models()])}, "
-        "a PixArt such as "
-        "PixArt-Sigma-512, or a folder of diffusers with one (default DiT-XL/2)",
+        help=f"DiT-XL/2 and its family, {', '.join([*registry.presets(), *registry.text_models()])}, a PixArt "
+        "such as PixArt-Sigma-512, or a folder of diffusers with PixArt, SD3, Flux, Sana, Qwen-Image, Wan or "
+        "DiT (default DiT-XL/2)",
     )
     model.add_argument(
         "--ckpt", help="checkpoint file, index of shards or folder (default: the official one)"
@@ -133,7 +142,12 @@ def add_arguments(parser: argparse.ArgumentParser, with_vae: bool = False) -> No
     prompts.add_argument("--prompt", nargs="+", metavar="TEXT", help="one image per prompt")
     prompts.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line")
     text.add_argument(
-        "--text-encoder", metavar="FOLDER", help="folder or Hub id of their encoder (default: the model's T5)"
+        "--text-encoder",
+        metavar="FOLDER",
+        help="folder or Hub id of their encoder, or of a pipeline with it (default: the model's)",
+    )
+    text.add_argument(
+        "--num-frames", type=cli.positive_int, default=1, help="of a video, for Wan: 1, 5, 9, ... (default 1)"
     )
     if with_vae:
         model.add_argument(

@@ -39,6 +39,7 @@ def load_text_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     fetch: bool = True,
+    num_frames: int = 1,
 ) -> tuple[TextTransformer, VaeConfig | None]:
     """The backbone with the prompts `texts`, and the config of its VAE; None for no VAE.
 
@@ -68,8 +69,10 @@ def load_text_model(
             lambda: encode_by_pipeline(texts, text_encoder or pipeline, row, config, device=device)
         )
     vae_config = _vae_config(vae, pipeline, fetch, random_weights)
-    transformer.requires_grad_(False).to(device=device, dtype=dtype)
+    _cast(transformer.requires_grad_(False), dtype).to(device)
     options = {"factor": _factor(pipeline, vae_config), "scheduler": _scheduler(pipeline)}
+    if row.frames:
+        options["num_frames"] = num_frames
     cls = PixArt if kind == _PIXART else TextTransformer
     model = cls(transformer, prompts, image_size, **options)
     return _with_source(model, source, vae_config)
@@ -108,7 +111,7 @@ def load_class_model(
     """As `load_text_model`, for a `DiTTransformer2DModel` in a folder, which is given class labels."""
     transformer, source = _transformer(name, ckpt, random_weights, fetch)
     vae_config = _vae_config(vae, name, fetch, random_weights)
-    transformer.requires_grad_(False).to(device=device, dtype=dtype)
+    _cast(transformer.requires_grad_(False), dtype).to(device)
     model = DiffusersDiT(transformer, _factor(name, vae_config) or VAE_FACTOR)
     return _with_source(model, source, vae_config)
 
@@ -162,6 +165,15 @@ def _load_transformer(source: str, expected: str, fetch: bool) -> nn.Module:
             f"the transformer {source} cannot be had ({first_line(error)}); fetch it with `hf download`, or "
             "give a folder with --ckpt, or --random-weights"
         ) from None
+
+
+def _cast(transformer: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Bring it to a dtype as diffusers loads it: what its class names stays in float32."""
+    kept = set(getattr(transformer, "_keep_in_fp32_modules", None) or ())
+    for name, tensor in [*transformer.named_parameters(), *transformer.named_buffers()]:
+        if tensor.is_floating_point() and not kept & set(name.split(".")):
+            tensor.data = tensor.data.to(dtype)
+    return transformer
 
 
 def _class_name(config: Path) -> str | None:

@@ -32,8 +32,8 @@ class TextTransformer(HookedTransformer):
 
     transformer: frozen, in any dtype. prompts: what `labels` count. pixels: those of the images, (H, W) or a
     side; by default what the transformer was trained for. factor: pixels per latent and side. scheduler: the
-    config of the pipeline's scheduler, which says how sigmas are spaced; None: the row's. frames: those of a
-    video's latents. Under guidance a batch is [null prompt; prompt], each with its own mask. Raises
+    config of the pipeline's scheduler, which says how sigmas are spaced; None: the row's. num_frames: those
+    of a video. Under guidance a batch is [null prompt; prompt], each with its own mask. Raises
     ValueError for prompts and sizes that do not fit, and for a variant that takes more than a prompt.
     """
 
@@ -44,7 +44,7 @@ class TextTransformer(HookedTransformer):
         pixels: int | tuple[int, int] | None = None,
         factor: int | None = None,
         scheduler: Mapping[str, Any] | None = None,
-        frames: int = 1,
+        num_frames: int = 1,
     ):
         config, row = transformer.config, INPUTS[type(transformer).__name__]
         check_variant(transformer)
@@ -66,13 +66,16 @@ class TextTransformer(HookedTransformer):
         self.embeds_guidance = "guidance" in row.prompts.values() and bool(config.get("guidance_embeds"))
         size = (self.height // factor, self.width // factor)
         self.grid = tuple(one // self.side for one in size)
-        tokens = (frames if row.frames else 1) * math.prod(self.grid)
+        frames = _latent_frames(num_frames, row.frames)
+        tokens = (frames or 1) * math.prod(self.grid)
         self.branch_size = tokens * config.num_attention_heads * config.attention_head_dim
         self.scheduler = dict(row.scheduler if scheduler is None else scheduler)
         channels = config.in_channels // row.packing**2
-        shape = (channels, frames, *size) if row.frames else (channels, *size)
+        shape = (channels, frames, *size) if frames else (channels, *size)
+        self._positions: dict[tuple[int, torch.device], dict[str, Any]] = {}
         super().__init__(transformer, shape, factor, self.side)
-        self.conditions, self.predicts = prompts.key, row.predicts
+        self.predicts = row.predicts
+        self.conditions = prompts.key if num_frames == 1 else f"{prompts.key}, {num_frames} frames"
 
     # ---- conditions
 
@@ -99,13 +102,21 @@ class TextTransformer(HookedTransformer):
     def _arguments(self, x: Tensor, timestep: Tensor, condition: Condition) -> dict[str, Any]:
         row, config = self.row, self.transformer.config
         given = {argument: getattr(condition, part) for argument, part in row.prompts.items()}
-        positions = row.positions(self.grid, condition.states.shape[1])
         return {
             "hidden_states": self._packed(x),
             "timestep": row.timestep(timestep.expand(len(x)), config),
             **given,
-            **{name: one.to(x.device) if isinstance(one, Tensor) else one for name, one in positions.items()},
+            **self._positions_at(condition.states.shape[1], x.device),
         }
+
+    def _positions_at(self, text: int, device: torch.device) -> dict[str, Any]:
+        """The row's positions on a device, made once."""
+        if (text, device) not in self._positions:
+            made = self.row.positions(self.grid, text)
+            self._positions[text, device] = {
+                name: one.to(device) if isinstance(one, Tensor) else one for name, one in made.items()
+            }
+        return self._positions[text, device]
 
     # ---- tokens and latents
 
@@ -160,6 +171,18 @@ class TextTransformer(HookedTransformer):
             options["mu"] = _shift(math.prod(self.grid), scheduler.config)
         scheduler.set_timesteps(num_steps, **options)
         return scheduler.sigmas.tolist()
+
+
+def _latent_frames(num_frames: int, per_latent: int) -> int:
+    """Frames of the latents of a video; 0 for images. Raises ValueError for a number that does not fit."""
+    if not per_latent:
+        return 0
+    if (num_frames - 1) % per_latent:
+        raise ValueError(
+            f"--num-frames {num_frames}: the number must be one more than a multiple of {per_latent}; try "
+            f"{num_frames - (num_frames - 1) % per_latent}"
+        )
+    return 1 + (num_frames - 1) // per_latent
 
 
 def _shift(tokens: int, config: Mapping[str, Any]) -> float:

@@ -24,7 +24,7 @@ is from that of the same schedule through hooks (relative). The last line is JSO
 
 import argparse
 import importlib.metadata
-import logging
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -44,7 +44,7 @@ from common import cli, devices
 from common.columns import aligned
 from common.files import check_writable, to_json, write_json
 from common.timing import alternating, latency
-from diffusion import create_diffusion
+from diffusion import NUM_TIMESTEPS, create_diffusion
 from models import DiT
 from router import Schedule
 from sampling.loop import Trajectory, sample
@@ -146,7 +146,7 @@ class PixArtPeer(Peer):
         if "cache-dit" not in versions():
             print("cache-dit is not installed and left out: pip install cache-dit")
             return
-        logging.getLogger("CACHE_DIT").setLevel(logging.ERROR)
+        os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "error")  # read when it is imported
         compute = chosen["fora:2"].compute.clone()
         steps = compute[:, 0].flip(0).tolist()  # in the order of execution
         compute[:, : self.model.num_branches // self.args.blocks] = True  # its first block
@@ -183,6 +183,11 @@ class DiTPeer(Peer):
         from diffusers import DDIMScheduler  # slow to import
 
         super().__init__(args, device, dtype)
+        if NUM_TIMESTEPS % args.num_sampling_steps:  # else the library and we space the steps differently
+            raise ValueError(
+                f"--num-sampling-steps {args.num_sampling_steps} does not divide {NUM_TIMESTEPS}, which "
+                f"{args.model} needs here; give 10 or 20"
+            )
         side, n = DIT[args.model] // 8, args.batch_size
         transformer = random_dit(side, args.blocks)
         self.ours = DiT(input_size=side, depth=args.blocks).eval().requires_grad_(False)

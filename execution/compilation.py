@@ -19,8 +19,9 @@ def check_compiler(device: torch.device) -> None:
 
 
 def compile_branches(model: Backbone, device: torch.device) -> None:
-    """Compile the branches and the additions of their outputs: in a DiT three graphs, which all blocks share.
+    """Compile the branches and the additions of their outputs: a graph per kind, which all blocks share.
 
+    A DiT has three: two branches and the addition; a PixArt has three branches, and the library adds.
     Python code around them decides per step and branch, so another schedule compiles nothing anew.
     """
     check_compiler(device)
@@ -44,8 +45,8 @@ def _fused_norm(norm: nn.LayerNorm, x: Tensor, shift: Tensor, scale: Tensor) -> 
 class FusedMlp(nn.Module):
     """A block's MLP whose first product applies the GELU before it writes its result; for sampling on a GPU.
 
-    It takes the place of timm's `Mlp` and shares its layers. It has no gradient. On a GPU the operator's GELU
-    is the tanh approximation, as in DiT; on a CPU it is not.
+    It takes the place of `backbones.layers.Mlp` and shares its layers. It has no gradient. On a GPU the
+    operator's GELU is the tanh approximation, as in DiT; on a CPU it is not.
     """
 
     def __init__(self, mlp: nn.Module):
@@ -66,7 +67,7 @@ def recompute_branches(model: Backbone) -> None:
     model.wrap_branches(lambda branch: partial(_recomputed, branch))
 
 
-def _recomputed(branch: Callable[..., Tensor], *inputs) -> Tensor:
+def _recomputed(branch: Callable[..., Tensor], *inputs, **named) -> Tensor:
     if not torch.is_grad_enabled():
-        return branch(*inputs)
-    return checkpoint(branch, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return branch(*inputs, **named)
+    return checkpoint(branch, *inputs, use_reentrant=False, preserve_rng_state=False, **named)

@@ -3,10 +3,10 @@
 import importlib.util
 
 import torch
-from timm.layers import Mlp
 from torch import Tensor, nn
 
 from backbones.contract import Backbone
+from backbones.layers import Mlp
 
 QUANTIZATIONS = ("int8wo", "int8", "fp8")
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,15 +77,22 @@ class Trajectory:
 
 @torch.no_grad()
 def denoise_loop(
-    trajectory: Trajectory, labels: Tensor, noise: Tensor, cache=None, step_noise: Tensor | None = None
+    trajectory: Trajectory,
+    labels: Tensor,
+    noise: Tensor,
+    cache=None,
+    step_noise: Tensor | None = None,
+    condition: Any = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """Denoise step by step under a cache policy; yields (step, x after it), at last x_0.
 
     cache: any policy, which replaces the trajectory's schedule; None: every branch is computed. step_noise:
-    from `draw_step_noise`. The device never waits for the host here.
+    from `draw_step_noise`. condition: what the backbone makes of the labels, if that is done already. The
+    device never waits for the host here, unless the backbone makes a condition of labels on the host.
     """
     computed = None if cache is None else cache.computed
-    denoise = Denoiser(trajectory.backbone, trajectory.sampler, labels, trajectory.cfg_scale, computed)
+    setting = trajectory.backbone, trajectory.sampler, labels, trajectory.cfg_scale
+    denoise = Denoiser(*setting, computed, condition)
 
     def advance(state: State, step: int) -> State:
         return denoise.advance(state, step, cache, None if step_noise is None else step_noise[step])

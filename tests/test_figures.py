@@ -388,6 +388,34 @@ def test_router_training_on_two_cores(number, name):
     assert printed == expected
 
 
+def test_hooks_beside_their_peers():
+    """Every file that `benchmarks.peers` wrote has its table, in the order of the files' names."""
+    head = ["method", "share", "ms"]
+    printed = [rows[1:] for rows, _ in tables("docs/diffusers.md") if rows[0][:3] == head]
+    expected = []
+    for file in sorted(BENCHMARKS.glob("*peers*.json")):
+        found = json.loads(file.read_text())
+        expected.append([
+            [
+                row["method"], f"{row['share']:.3f}", in_ms(row), f"{row['speedup_latency']:.3f}x",
+                f"{row['speedup_macs']:.3f}x", f"{row['ratio']:.3f}",
+                "-" if row["difference"] is None else f"{row['difference']:.1e}",
+            ]
+            for row in found["rows"]
+        ])  # fmt: skip
+    assert printed == expected
+
+
+def test_measured_store():
+    """Every file of `benchmarks.cache_memory --measure`: the formula holds, and the page has its figures."""
+    page = " ".join((ROOT / "docs/diffusers.md").read_text().split())
+    for file in sorted(BENCHMARKS.glob("*cache-memory*.json")):
+        found = json.loads(file.read_text())
+        assert found["stored_bytes"] == found["stored_bytes_by_formula"]
+        stored, peak = (found[name] / 2**30 for name in ("stored_bytes", "peak_bytes"))
+        assert f"{stored:.2f} GiB stored, {peak:.1f} GiB at the peak" in page, file.name
+
+
 def test_router_training_on_an_h200():
     printed, _ = table("docs/execution.md", "T", "batch", "case", "seconds")
     expected = []

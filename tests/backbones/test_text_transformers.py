@@ -12,12 +12,15 @@ from commands import error_line, run
 from PIL import Image
 from tiny_pipeline import whole_pipeline
 
+import execution
 from backbones import hooks, prompts
+from backbones.denoiser import sampler_for
 from backbones.settings import ModelSettings
 from backbones.vae import read_vae_config
 from diffusion import create_diffusion
-from router import load_router
-from sampling.decoding import decode
+from objectives import train_trajectory
+from router import Router, load_router
+from sampling.decoding import decode, image_shape
 from sampling.loop import generate
 
 pytest.importorskip("transformers")
@@ -56,7 +59,9 @@ def noise_for(model, n: int = 2) -> torch.Tensor:
     return torch.randn(n, *model.sample_shape, generator=torch.Generator().manual_seed(1))
 
 
-def by_pipeline(kind: str, pipe, model, noise: torch.Tensor, scale: float) -> torch.Tensor:
+def by_pipeline(
+    kind: str, pipe, model, noise: torch.Tensor, scale: float, num_frames: int = 1
+) -> torch.Tensor:
     """The final latents of diffusers' pipeline with the embeddings of our prompts, in the shape of x."""
     states, mask = model.prompts.batch([0, 1, 2, 2])
     pooled = model.prompts.pooled_batch([0, 1, 2, 2])
@@ -79,7 +84,7 @@ def by_pipeline(kind: str, pipe, model, noise: torch.Tensor, scale: float) -> to
         request |= negative | {"prompt_embeds_mask": mask[:2], "negative_prompt_embeds_mask": mask[2:]}
         request |= {"true_cfg_scale": scale, "guidance_scale": None}
     elif kind == "wan":
-        request |= negative | {"num_frames": 1}
+        request |= negative | {"num_frames": num_frames}
     found = pipe(**request)
     found = found.frames if kind == "wan" else found.images
     return model._unpacked(found)
@@ -120,6 +125,57 @@ def test_a_model_that_embeds_guidance_has_one_half(tmp_path):
     model.close()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_bfloat16_x_stays_in_float32(folders, kind):
+    settings = ModelSettings(model=str(folders(kind)), prompt=TEXTS, image_size=SIDE)
+    model, _ = settings.load(dtype=torch.bfloat16)
+    assert model.dtype == torch.bfloat16
+    noise, scale = noise_for(model), 1.0 if kind == "flux" else 3.0
+    x_0 = generate(model, create_diffusion(str(T)), torch.arange(2), noise, scale, "flow-euler")
+    assert x_0.isfinite().all()
+    assert x_0.dtype == torch.float32
+    assert not torch.equal(x_0, x_0.bfloat16().float())
+    model.close()
+
+
+def test_videos_of_several_frames(folders, tmp_path):
+    """5 frames are 2 of latents: diffusers' numbers, and a picture with all frames in a row."""
+    model, vae = ModelSettings(model=str(folders("wan")), prompt=TEXTS, image_size=SIDE, num_frames=5).load()
+    assert model.sample_shape == (4, 2, 8, 8)
+    assert image_shape(model, vae) == (SIDE, 5 * SIDE, 3)
+    noise = noise_for(model)
+    found = generate(model, create_diffusion(str(T)), torch.arange(2), noise, 3.0, "flow-euler")
+    assert decode(found, vae.load()).shape == (2, SIDE, 5 * SIDE, 3)
+    assert decode(found).shape == (2, 8, 2 * 8, 3)
+    pipe = whole_pipeline("wan")
+    wanted = by_pipeline("wan", pipe, model, noise, 3.0, num_frames=5)
+    assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    model.close()
+    line = error_line(*sampling(folders("wan"), tmp_path, "--num-frames", 3))
+    assert "--num-frames 3: the number must be one more than a multiple of 4; try 1" in line
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_branches_recomputed_for_the_gradient_give_the_same_router(folders, kind):
+    """Activation checkpointing within the hooks, also of branches that return a pair."""
+    noise, logits = None, []
+    for recompute in (False, True):
+        model = load(folders(kind))
+        if recompute:
+            execution.recompute_branches(model)
+        noise, sampler = noise_for(model), sampler_for(model, "flow-euler", create_diffusion(str(T)))
+        router = Router(T, model.num_branches, torch.Generator().manual_seed(0))
+        optimizer = torch.optim.AdamW(router.parameters(), lr=0.1, weight_decay=0.0)
+        scale = 1.0 if kind == "flux" else 3.0
+        for _ in train_trajectory(
+            model, sampler, router, optimizer, noise, torch.arange(2), scale, 0.1, torch.ones(T), 1e-5
+        ):
+            pass
+        logits.append(router.logits)
+        model.close()
+    assert torch.equal(*logits)
+
+
 def test_guidance_without_a_null_prompt_is_refused(folders):
     arguments = ["sample.py", "--model", folders("flux"), "--prompt", "red", "--image-size", SIDE]
     line = error_line(*arguments, "--sampler", "flow-euler", "--cfg-scale", 3.5)
@@ -135,7 +191,9 @@ def sampling(folder: Path, output: Path, *more) -> list:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [*KINDS[:2], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[2:])]
+)
 def test_training_and_sampling_with_its_router(folders, tmp_path, monkeypatch, kind):
     """HarmoniCa by the commands; the router's schedule computes as many branches as it says."""
     scale = 1.0 if kind == "flux" else 3.0

@@ -22,6 +22,8 @@ from router import load_router
 from sampling.decoding import decode, image_shape, load_vae
 from training.data import to_model_space
 
+pytestmark = pytest.mark.usefixtures("small_dit")
+
 BIAS = "decoder.conv_in.bias"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SAMPLE = [
@@ -57,7 +59,7 @@ def test_factor_decides_sizes(tmp_path, blocks, factor):
     config = read_vae_config(str(tmp_path))
     assert (config.factor, config.latent_channels, config.image_channels) == (factor, 4, 3)
     assert config.encodes
-    model = build_model("DiT-S/2", 128, vae=config)
+    model = build_model("DiT-S/8", 128, vae=config)
     assert model.input_size == 128 // factor
     assert image_shape(model, config) == (128, 128, 3)
     assert decode(torch.randn(1, 4, 4, 4), config.load()).shape == (1, 4 * factor, 4 * factor, 3)

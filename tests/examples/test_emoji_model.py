@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from commands import error_line, run
+from commands import ROOT, error_line, run
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -92,6 +92,7 @@ def test_absent_weights_name_the_remedy(tmp_path, monkeypatch):
     for command in (
         ["sample.py", "--prompt", "x"],
         ["sample_ddp.py", "--prompt", "x", "--output", tmp_path / "x.npz"],
+        ["benchmark.py", "--prompt", "x"],
         ["train_router.py", "--prompt", "x", "--results-dir", tmp_path / "r", "--device", "cpu"],
     ):
         line = error_line(command[0], "--model", NAME, *command[1:])
@@ -103,7 +104,7 @@ def test_absent_weights_name_the_remedy(tmp_path, monkeypatch):
 
 def test_download_says_that_there_is_nothing_to_do(installed):
     assert f"nothing to download, it comes with the repository: {installed}" in run("download.py", NAME)
-    assert "DiT-digits/2 present" in run("download.py", "--list")
+    assert f"DiT-digits/2      present  {ROOT}" in run("download.py", "--list")
 
 
 def test_shipped_prompts_are_all_encoded():

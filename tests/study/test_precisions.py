@@ -8,6 +8,7 @@ import pytest
 from commands import error_line, run
 
 
+@pytest.mark.slow
 def test_caching_and_precision_in_one_table(tmp_path):
     few = ["--samples", 4, "--batch-size", 4, "--repeats", 1, "--path", "digits-T10-1.96x"]
     text = run("study.precisions", *few, "--output", tmp_path / "x.json")
