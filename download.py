@@ -90,7 +90,7 @@ def show_all(folder: Path | None) -> None:
             here = f"{'present' if found else 'absent':8} {part.name:12}"
             print(f"{name:17} {here} {found or ''}  <-  {part.repository}{size_of(part)}")
     for name, (path, is_there, _) in shipped().items():
-        print(f"{name:17} {'present' if is_there else 'absent':8} {path}  <-  this repository")
+        print(f"{name:17} {'shipped' if is_there else 'absent':8} {path}  <-  this repository")
     print("Sizes of PixArt's parts are computed: parameters of the known config times 4 bytes (float32).")
 
 

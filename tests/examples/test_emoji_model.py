@@ -104,7 +104,7 @@ def test_absent_weights_name_the_remedy(tmp_path, monkeypatch):
 
 def test_download_says_that_there_is_nothing_to_do(installed):
     assert f"nothing to download, it comes with the repository: {installed}" in run("download.py", NAME)
-    assert f"DiT-digits/2      present  {ROOT}" in run("download.py", "--list")
+    assert f"DiT-digits/2      shipped  {ROOT}" in run("download.py", "--list")
 
 
 def test_shipped_prompts_are_all_encoded():
