@@ -6,7 +6,7 @@ router = torch.hub.load("OWNER/REPO", "router", "USER/ROUTER")
 torch.hub.load("OWNER/REPO", "apply_schedule", pipe, "USER/ROUTER")
 """
 
-dependencies = ["torch", "numpy", "safetensors", "tqdm", "PIL"]
+dependencies = ["torch", "numpy", "timm", "safetensors", "tqdm", "PIL"]
 
 
 def dit(name: str = "DiT-XL/2", **options):

@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.contract import Cache
-from backbones.layers import Attention, Mlp, PatchEmbed
 from common import registry
 
 
@@ -101,12 +100,15 @@ class DiTBlock(nn.Module):
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, index: int):
         super().__init__()
+        from timm.layers import Mlp  # slow to import
+        from timm.models.vision_transformer import Attention
+
         self.branch_indices = self.attn_branch, self.mlp_branch = 2 * index, 2 * index + 1
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(hidden_size, num_heads)
+        self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         gelu = partial(nn.GELU, approximate="tanh")
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), gelu)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=gelu, drop=0)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
         self.modulated, self.add_gated = modulated, add_gated  # `DiT.use_kernels` replaces them
 
@@ -181,6 +183,8 @@ class DiT(nn.Module):
         learn_sigma: bool = True,
     ):
         super().__init__()
+        from timm.layers import PatchEmbed  # slow to import
+
         if input_size % patch_size:
             raise ValueError(
                 f"input_size {input_size} is not a multiple of patch_size {patch_size}; choose one that is"
@@ -196,7 +200,7 @@ class DiT(nn.Module):
         self.embeds_guidance = False
         self.vae_factor, self.source = 8 if in_channels > 3 else 1, ""
 
-        self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
+        self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size, bias=True)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         grid_size = input_size // patch_size

@@ -136,8 +136,7 @@ def _read_config(spec: str, folder: Path) -> VaeConfig:
     for needed in ("dim_mult", "z_dim") if is_video else ("block_out_channels", "latent_channels"):
         if not any(name.endswith(needed) for name in values):
             raise ValueError(
-                f"--vae {spec} is of class {class_name}; those of diffusers that decode have {needed} in "
-                f"their config, {path} lacks it; add it"
+                f"--vae {spec}: {path} lacks {needed}, which diffusers' {class_name} has; add it"
             )
     _scaling(values, path)
     return VaeConfig(spec, folder, values, class_name, **_probe(class_name, values, spec))

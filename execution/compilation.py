@@ -45,8 +45,8 @@ def _fused_norm(norm: nn.LayerNorm, x: Tensor, shift: Tensor, scale: Tensor) -> 
 class FusedMlp(nn.Module):
     """A block's MLP whose first product applies the GELU before it writes its result; for sampling on a GPU.
 
-    It takes the place of `backbones.layers.Mlp` and shares its layers. It has no gradient. On a GPU the
-    operator's GELU is the tanh approximation, as in DiT; on a CPU it is not.
+    It takes the place of timm's `Mlp` and shares its layers. It has no gradient. On a GPU the operator's GELU
+    is the tanh approximation, as in DiT; on a CPU it is not.
     """
 
     def __init__(self, mlp: nn.Module):

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
+from timm.layers import Mlp
 from torch import nn
 
-from backbones.layers import Mlp
 from execution import quantization
 from execution.quantization import use_fp8
 
@@ -47,7 +47,7 @@ def test_another_activation_stays_where_it_is():
     """The kernel has the tanh form alone."""
     x = torch.randn(2, 3, 8)
     for activation in (nn.GELU, nn.SiLU):
-        branch = nn.ModuleDict({"ff": Mlp(8, 16, activation)}).eval()
+        branch = nn.ModuleDict({"ff": Mlp(8, 16, act_layer=activation)}).eval()
         expected = branch["ff"](x)
         use_fp8(branch)
         assert isinstance(branch["ff"].act, activation)
