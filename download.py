@@ -26,7 +26,7 @@ from backbones.downloads import (
     hub_parts,
 )
 from backbones.pixart_models import PIXART
-from common import cli
+from common import cli, registry
 
 NAMES = (*DOWNLOADS, *PIXART)
 
@@ -41,10 +41,26 @@ def parse_args() -> argparse.Namespace:
         "--folder", type=Path, help=f"default {FOLDER.name}/, and the Hub's cache for a PixArt"
     )
     args = parser.parse_args()
-    unknown = [name for name in args.names if name not in {*DOWNLOADS, *PIXART}]
+    known = (*NAMES, *shipped())
+    unknown = [name for name in args.names if name not in known]
     if unknown:
-        parser.error(f"{unknown[0]!r} is unknown; choose of {', '.join(NAMES)}")
+        parser.error(f"{unknown[0]!r} is unknown; choose of {', '.join(known)}")
     return args
+
+
+def shipped() -> dict[str, tuple[Path, bool, str]]:
+    """The examples' models: where their weights lie, whether they are there, and what to do if not."""
+    found = {name: (one.weights, one.weights.is_file(), "") for name, one in registry.presets().items()}
+    texts = registry.text_models().items()
+    return found | {name: (one.folder, one.is_there, one.remedy) for name, one in texts}
+
+
+def show_shipped(name: str) -> None:
+    """Say where an example's weights lie. Raises FileNotFoundError where they do not."""
+    path, is_there, remedy = shipped()[name]
+    if not is_there:
+        raise FileNotFoundError(f"{path} does not exist; {remedy or 'check the repository out again'}")
+    print(f"{name}: nothing to download, it comes with the repository: {path}")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -54,6 +70,8 @@ def main(args: argparse.Namespace) -> None:
     for name in args.names or ["dit-256", "vae-ema"]:
         if name in PIXART:
             fetch_pixart(name, args.folder)
+        elif name in shipped():
+            show_shipped(name)
         else:
             print(f"{name}: {fetch(name, args.folder or FOLDER, replace=True)}")
 
@@ -71,6 +89,8 @@ def show_all(folder: Path | None) -> None:
             found = find_part(part, folder and folder / name)
             here = f"{'present' if found else 'absent':8} {part.name:12}"
             print(f"{name:17} {here} {found or ''}  <-  {part.repository}{size_of(part)}")
+    for name, (path, is_there, _) in shipped().items():
+        print(f"{name:17} {'shipped' if is_there else 'absent':8} {path}  <-  this repository")
     print("Sizes of PixArt's parts are computed: parameters of the known config times 4 bytes (float32).")
 
 

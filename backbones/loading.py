@@ -146,7 +146,7 @@ def is_latent(model: DiT | str) -> bool:
                 f"{', '.join(FAMILIES)}"
             )
         if model not in DiT_models:
-            names = ", ".join([*DiT_models, *PIXART])
+            names = ", ".join([*DiT_models, *PIXART, *registry.text_models()])
             raise ValueError(f"--model {model} is unknown; choose one of {names}, or a folder of diffusers")
         preset = registry.presets().get(model)
         return preset is None or not preset.in_pixels
@@ -155,7 +155,7 @@ def is_latent(model: DiT | str) -> bool:
 
 def is_text_model(name: str) -> bool:
     """Whether a value of `--model` takes prompts; folders are looked into."""
-    return name in PIXART or class_in(Path(name)) in INPUTS
+    return name in PIXART or name in registry.text_models() or class_in(Path(name)) in INPUTS
 
 
 def is_video_model(name: str) -> bool:
@@ -166,7 +166,7 @@ def is_video_model(name: str) -> bool:
 
 def is_diffusers_model(name: str) -> bool:
     """Whether a value of `--model` is a transformer of diffusers, by name or in a folder."""
-    return name in PIXART or class_in(Path(name)) in FAMILIES
+    return is_text_model(name) or class_in(Path(name)) in FAMILIES
 
 
 def transformer_folder(folder: Path) -> Path | None:

@@ -19,6 +19,7 @@ import gc
 import hashlib
 import inspect
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +112,15 @@ def encode_prompts(
     def load() -> Encode:
         return _one_encoder(encoder, num_tokens, torch.device(device), dtype)
 
-    return _stored(place, rows, load, {"encoder": str(encoder), "num_tokens": num_tokens}, batch_size)
+    info = {"encoder": str(encoder), "num_tokens": num_tokens}
+    found = _stored(place, rows, load, info, batch_size)
+    for text, length in zip(texts, found.lengths, strict=False):
+        if length >= num_tokens:
+            warnings.warn(
+                f"the prompt {text[:40]!r} fills all {num_tokens} tokens of the model; what is beyond is not "
+                "read"
+            )
+    return found
 
 
 def encode_by_pipeline(

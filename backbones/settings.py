@@ -114,9 +114,9 @@ def add_arguments(parser: argparse.ArgumentParser, with_vae: bool = False) -> No
     model.add_argument(
         "--model",
         default="DiT-XL/2",
-        help=f"DiT-XL/2 and its family, {', '.join(registry.presets())}, a PixArt such as "
-        "PixArt-Sigma-512, or a folder of diffusers with PixArt, SD3, Flux, Sana, Qwen-Image, Wan or DiT "
-        "(default DiT-XL/2)",
+        help=f"DiT-XL/2 and its family, {', '.join([*registry.presets(), *registry.text_models()])}, a "
+        "PixArt such as PixArt-Sigma-512, or a folder of diffusers with PixArt, SD3, Flux, Sana, Qwen-Image, "
+        "Wan or DiT (default DiT-XL/2)",
     )
     model.add_argument(
         "--ckpt", help="checkpoint file, index of shards or folder (default: the official one)"

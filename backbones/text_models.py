@@ -1,8 +1,8 @@
 """Models of diffusers by name or folder: transformer, prompts and VAE, ready for every command.
 
-`--model` is a name of `pixart_models.PIXART`, or a folder of diffusers: a pipeline's, with its transformer,
-VAE, text encoders and scheduler, or a transformer's alone. For the known names, what is not there is looked
-for on the Hub.
+`--model` is a name of `pixart_models.PIXART`, an example's, or a folder of diffusers: a pipeline's, with its
+transformer, VAE, text encoders and scheduler, or a transformer's alone. For the names of `PIXART`, what is
+not there is looked for on the Hub.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from backbones.captions import with_captions
 from backbones.diffusers_dit import DiffusersDiT
 from backbones.families import FAMILIES
 from backbones.inputs import INPUTS
@@ -20,7 +21,7 @@ from backbones.pixart_models import PIXART, VAE_FACTOR
 from backbones.prompts import Prompts, encode_by_pipeline, encode_prompts
 from backbones.text_transformer import TextTransformer
 from backbones.vae import VaeConfig, read_vae_config
-from common import distributed
+from common import distributed, registry
 from common.files import first_line
 from common.weights import read_config
 
@@ -46,7 +47,9 @@ def load_text_model(
     that of the model's pipeline. Several processes meet here: one of them encodes. Raises OSError or
     ValueError, in one line, for what cannot be had and for what does not fit.
     """
-    known = PIXART.get(name)
+    known, own = PIXART.get(name), registry.text_models().get(name)
+    if own is not None:
+        name = _folder_of(name, own)
     pipeline = known.parts if known else name
     transformer, source = _transformer(name, ckpt, random_weights, fetch)
     config, kind = transformer.config, type(transformer).__name__
@@ -55,6 +58,8 @@ def load_text_model(
         pooled = row.pooled and config[row.pooled]
         num_tokens = known.num_tokens if known else row.num_tokens
         prompts = random_prompts(len(texts), num_tokens, config[row.states], pooled=pooled)
+    elif own is not None:
+        prompts = _with_captions(texts, own, text_encoder, device)
     elif row.pipeline is None:
         prompts = _encode(
             texts, text_encoder or pipeline, known.num_tokens if known else row.num_tokens, device
@@ -71,6 +76,27 @@ def load_text_model(
     cls = PixArt if kind == _PIXART else TextTransformer
     model = cls(transformer, prompts, image_size, **options)
     return _with_source(model, source, vae_config)
+
+
+def _folder_of(name: str, model: registry.TextModel) -> str:
+    """The folder of an example's model. Raises FileNotFoundError, with the remedy, where it is not there."""
+    if not model.is_there:
+        raise FileNotFoundError(f"the weights of {name} are not in {model.folder}; {model.remedy}")
+    return str(model.folder)
+
+
+def _with_captions(
+    texts: Sequence[str], model: registry.TextModel, encoder: str | None, device: torch.device | str
+) -> Prompts:
+    """The prompts of an example's model: its own captions without an encoder, others by the one it names."""
+
+    def encode(missing: list[str]) -> Prompts:
+        try:
+            return _encode(missing, encoder or model.find_encoder(), model.num_tokens, device)
+        except OSError as error:
+            raise OSError(f"{first_line(error)}; {model.encoder_remedy}") from None
+
+    return with_captions(texts, model.captions, model.num_tokens, encode)
 
 
 def load_class_model(

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from backbones.loading import load_model
+from backbones.contract import Backbone
 from examples.digits import MODEL
-from models import DiT
 from schedules.baselines import random_schedule
+from study.subjects import DIGITS, ROOT, Subject, parts
 from study.tables import (
     FORECAST,
     FORECAST_EVEN_BATCHES,
@@ -28,17 +28,18 @@ from study.tables import (
     FRESH_SAMPLES,
     FULL_LENGTH,
     MAIN_SPEED,
+    SAMPLERS_GROUP,
     SECOND_SAMPLES,
 )
 
-ROOT = Path(__file__).parents[1]
-EVIDENCE = ROOT / "study" / "results" / "digits"  # the committed study
-RESULTS, QUICK_RESULTS = (ROOT / "results" / name for name in ("digits", "digits-quick"))
+EVIDENCE = DIGITS.evidence  # the committed study
+RESULTS, QUICK_RESULTS = DIGITS.results(), DIGITS.results(quick=True)
 ROUTERS = "routers.safetensors"  # all routers of a study, by name
 
 # ---- how much --------------------------------------------------------------------------------------
 
 RECIPE_STEPS = README_STEPS = 10  # both at MAIN_SPEED; the README's rows have more samples
+SAMPLERS_STEPS, COMPARED_SAMPLERS = 20, ("ddim", "dpm-solver++", "sa-solver", "ddpm")
 # Seeds of other samples than those on which settings were chosen; SECOND_SAMPLES were looked at once before.
 SAMPLE_SEEDS = {FRESH_SAMPLES: 20261129, SECOND_SAMPLES: 20261127}
 SAMPLES_FACTOR = {20: 3}  # samples flip most at T = 20: rows of SAMPLE_SEEDS have three times as many there
@@ -118,6 +119,14 @@ class Scale:
     ablations: bool
     end_to_end: Mapping[int, EndToEndScale]
     longer: Mapping[tuple, int] = field(default_factory=dict)
+
+    def samples_of(self, row: "Row") -> int:
+        """How many samples a row is measured on."""
+        chain = (row.num_steps, row.sampler, row.cfg_scale)
+        at_main_speed = row.method == "uncached" or (row.speed == MAIN_SPEED and row.group is None)
+        if at_main_speed and chain == (README_STEPS, "ddim", 1):
+            return self.samples_in_readme
+        return self.samples * (SAMPLES_FACTOR.get(row.num_steps, 1) if row.group in SAMPLE_SEEDS else 1)
 
     def updates_of(self, name: str, num_steps: int, speed: float) -> int:
         for key in ((name, num_steps, speed), (name, num_steps)):
@@ -206,6 +215,7 @@ def step_by_step(
     speed: float | None = None,
     cur: float | None = None,
     cfg_scale: float = 1.0,
+    sampler: str = "ddim",
 ) -> Training:
     """A training of HarmoniCa or Learning-to-Cache, asked for a speed or for a CUR."""
     kind, value = ("cur", cur) if speed is None else ("speedup", speed)
@@ -227,8 +237,15 @@ def step_by_step(
     else:  # refreshing lambda costs T trajectories: every T / 2 of them, or every ten where T is small
         settings |= {"cfg_scale": cfg_scale, "l1": 1e-6, "lambda_c": num_steps * max(10, num_steps // 2)}
     settings |= {"log_every": 5 * num_steps, "ckpt_every": 500} | STEP_BY_STEP.get(name, {})
-    suffix = f"-cfg{cfg_scale:g}" if cfg_scale != 1 else ""
-    return Training(f"{name}-T{num_steps}-{kind}{value:g}-s{seed}{suffix}", settings)
+    settings |= {"sampler": sampler} if sampler != "ddim" else {}
+    chain = chain_suffix(cfg_scale, sampler)
+    return Training(f"{name}-T{num_steps}-{kind}{value:g}-s{seed}{chain}", settings)
+
+
+def chain_suffix(cfg_scale: float, sampler: str) -> str:
+    """Guidance and sampler as the end of an id; nothing for DDIM without guidance."""
+    guidance = "" if cfg_scale == 1 else f"-cfg{cfg_scale:g}"
+    return guidance + ("" if sampler == "ddim" else f"-{sampler}")
 
 
 def l2c_first_weight(name: str, num_steps: int, speed: float) -> float:
@@ -243,7 +260,14 @@ def l2c_first_weight(name: str, num_steps: int, speed: float) -> float:
     return 1e-4 if num_steps < 50 else 5e-6
 
 
-def end_to_end(scale: Scale, num_steps: int, speed: Speed, seed: int = 0, name: str = FORECAST) -> Training:
+def end_to_end(
+    scale: Scale,
+    num_steps: int,
+    speed: Speed,
+    seed: int = 0,
+    name: str = FORECAST,
+    sampler: str = "ddim",
+) -> Training:
     """A training on the error of the final image."""
     size = scale.end_to_end[num_steps]
     init = end_to_end(scale, 50, SPEEDS[50][2]) if name.endswith("from-50-steps") else None
@@ -259,7 +283,10 @@ def end_to_end(scale: Scale, num_steps: int, speed: Speed, seed: int = 0, name: 
         "keep_activations": True,
     }
     settings |= size.forecast if name == FORECAST else END_TO_END[name]
-    return Training(f"{name}-T{num_steps}-speedup{speed.name}-s{seed}", settings, init)
+    settings |= {"sampler": sampler} if sampler != "ddim" else {}
+    return Training(
+        f"{name}-T{num_steps}-speedup{speed.name}-s{seed}{chain_suffix(1, sampler)}", settings, init
+    )
 
 
 # ---- rows ------------------------------------------------------------------------------------------
@@ -270,7 +297,7 @@ class Row:
     """A measurement. settings: the method, as flags of study.measure; the rest goes into the row as it is.
 
     speed: what was asked for. group: the section that a row belongs to, None for the comparison. variant:
-    what is different within a group.
+    what is different within a group. example: a key of `SUBJECTS`.
     """
 
     method: str
@@ -283,51 +310,43 @@ class Row:
     variant: str | float | None = None
     cfg_scale: float = 1.0
     sampler: str = "ddim"
+    example: str = DIGITS.name
 
     @property
     def id(self) -> str:
         parts = (self.method, f"T{self.num_steps}", self.speed, self.train_seed, self.group, self.variant)
-        return "-".join(str(part) for part in parts if part is not None) + self._chain
-
-    @property
-    def _chain(self) -> str:
-        """Guidance and sampler as the end of an id."""
-        return ("" if self.cfg_scale == 1 else f"-cfg{self.cfg_scale:g}") + (
-            "-ddpm" if self.sampler == "ddpm" else ""
-        )
+        name = "-".join(str(part) for part in parts if part is not None)
+        return name + chain_suffix(self.cfg_scale, self.sampler)
 
     @property
     def uncached(self) -> "Row | None":
         """The row that this one is compared with."""
         if self.method == "uncached":
             return None
-        return Row("uncached", self.num_steps, cfg_scale=self.cfg_scale, sampler=self.sampler)
+        chain = {name: getattr(self, name) for name in ("cfg_scale", "sampler", "example")}
+        return Row("uncached", self.num_steps, **chain)
 
     @property
     def facts(self) -> dict:
         """What a record of this row says beside its figures."""
         router = f"{ROUTERS}:{self.training.id}" if self.training else None
         asked = {name: getattr(self, name) for name in ("speed", "train_seed", "group", "variant")}
+        asked["example"] = None if self.example == DIGITS.name else self.example
         return {"method": self.method, "router": router} | {k: v for k, v in asked.items() if v is not None}
 
     def samples(self, scale: Scale) -> int:
-        in_readme = (self.method == "uncached" or (self.speed == MAIN_SPEED and self.group is None)) and (
-            self.num_steps,
-            self.sampler,
-            self.cfg_scale,
-        ) == (README_STEPS, "ddim", 1)
-        if in_readme:
-            return scale.samples_in_readme
-        return scale.samples * (SAMPLES_FACTOR.get(self.num_steps, 1) if self.group in SAMPLE_SEEDS else 1)
+        return scale.samples_of(self)
 
     def measured_with(self, scale: Scale, routers: Path) -> dict[str, object]:
         """All flags of study.measure; routers: the file that its router is in."""
-        settings = {
+        settings = {} if self.example == DIGITS.name else {"example": self.example}
+        settings |= {
             "num_sampling_steps": self.num_steps,
             "cfg_scale": self.cfg_scale,
             "samples": self.samples(scale),
             "p_sample": self.sampler == "ddpm",
         }
+        settings |= {"sampler": self.sampler} if self.sampler not in ("ddim", "ddpm") else {}
         settings |= self.settings
         settings |= {"seed": SAMPLE_SEEDS[self.group]} if self.group in SAMPLE_SEEDS else {}
         return settings | ({"path": f"{routers}:{self.training.id}"} if self.training else {})
@@ -358,10 +377,11 @@ def fewer_steps(num_steps: int, speed: Speed, **facts) -> Iterator[Row]:
         yield Row("fewer-steps", num_steps, settings, speed=speed.name, **facts)
 
 
-def random(num_steps: int, speed: Speed, seed: int) -> Row:
-    cur = random_cur(num_steps, speed.target, seed)
+def random(num_steps: int, speed: Speed, seed: int, subject: Subject = DIGITS, **facts) -> Row:
+    cur = random_cur(num_steps, speed.target, seed, subject)
     settings = {"accelerate_method": "random", "cur": f"{cur:.4f}", "schedule_seed": seed}
-    return Row("random", num_steps, settings, speed=speed.name, train_seed=seed)
+    facts |= {"speed": speed.name, "train_seed": seed, "example": subject.name}
+    return Row("random", num_steps, settings, **facts)
 
 
 def routed(
@@ -526,6 +546,26 @@ def settings(scale: Scale) -> Iterator[Row]:
     yield next(untrained(num_steps, speed, group="transfer", sampler="ddpm"))  # FORA
 
 
+def samplers(scale: Scale) -> Iterator[Row]:
+    """Routers trained under one sampler and used under another, at T = 20 and the main speed.
+
+    Each router is used as it was trained and with its weights of reuse solved for the sampler of use. FORA's
+    schedule, which knows no sampler, stands beside them.
+    """
+    num_steps, speed = SAMPLERS_STEPS, speed_of(SAMPLERS_STEPS, MAIN_SPEED)
+    fora = {"interval": speed.interval}
+    for used in COMPARED_SAMPLERS:
+        facts = {"speed": speed.name, "group": SAMPLERS_GROUP, "sampler": used}
+        for method in ("fora", "calibrated-fora"):
+            yield Row(method, num_steps, {"accelerate_method": method} | fora, **facts)
+    for trained_with in COMPARED_SAMPLERS:
+        router = step_by_step(scale, "harmonica", num_steps, 0, speed.target, sampler=trained_with)
+        for used in COMPARED_SAMPLERS:
+            facts = {"group": SAMPLERS_GROUP, "variant": f"trained-with-{trained_with}", "sampler": used}
+            for reuse in ("", "calibrated-"):
+                yield routed(router, f"{reuse}harmonica", num_steps, speed, 0, reuse, **facts)
+
+
 def objective(scale: Scale) -> Iterator[Row]:
     """What training step by step minimises, of routers that it trained and of schedules that it did not."""
     num_steps, speed = RECIPE_STEPS, recipe_speed()
@@ -572,6 +612,7 @@ def rows(scale: Scale) -> Iterator[Row]:
         ):
             yield from other_samples(scale, num_steps, group)
         yield from forecast_recipe_at_20_steps(scale)
+        yield from samplers(scale)
 
 
 # ---- tasks -----------------------------------------------------------------------------------------
@@ -637,18 +678,22 @@ def tasks(rows: Iterator[Row], folder: Path, scale: Scale) -> list[Task]:
     return list(found.values())
 
 
+def speed_of(num_steps: int, name: str) -> Speed:
+    return next(speed for speed in SPEEDS[num_steps] if speed.name == name)
+
+
 def recipe_speed() -> Speed:
     """The speed of the ablations."""
-    return next(speed for speed in SPEEDS[RECIPE_STEPS] if speed.name == MAIN_SPEED)
+    return speed_of(RECIPE_STEPS, MAIN_SPEED)
 
 
 RANDOM_CURS = np.arange(0.005, 0.9, 0.0025)  # among which `random_cur` looks
 
 
 @cache
-def random_cur(num_steps: int, speedup: float, seed: int) -> float:
+def random_cur(num_steps: int, speedup: float, seed: int, subject: Subject = DIGITS) -> float:
     """The CUR at which a random schedule of this seed comes closest to a speed-up by MACs."""
-    model = digits_model()
+    model = parts(subject)[0]
 
     def speedup_at(cur: float) -> float:
         return random_schedule(num_steps, model.num_branches, cur, seed).speedup_macs(model)
@@ -659,6 +704,5 @@ def random_cur(num_steps: int, speedup: float, seed: int) -> float:
     return float(curs[bisect.bisect_left(curs, speedup_at(nearest), key=speedup_at)])  # the least of equals
 
 
-@cache
-def digits_model() -> DiT:
-    return load_model(MODEL)
+def digits_model() -> Backbone:
+    return parts(DIGITS)[0]
