@@ -258,7 +258,7 @@ class _Any:
 ANY = _Any()  # exit status: a flag that ends the command has an effect
 
 
-QUICK = ("harmonica", "harmonica without a proxy")
+QUICK = ("harmonica",)
 
 
 @pytest.mark.parametrize(

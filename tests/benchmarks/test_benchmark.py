@@ -85,6 +85,7 @@ def pipeline(tmp_path_factory):
     return save_pipeline(tmp_path_factory.mktemp("pipeline"))
 
 
+@pytest.mark.slow
 def test_prompts(pipeline, tmp_path, monkeypatch):
     """A folder with its weights, under a solver with a memory that adds noise."""
     monkeypatch.setattr(prompts, "FOLDER", tmp_path / "prompts")

@@ -324,6 +324,7 @@ def test_interrupted_vae_training_ends_in_the_same_weights(emoji, tmp_path, monk
 PIXART = ["--width", 24, "--heads", 2, "--depth", 2, "--batch-size", 4, "--samples", 16, "--device", "cpu"]
 
 
+@pytest.mark.slow
 def test_interrupted_pixart_training_ends_in_the_same_weights(trained, monkeypatch):
     pytest.importorskip("transformers", reason="pip install transformers: the captions' encoder")
     paths = ["--data", trained / "encoded.safetensors", "--vae", trained / "vae"]

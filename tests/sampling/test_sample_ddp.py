@@ -307,6 +307,7 @@ def facts_of(path) -> dict:
     return json.loads(path.with_name(f"{path.name}.settings.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [CALIBRATED, ["--p-sample"], ["--accelerate-method", "none"]])
 def test_threads_change_no_bit(tmp_path, monkeypatch, arguments):
     """Ten rows, the embeddings of ten steps, are a product that two threads round otherwise."""
