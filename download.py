@@ -28,20 +28,18 @@ from backbones.downloads import (
 from backbones.pixart_models import PIXART
 from common import cli, registry
 
-NAMES = (*DOWNLOADS, *PIXART)
-
 
 def parse_args() -> argparse.Namespace:
+    known = (*DOWNLOADS, *PIXART, *shipped())
     parser = argparse.ArgumentParser(description="Fetch the official checkpoints.")
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; default: dit-256 vae-ema"
+        "names", nargs="*", metavar="NAME", help=f"of {', '.join(known)}; default: dit-256 vae-ema"
     )
     parser.add_argument("--list", action="store_true", help="show what there is, and what is present")
     parser.add_argument(
         "--folder", type=Path, help=f"default {FOLDER.name}/, and the Hub's cache for a PixArt"
     )
     args = parser.parse_args()
-    known = (*NAMES, *shipped())
     unknown = [name for name in args.names if name not in known]
     if unknown:
         parser.error(f"{unknown[0]!r} is unknown; choose of {', '.join(known)}")
