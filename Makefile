@@ -22,7 +22,7 @@ study: $(VENV)/installed ## compare all methods on the digits: hours; QUICK=--qu
 test: $(VENV)/installed-dev ## lint and all tests
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not timed"
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal -m "not timed"
 	$(VENV)/bin/python -m pytest -m timed
 
 clean: ## remove the virtual environment

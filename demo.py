@@ -1,10 +1,11 @@
-"""Train a router for the digits DiT, sample with and without it from the same noise, show cost and savings.
+"""Train a router for the digits DiT, sample with and without it, show cost and savings; then draw emoji.
 
     make demo            # or, with the requirements installed: python demo.py
 
 It leaves in results/demo: comparison.png (uncached above cached), schedule.png (the learned schedule),
-demo.json (the table) and the folder of the training. A training that is there already is not repeated, and
-one that was interrupted goes on.
+demo.json (the table), emoji.png (prompts drawn by the emoji's text-to-image model, uncached above cached) and
+the folder of the training. A training that is there already is not repeated, and one that was interrupted
+goes on.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -20,19 +22,25 @@ import torch
 from torch import Tensor
 
 from backbones.loading import load_model
-from common import cli, devices, lifeline
+from backbones.settings import ModelSettings
+from common import cli, devices, lifeline, registry
 from common.columns import aligned
 from common.files import replacing, write_json
 from common.pictures import comparison, schedule_heat_map
 from common.timing import alternating
 from diffusion import create_diffusion
+from examples import emoji
 from examples.digits import MODEL
 from examples.digits.classifier import Judge
 from models import DiT
 from router import Router, Schedule, load_router
 from sampling.decoding import decode
 from sampling.loop import Trajectory, generate_seeded
+from sampling.settings import SamplingSettings
 from schedules.baselines import full_schedule
+from schedules.methods import load_method
+from schedules.methods import uncached as uncached_method
+from schedules.settings import MethodSettings
 from study.measure import fidelity
 from training.checkpoints import runs
 
@@ -45,6 +53,8 @@ TRAINING = {
     "--ste-threshold": THRESHOLD, "--l1": 2e-7, "--lambda-c": 100, "--lr": 0.1, "--global-batch-size": 32,
     "--log-every": 50, "--ckpt-every": 200, "--resume": "auto",
 }  # fmt: skip
+EMOJI_ROUTER = "emoji-T20-2x"
+EMOJI = SamplingSettings("20", sampler="dpm-solver++", cfg_scale=4.5, seed=1)
 
 
 def parse_args() -> argparse.Namespace:
@@ -117,8 +127,8 @@ def announcement(args: argparse.Namespace) -> str:
     """What is going to happen, and how long it takes."""
     return (
         f"This trains a caching router for a small diffusion model ({args.train_steps} train steps), then "
-        f"draws {args.samples:,} digits with and without it and compares them: a few minutes on two CPU "
-        f"cores. Nothing is downloaded. It writes to {args.results_dir}."
+        f"draws {args.samples:,} digits with and without it and compares them, and emoji last: a few minutes "
+        f"on two CPU cores. Nothing is downloaded. It writes to {args.results_dir}."
     )
 
 
@@ -150,6 +160,33 @@ def main(args: argparse.Namespace) -> None:
     print()
     print(aligned(rows, COLUMNS), flush=True)
     write_results(args.results_dir, rows, router, samples, model)
+    draw_emoji(args.results_dir)
+
+
+def draw_emoji(folder: Path) -> None:
+    """FOLDER/emoji.png: prompts drawn by the emoji's model, uncached above cached, with their times."""
+    preset = registry.text_models()[emoji.MODEL]
+    if not preset.is_there:
+        print(f"no emoji are drawn: the weights of {emoji.MODEL} are not in {preset.folder}; {preset.remedy}")
+        return
+    prompts = emoji.FOLDER / "prompts" / "demo.txt"
+    print(f"drawing the prompts of {prompts} with and without a cache", flush=True)
+    model, vae_config = ModelSettings(emoji.MODEL, prompts=prompts).load()
+    vae, labels = vae_config.load(), torch.arange(model.num_classes)
+    spec = EMOJI_ROUTER if EMOJI_ROUTER in registry.router_names() else "fora:2"
+    cached = load_method(MethodSettings.from_spec(spec), model, EMOJI, emoji.MODEL)
+    parts, seconds = [], []
+    for name, method in (("uncached", uncached_method(model, EMOJI)), ("cached, same noise", cached)):
+        draw = partial(generate_seeded, method.trajectory(model, EMOJI), labels, EMOJI.seed, len(labels))
+        draw()  # the warm-up
+        began = time.perf_counter()
+        x_0 = draw()
+        seconds.append(time.perf_counter() - began)
+        parts.append((f"{name}, {1000 * seconds[-1]:.0f} ms for {len(labels)}", decode(x_0, vae)))
+    with replacing(folder / "emoji.png") as temporary:
+        comparison(parts, columns=len(labels)).save(temporary)
+    faster = f"{seconds[0] / seconds[1]:.2f}x measured, {cached.speedup_macs(model, 20):.2f}x by MACs"
+    print(f"emoji: {cached.schedule.source}, {faster}; look at {folder}/emoji.png")
 
 
 def write_results(

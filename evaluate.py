@@ -3,6 +3,7 @@
     python evaluate.py SAMPLES.npz --reference VIRTUAL_imagenet256_labeled.npz --inception-weights WEIGHTS.pth
     python evaluate.py CACHED.npz --paired UNCACHED.npz                  # MSE, PSNR, SSIM of the same noise
     python evaluate.py SAMPLES.npz --reference OTHER.npz --features NAME    # an example's own features
+    python evaluate.py SAMPLES.npz --clip                    # CLIP score of samples of prompts; and --paired
 
 Samples are `arr_0` (n, H, W, C) uint8, as sample_ddp.py and ADM write them, an .npy, or a folder of pictures
 with all its folders, in the natural order of their names (2.png before 10.png). A reference is the same, or
@@ -20,6 +21,8 @@ from common import cli, devices, registry
 from common.cli import Unread
 from common.files import check_writable, replacing, to_json, write_json
 from common.images import Images
+from metrics import clip_score
+from metrics.clip_score import ClipScorer, clip_scores
 from metrics.evaluation import (
     STATISTICS,
     Reference,
@@ -49,6 +52,16 @@ def parse_args() -> argparse.Namespace:
         "--inception-weights", help="local file; torch-fidelity's port of TensorFlow's Inception"
     )
     parser.add_argument("--lpips-weights", help="local file, torchvision's AlexNet: adds LPIPS to --paired")
+    parser.add_argument(
+        "--clip", nargs="?", const=clip_score.DEFAULT, metavar="FOLDER",
+        help="add the CLIP score, by a CLIP model's folder or id on the Hub (default "
+        f"{clip_score.DEFAULT})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--prompts", type=Path, metavar="FILE",
+        help="with --clip: the prompts, a line for each picture (default: SAMPLES.prompts.txt, which "
+        "sample_ddp.py writes)",
+    )  # fmt: skip
     parser.add_argument("--batch-size", type=cli.positive_int, default=64, help="images at once (default 64)")
     parser.add_argument(
         "--save-statistics", type=Path, metavar="FILE.npz", help="write mu, sigma, mu_s, sigma_s"
@@ -56,8 +69,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="also write the last line to a file")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
     args = cli.parse(parser)
-    if not (_needs_features(args) or args.paired):
-        parser.error("nothing to do; give --reference, --paired or --save-statistics")
+    if not (_needs_features(args) or args.paired or args.clip):
+        parser.error("nothing to do; give --reference, --paired, --clip or --save-statistics")
     cli.note_unread(parser, args, UNREAD)
     return args
 
@@ -68,6 +81,7 @@ def _needs_features(args: argparse.Namespace) -> bool:
 
 UNREAD = (
     Unread(("lpips_weights",), lambda args: not args.paired, "without --paired"),
+    Unread(("prompts",), lambda args: not args.clip, "without --clip"),
     Unread(
         ("inception_weights",),
         lambda args: not _needs_features(args) or args.features != "inception",
@@ -76,7 +90,7 @@ UNREAD = (
     Unread(("features",), lambda args: not _needs_features(args), "without --reference or --save-statistics"),
     Unread(
         ("device",),
-        lambda args: not _needs_features(args) and not args.lpips_weights,
+        lambda args: not (_needs_features(args) or args.lpips_weights or args.clip),
         "without a network: MSE, PSNR and SSIM are computed on the host",
     ),
 )
@@ -91,7 +105,7 @@ def main(args: argparse.Namespace) -> None:
     samples = Images(args.samples)
     reference = Reference.open(args.reference) if args.reference else None
     plain = Images(args.paired) if args.paired else None
-    lpips = extractor = None
+    lpips = extractor = scorer = None
     notes = samples.notes + [
         note for images in (reference and reference.images, plain) if images for note in images.notes
     ]
@@ -105,6 +119,11 @@ def main(args: argparse.Namespace) -> None:
     if reference or args.save_statistics:
         extractor = load_extractor(args.features, args.inception_weights, device)
         notes += check_features(samples, reference, extractor, args.features)
+    if args.clip:
+        prompts = clip_score.prompts_of(samples, args.prompts)
+        scorer = ClipScorer(args.clip, device)
+        if cut := scorer.count_cut(prompts):
+            notes.append(f"{cut} of {len(prompts)} prompts are cut after {scorer.num_tokens} tokens for CLIP")
     for note in notes:
         print(f"note: {note}")
 
@@ -123,6 +142,9 @@ def main(args: argparse.Namespace) -> None:
             result |= against_reference(summary, reference, extractor, args.batch_size)
     if plain:
         result |= {"paired": str(args.paired)} | against_uncached(samples, plain, lpips, args.batch_size)
+    if scorer:
+        scores = [clip_scores(one, prompts, scorer, args.batch_size) for one in (samples, plain) if one]
+        result |= {"clip": args.clip} | clip_score.figures(*scores)
     for name, value in result.items():
         print(f"{name:20} {value:.6g}" if isinstance(value, float) else f"{name:20} {value}")
     line = to_json(result)

@@ -17,8 +17,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp, PatchEmbed
-from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from backbones.contract import Cache
@@ -102,6 +100,9 @@ class DiTBlock(nn.Module):
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, index: int):
         super().__init__()
+        from timm.layers import Mlp  # slow to import
+        from timm.models.vision_transformer import Attention
+
         self.branch_indices = self.attn_branch, self.mlp_branch = 2 * index, 2 * index + 1
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True)
@@ -182,6 +183,8 @@ class DiT(nn.Module):
         learn_sigma: bool = True,
     ):
         super().__init__()
+        from timm.layers import PatchEmbed  # slow to import
+
         if input_size % patch_size:
             raise ValueError(
                 f"input_size {input_size} is not a multiple of patch_size {patch_size}; choose one that is"
@@ -194,6 +197,7 @@ class DiT(nn.Module):
         self.in_channels, self.out_channels = in_channels, in_channels * (2 if learn_sigma else 1)
         self.num_classes, self.has_null_label = num_classes, class_dropout_prob > 0
         self.learn_sigma, self.predicts, self.conditions = learn_sigma, "noise", ""
+        self.embeds_guidance = False
         self.vae_factor, self.source = 8 if in_channels > 3 else 1, ""
 
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size, bias=True)

@@ -24,7 +24,7 @@ from torch import Tensor
 import execution
 from backbones import settings as model_settings
 from backbones.contract import Backbone
-from backbones.denoiser import check_guidance
+from backbones.denoiser import check_guidance, halves
 from backbones.loading import is_latent, is_text_model
 from backbones.settings import ModelSettings
 from common import cli, devices
@@ -168,7 +168,7 @@ def main(args: argparse.Namespace) -> None:
         f"{sampling.cfg_scale:g}, seed {sampling.seed}"
     )
     if method.schedule is not None:
-        print(describe_schedule(method.schedule, model, passes=1 if sampling.cfg_scale == 1 else 2))
+        print(describe_schedule(method.schedule, model, passes=halves(model, sampling.cfg_scale)))
 
     batch_size = sampling.batch_size or len(labels)
     run = execution.prepare(executing, model, device)

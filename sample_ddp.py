@@ -9,7 +9,7 @@ Sample k depends on (seed, k) alone. Finished batches lie in OUTPUT.parts until 
 interruption the same command goes on with what is missing, on as many processes as one likes. On a CPU the
 file comes out the same byte for byte, whatever the processes and the batch size, and so every process takes
 one thread: start as many as there are cores. A GPU may round otherwise for another batch size. Several nodes
-need a shared folder.
+need a shared folder. Of a text-to-image model OUTPUT.prompts.txt holds the prompt of every sample.
 """
 
 from common import lifeline  # isort: skip  # noqa: F401  # first: under torchrun this process ends with it
@@ -25,18 +25,20 @@ from tqdm import tqdm
 
 import execution
 from backbones import settings as model_settings
+from backbones.contract import Backbone
 from backbones.denoiser import check_guidance
-from backbones.loading import pixels_of
+from backbones.loading import is_text_model, pixels_of
 from backbones.settings import ModelSettings
 from common import cli, devices, distributed
 from common.distributed import Processes
+from common.files import replacing
 from common.identity import weights_fingerprint
 from execution import settings as execution_settings
 from execution.settings import ExecutionSettings
-from models import DiT
+from metrics.clip_score import prompts_as_lines, prompts_beside
 from sampling import settings as sampling_settings
 from sampling.decoding import image_shape
-from sampling.parts import BLOCK, Parts, batches, draw
+from sampling.parts import BLOCK, Parts, batches, choose_labels, draw
 from sampling.settings import SamplingSettings
 from schedules import methods
 from schedules import settings as method_settings
@@ -86,7 +88,8 @@ class Job(NamedTuple):
     execution: ExecutionSettings
     method_settings: MethodSettings
     method: Method
-    model: DiT
+    model: Backbone
+    texts: list[str]  # the prompts of a text-to-image model
     vae: object  # diffusers' autoencoder, or None
     precision: str
     parts: Parts
@@ -99,7 +102,9 @@ def prepare(args: argparse.Namespace, processes: Processes) -> Job:
     precision, dtype = devices.set_precision(executing.precision, processes.device)
     executing = executing.on(processes.device)
     alone = processes.world_size == 1
-    model, vae_config = ModelSettings.from_arguments(args).load(processes.device, dtype, fetch=alone)
+    chosen = ModelSettings.from_arguments(args)
+    texts = chosen.texts if is_text_model(args.model) else []
+    model, vae_config = chosen.load(processes.device, dtype, fetch=alone)
     if model.source:
         say(processes, f"weights: {model.source}")
     check_guidance(model, sampling.cfg_scale)
@@ -127,7 +132,7 @@ def prepare(args: argparse.Namespace, processes: Processes) -> Job:
     }
     settings |= methods.calibration(asked)  # what the weights are solved from, which are not known yet
     parts = Parts(args.output, settings, image_shape(model, vae_config), args.num_samples)
-    return Job(sampling, executing, asked, method, model, vae, precision, parts)
+    return Job(sampling, executing, asked, method, model, texts, vae, precision, parts)
 
 
 def describe(method: Method) -> str | None:
@@ -155,6 +160,8 @@ def run(args: argparse.Namespace, processes: Processes) -> None:
         for note in parts.notes:
             print(note, flush=True)
         if distributed.from_main(is_done):
+            if processes.is_main:
+                write_prompts(args, job)
             say(processes, f"{args.output} holds these samples already")
             return
         method = job.method.with_reuse_weights(distributed.from_main(parts.reuse_weights))
@@ -193,9 +200,22 @@ def draw_all(args: argparse.Namespace, processes: Processes, job: Job) -> None:
 
     distributed.together(draw_mine)
     if processes.is_main:  # the others need not wait
+        write_prompts(args, job)
         parts.assemble()
         size = "x".join(map(str, parts.image_shape))
         print(f"wrote {args.output}, {args.num_samples} images of {size}")
+
+
+def write_prompts(args: argparse.Namespace, job: Job) -> None:
+    """The prompt of every sample, a line each, beside the .npz; nothing for a model of class labels."""
+    if not job.texts:
+        return
+    labels = choose_labels(job.model, args.labels, job.sampling.seed, range(args.num_samples))
+    lines = prompts_as_lines([job.texts[label] for label in labels.tolist()]).encode()
+    path = prompts_beside(args.output)
+    if not path.is_file() or path.read_bytes() != lines:
+        with replacing(path) as temporary:
+            temporary.write_bytes(lines)
 
 
 def say(processes: Processes, text: str) -> None:

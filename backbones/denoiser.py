@@ -1,13 +1,13 @@
 """One denoising step, and the loop over steps, as every part of this project takes them."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from backbones.contract import Backbone
-from diffusion import GaussianDiffusion, Sampler, State, as_sampler
+from diffusion import FlowEuler, GaussianDiffusion, Sampler, State, as_sampler, create_sampler
 
 PREPARED_BYTES = 2**28  # limit of what `prepare` makes ahead; it serves as many steps as fit
 Place = TypeVar("Place")
@@ -15,11 +15,17 @@ Place = TypeVar("Place")
 
 def check_guidance(model: Backbone, cfg_scale: float) -> None:
     """Raise ValueError where guidance is asked of a model that has no null label."""
-    if cfg_scale != 1.0 and not model.has_null_label:
+    if halves(model, cfg_scale) == 2 and not model.has_null_label:
+        why = " (--class-dropout-prob 0)" if not getattr(model, "conditions", "") else ""
         raise ValueError(
-            f"guidance {cfg_scale:g} needs a null label, this model was built without "
-            "(--class-dropout-prob 0); give --cfg-scale 1 (off)"
+            f"guidance {cfg_scale:g} needs a null label, this model was built without{why}; "
+            "give --cfg-scale 1 (off)"
         )
+
+
+def halves(model: Backbone, cfg_scale: float) -> int:
+    """Rows of a forward pass for one sample: two under guidance, unless the model embeds its scale."""
+    return 1 if cfg_scale == 1.0 or getattr(model, "embeds_guidance", False) else 2
 
 
 def check_prediction(model: Backbone, sampler: Sampler) -> None:
@@ -28,8 +34,27 @@ def check_prediction(model: Backbone, sampler: Sampler) -> None:
     if predicted != needed:
         raise ValueError(
             f"{type(sampler).__name__} needs a model that predicts {needed}, this one predicts {predicted}; "
-            "take another --sampler"
+            f"take another --sampler{', flow-euler' if predicted == 'velocity' else ''}"
         )
+
+
+def condition_for(model: Backbone, labels: Tensor, cfg_scale: float) -> Any:
+    """What a batch with labels (n,) is conditioned on at a guidance scale."""
+    condition = model.condition(labels, halves(model, cfg_scale) == 2)
+    return (
+        model.with_guidance(condition, cfg_scale) if getattr(model, "embeds_guidance", False) else condition
+    )
+
+
+def sampler_for(model: Backbone, name: str, chain: GaussianDiffusion, eta: float = 0.0) -> Sampler:
+    """The sampler by name on a chain; where a model says how its noise levels are spaced, on these.
+
+    Raises ValueError for an unknown name, an eta outside [0, 1], and where the model does not fit.
+    """
+    sampler = create_sampler(name, chain, eta)
+    check_prediction(model, sampler)
+    own = getattr(model, "sigmas", None)
+    return FlowEuler(own(chain.num_timesteps)) if own and isinstance(sampler, FlowEuler) else sampler
 
 
 class Denoiser:
@@ -39,7 +64,8 @@ class Denoiser:
     off and the batch is n; otherwise it is 2n and both halves start from the same noise. The state x_t keeps
     its own dtype, whatever the model's. All that depends on step and label alone is made for many steps at
     once, and once for all trajectories that share a Denoiser. computed: bools (T, B) of a cache policy, the
-    cells that it may compute; None: all cells.
+    cells that it may compute; None: all cells. condition: what `condition_for` makes of the labels; None: it
+    is made here.
     """
 
     def __init__(
@@ -49,12 +75,13 @@ class Denoiser:
         labels: Tensor,
         cfg_scale: float,
         computed: Sequence[Sequence[bool]] | None = None,
+        condition: Any = None,
     ):
         check_guidance(model, cfg_scale)
         check_prediction(model, as_sampler(diffusion))
         self.model, self.sampler, self.cfg_scale = model, as_sampler(diffusion), cfg_scale
-        self.guided, self.num_steps = cfg_scale != 1.0, self.sampler.num_steps
-        self.condition = model.condition(labels, self.guided)
+        self.guided, self.num_steps = halves(model, cfg_scale) == 2, self.sampler.num_steps
+        self.condition = condition_for(model, labels, cfg_scale) if condition is None else condition
         self.device, self.dtype, self.computed = labels.device, model.dtype, computed
         rows = len(labels) * (2 if self.guided else 1)
         step_bytes = max(1, rows * model.prepared_size * self.dtype.itemsize)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones.hooked import HookedTransformer
+from backbones.pixart_models import VAE_FACTOR
 
 
 class Labels(NamedTuple):
@@ -23,12 +24,13 @@ class DiffusersDiT(HookedTransformer):
 
     has_null_label = True
 
-    def __init__(self, transformer: nn.Module):
+    def __init__(self, transformer: nn.Module, factor: int = VAE_FACTOR):
         config = transformer.config
         self.num_classes = config.num_embeds_ada_norm
         tokens = (config.sample_size // config.patch_size) ** 2
         self.branch_size = tokens * config.num_attention_heads * config.attention_head_dim
-        super().__init__(transformer, (config.in_channels, config.sample_size, config.sample_size))
+        shape = (config.in_channels, config.sample_size, config.sample_size)
+        super().__init__(transformer, shape, factor, config.patch_size)
 
     def condition(self, labels: Tensor, guided: bool) -> Labels:
         if not guided:

@@ -1,7 +1,8 @@
-"""The official checkpoints and VAEs: their addresses, downloads and checks.
+"""The official checkpoints, VAEs and PixArt models: their addresses, downloads and checks.
 
 Files land in the repository's pretrained_models/ under a temporary name first. What a server or a proxy sends
-instead of a file, such as a page to sign in, is refused.
+instead of a file, such as a page to sign in, is refused. The parts of a PixArt come from the Hub into its
+cache, where every command looks for them.
 """
 
 import hashlib
@@ -14,7 +15,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from backbones.pixart_models import PIXART, T5_PARAMETERS, VAE_PARAMETERS
 from common.contents import content_fault
+from common.files import first_line, read_json
 
 FOLDER = Path(__file__).parents[1] / "pretrained_models"
 # Content types of pages that a server may send in place of a file; they must not overwrite a partial file.
@@ -173,3 +176,88 @@ def _sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+# ---- parts of text-to-image models, from the Hub ---------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HubPart:
+    """A folder of a repository. parameters: of its model, by the known config; 0 for a tokenizer."""
+
+    repository: str
+    name: str
+    parameters: int = 0
+
+    @property
+    def gigabytes(self) -> float:
+        """Its size if it is stored in float32, as computed from the number of parameters."""
+        return 4 * self.parameters / 1e9
+
+
+def hub_parts(name: str) -> list[HubPart]:
+    """The parts of a model of `PIXART`; all models of one generation share all but the transformer."""
+    known = PIXART[name]
+    return [
+        HubPart(known.hub, "transformer", known.parameters),
+        HubPart(known.parts, "vae", VAE_PARAMETERS),
+        HubPart(known.parts, "text_encoder", T5_PARAMETERS),
+        HubPart(known.parts, "tokenizer"),
+    ]
+
+
+def find_part(part: HubPart, folder: Path | None = None) -> Path | None:
+    """Where a part lies whole, in `folder` or, for None, in the Hub's cache; None: it does not."""
+    place = folder
+    if place is None:
+        from huggingface_hub import snapshot_download  # slow to import
+
+        try:
+            place = Path(snapshot_download(part.repository, local_files_only=True))
+        except (OSError, ValueError):
+            return None
+    return place / part.name if _is_whole(place / part.name, part) else None
+
+
+def _is_whole(place: Path, part: HubPart) -> bool:
+    if not part.parameters:
+        return place.is_dir() and any(file.is_file() for file in place.iterdir())
+    if not (place / "config.json").is_file():
+        return False
+    for suffix in _WEIGHTS:
+        for index in place.glob(f"*{suffix}.index.json"):
+            if "fp16" not in index.name:
+                return all((place / name).is_file() for name in read_json(index)["weight_map"].values())
+        if any(file.is_file() and "fp16" not in file.name for file in place.glob(f"*{suffix}")):
+            return True
+    return False
+
+
+_WEIGHTS = (".safetensors", ".bin")
+
+
+def fetch_part(part: HubPart, folder: Path | None = None) -> Path:
+    """Make a part present in `folder` or, for None, in the Hub's cache; an interrupted fetch is gone on with.
+
+    Returns its place. Raises OSError in one line where it cannot be had whole.
+    """
+    from huggingface_hub import snapshot_download  # slow to import
+
+    found, reason = find_part(part, folder), "it does not come whole"
+    for suffix in _WEIGHTS if found is None else ():
+        wanted = [f"{part.name}/*{end}" for end in (".json", ".txt", ".model", suffix)]
+        try:
+            snapshot_download(
+                part.repository, allow_patterns=wanted, ignore_patterns=["*.fp16.*"], local_dir=folder
+            )
+        except Exception as error:  # of the network, the disk, the Hub
+            reason = first_line(error)
+        if found := find_part(part, folder):
+            break
+    if found is None:
+        raise OSError(
+            f"{part.name} of {part.repository} cannot be had from the Hub ({reason}); run again to go on, or "
+            f"run `hf download {part.repository} --include '{part.name}/*'` where there is a network and "
+            "copy the Hub's cache (HF_HOME) here"
+        )
+    return found

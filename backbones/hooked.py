@@ -14,23 +14,24 @@ from torch import Tensor, nn
 from backbones.contract import Cache
 from backbones.hooks import Hooks, check_supported
 from backbones.macs import count_macs
-from backbones.pixart_models import VAE_FACTOR
 
 
 class HookedTransformer(ABC):
     """A frozen transformer of `families.FAMILIES` with one cache hook per branch.
 
-    sample_shape: of x without its batch. The parameters keep their dtype and device; x, samplers and guidance
-    stay in float32.
+    sample_shape: of x without its batch. factor: pixels per latent and side. patch_size: latents a side of a
+    token. The parameters keep their dtype and device; x, samplers and guidance stay in float32.
     """
 
-    def __init__(self, transformer: nn.Module, sample_shape: tuple[int, ...]):
+    embeds_guidance = False
+
+    def __init__(self, transformer: nn.Module, sample_shape: tuple[int, ...], factor: int, patch_size: int):
         check_supported(transformer)
-        config = transformer.config
         self.transformer, self.sample_shape = transformer.eval(), sample_shape
-        self.input_size, self.vae_factor = sample_shape[1], VAE_FACTOR
-        self.in_channels, self.patch_size = config.in_channels, config.patch_size
-        self.learn_sigma = transformer.out_channels == 2 * config.in_channels
+        self.input_size, self.vae_factor = sample_shape[-1], factor
+        self.in_channels, self.patch_size = sample_shape[0], patch_size
+        config = transformer.config
+        self.learn_sigma = config.get("out_channels") == 2 * config.in_channels
         self.hooks = Hooks(transformer)
         self.branches = tuple(branch.name for branch in self.hooks.branches)
         with torch.no_grad():
@@ -61,6 +62,10 @@ class HookedTransformer(ABC):
     def _arguments(self, x: Tensor, timestep: Tensor, condition: Any) -> dict[str, Any]:
         """The transformer's keyword arguments for x (N, C, H, W) at one timestep."""
 
+    def _output(self, output: Tensor) -> Tensor:
+        """The forward's output in the shape of x, but for its channels."""
+        return output
+
     # ---- the contract
 
     @property
@@ -69,7 +74,7 @@ class HookedTransformer(ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.transformer.parameters()).dtype
+        return self.transformer.dtype  # that of most modules: some classes keep a few in float32
 
     @property
     def device(self) -> torch.device:
@@ -116,9 +121,10 @@ class HookedTransformer(ABC):
         hooks.check_gradients()
         hooks.policy, hooks.computing = cache, None if cache is None or computed is None else list(computed)
         try:
-            return self.transformer(**self._arguments(x, timestep, condition), return_dict=False)[0]
+            output = self.transformer(**self._arguments(x, timestep, condition), return_dict=False)[0]
         finally:
             hooks.policy = hooks.computing = None
+        return self._output(output)
 
     def guide(self, output: Tensor, cfg_scale: float, channels: int | None = None) -> Tensor:
         """The halves are [unconditional; conditional], as in diffusers' pipelines. channels: None is all."""

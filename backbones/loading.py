@@ -8,6 +8,7 @@ import torch
 from backbones import downloads
 from backbones.checkpoints import load_checkpoint
 from backbones.families import FAMILIES
+from backbones.inputs import INPUTS
 from backbones.pixart_models import PIXART
 from backbones.vae import VaeConfig
 from common import registry
@@ -101,14 +102,25 @@ def load_model(
 
     options: those of `build_model` (class_dropout_prob, learn_sigma, vae).
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)  # random weights are the same in every process
-        model = build_model(name, image_size, num_classes, **options)
     if random_weights:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)  # the same in every process
+            model = build_model(name, image_size, num_classes, **options)
         randomize(model)
     else:
+        model = _build_empty(name, image_size, num_classes, **options)
         model.source = load_checkpoint(model, ckpt or find_checkpoint(name, image_size))
     return model.to(device=device, dtype=dtype)
+
+
+def _build_empty(name: str, image_size: int | None, num_classes: int | None, **options) -> DiT:
+    """As `build_model`, but the weights hold nothing yet: drawing initial ones takes longer than loading."""
+    with torch.device("meta"):
+        model = build_model(name, image_size, num_classes, **options)
+    positions = model.pos_embed.detach()  # made by numpy, so they are there; a checkpoint may lack them
+    model.to_empty(device="cpu")
+    model.pos_embed.copy_(positions)
+    return model
 
 
 def randomize(model: DiT, seed: int = 0) -> None:
@@ -126,10 +138,15 @@ def is_latent(model: DiT | str) -> bool:
     Raises ValueError for an unknown name.
     """
     if isinstance(model, str):
-        if is_text_model(model):
+        if is_diffusers_model(model):
             return True
+        if (found := class_in(Path(model))) is not None:
+            raise ValueError(
+                f"--model {model} holds a {found}, which is not supported; supported are "
+                f"{', '.join(FAMILIES)}"
+            )
         if model not in DiT_models:
-            names = ", ".join([*DiT_models, *PIXART])
+            names = ", ".join([*DiT_models, *PIXART, *registry.text_models()])
             raise ValueError(f"--model {model} is unknown; choose one of {names}, or a folder of diffusers")
         preset = registry.presets().get(model)
         return preset is None or not preset.in_pixels
@@ -137,17 +154,33 @@ def is_latent(model: DiT | str) -> bool:
 
 
 def is_text_model(name: str) -> bool:
-    """Whether a value of `--model` is one of these; folders are looked into."""
-    return name in PIXART or transformer_folder(Path(name)) is not None
+    """Whether a value of `--model` takes prompts; folders are looked into."""
+    return name in PIXART or name in registry.text_models() or class_in(Path(name)) in INPUTS
+
+
+def is_video_model(name: str) -> bool:
+    """Whether a value of `--model` draws videos."""
+    kind = class_in(Path(name))
+    return kind in INPUTS and INPUTS[kind].frames > 0
+
+
+def is_diffusers_model(name: str) -> bool:
+    """Whether a value of `--model` is a transformer of diffusers, by name or in a folder."""
+    return is_text_model(name) or class_in(Path(name)) in FAMILIES
 
 
 def transformer_folder(folder: Path) -> Path | None:
-    """The folder of the transformer in a folder of diffusers; None where there is none."""
+    """The folder of the transformer in a folder of diffusers, of whatever class; None where there is none."""
     for place in (folder / "transformer", folder):
-        config = place / "config.json"
-        if config.is_file() and read_config(config).get("_class_name") in FAMILIES:
+        if (place / "config.json").is_file() and "_class_name" in read_config(place / "config.json"):
             return place
     return None
+
+
+def class_in(folder: Path) -> str | None:
+    """The class of the transformer in a folder of diffusers; None where there is none."""
+    place = transformer_folder(folder)
+    return None if place is None else read_config(place / "config.json")["_class_name"]
 
 
 def pixels_of(model: DiT) -> int:

@@ -14,6 +14,9 @@ from typing import Any
 
 T5_CHANNELS = 4096
 VAE_FACTOR = 8
+# Numbers of parameters, counted on models of the known configs.
+VAE_PARAMETERS, T5_PARAMETERS = 83_653_863, 4_762_310_656
+_PARAMETERS, _MICRO_CONDITIONS = 610_856_096, 493_056
 ALPHA_PIPELINE, SIGMA_PIPELINE = (
     "PixArt-alpha/PixArt-XL-2-1024-MS",
     "PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers",
@@ -33,6 +36,11 @@ class PixArtModel:
     micro_conditions: bool
     hub: str
     parts: str
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters of the transformer."""
+        return _PARAMETERS + (_MICRO_CONDITIONS if self.micro_conditions else 0)
 
     def config(self, **changes: Any) -> dict[str, Any]:
         """The arguments of diffusers' `PixArtTransformer2DModel`. changes: such as num_layers=4."""

@@ -9,7 +9,14 @@ from pathlib import Path
 import torch
 
 from backbones.contract import Backbone
-from backbones.loading import choose_vae, find_checkpoint, is_text_model, load_model
+from backbones.loading import (
+    choose_vae,
+    find_checkpoint,
+    is_diffusers_model,
+    is_text_model,
+    is_video_model,
+    load_model,
+)
 from backbones.prompts import read_prompts
 from backbones.vae import VaeConfig, read_vae_config
 from common import cli, registry
@@ -23,8 +30,14 @@ UNREAD = (
     ),
     cli.Unread(
         ("num_classes", "class_dropout_prob", "learn_sigma"),
-        lambda args: is_text_model(args.model),
-        "with --model {model}: its prompts are what it is given",
+        lambda args: is_diffusers_model(args.model),
+        "with --model {model}: its config says what it is given",
+    ),
+    cli.Unread(("num_frames",), lambda args: not is_video_model(args.model), "with --model {model}"),
+    cli.Unread(
+        ("image_size",),
+        lambda args: is_diffusers_model(args.model) and not is_text_model(args.model),
+        "with --model {model}: it draws one size",
     ),
 )
 
@@ -35,7 +48,7 @@ class ModelSettings:
 
     ckpt: checkpoint file, index of shards or folder. image_size: pixels. class_dropout_prob: 0 for a model
     without a null label. vae: `ema`, `mse`, `none` or a folder. For text-to-image models: the prompts
-    themselves, or a file with one a line; and the folder or Hub id of their encoder.
+    themselves, or a file with one a line; and the folder or Hub id of their encoder. num_frames: of a video.
     """
 
     model: str = "DiT-XL/2"
@@ -49,6 +62,7 @@ class ModelSettings:
     prompt: tuple[str, ...] | None = None
     prompts: Path | None = None
     text_encoder: str | None = None
+    num_frames: int = 1
 
     @classmethod
     def from_arguments(cls, args: argparse.Namespace) -> "ModelSettings":
@@ -68,8 +82,8 @@ class ModelSettings:
         fetch: download an absent official checkpoint; else (several processes would meet) it is refused.
         Raises ValueError or FileNotFoundError, in one line, for what does not exist or does not fit.
         """
-        if is_text_model(self.model):
-            return self._load_text_model(device, dtype, fetch)
+        if is_diffusers_model(self.model):
+            return self._load_transformer(device, dtype, fetch)
         vae = read_vae_config(choose_vae(self.vae, self.model, self.random_weights))
         ckpt = self.ckpt
         if not ckpt and not self.random_weights:
@@ -80,14 +94,18 @@ class ModelSettings:
         )  # fmt: skip
         return model, vae
 
-    def _load_text_model(
+    def _load_transformer(
         self, device: torch.device | str, dtype: torch.dtype, fetch: bool
     ) -> tuple[Backbone, VaeConfig | None]:
-        from backbones.text_models import load_text_model  # brings diffusers, slow to import
+        from backbones.text_models import load_class_model, load_text_model  # bring diffusers, slow to import
 
+        if not is_text_model(self.model):
+            return load_class_model(
+                self.model, self.ckpt, self.random_weights, self.vae, device, dtype, fetch
+            )
         return load_text_model(
             self.model, self.texts, self.ckpt, self.random_weights, self.image_size, self.text_encoder,
-            self.vae, device, dtype, fetch,
+            self.vae, device, dtype, fetch, self.num_frames,
         )  # fmt: skip
 
 
@@ -96,8 +114,9 @@ def add_arguments(parser: argparse.ArgumentParser, with_vae: bool = False) -> No
     model.add_argument(
         "--model",
         default="DiT-XL/2",
-        help=f"DiT-XL/2 and its family, {', '.join(registry.presets())}, a PixArt such as "
-        "PixArt-Sigma-512, or a folder of diffusers with one (default DiT-XL/2)",
+        help=f"DiT-XL/2 and its family, {', '.join([*registry.presets(), *registry.text_models()])}, a "
+        "PixArt such as PixArt-Sigma-512, or a folder of diffusers with PixArt, SD3, Flux, Sana, Qwen-Image, "
+        "Wan or DiT (default DiT-XL/2)",
     )
     model.add_argument(
         "--ckpt", help="checkpoint file, index of shards or folder (default: the official one)"
@@ -123,7 +142,12 @@ def add_arguments(parser: argparse.ArgumentParser, with_vae: bool = False) -> No
     prompts.add_argument("--prompt", nargs="+", metavar="TEXT", help="one image per prompt")
     prompts.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line")
     text.add_argument(
-        "--text-encoder", metavar="FOLDER", help="folder or Hub id of their encoder (default: the model's T5)"
+        "--text-encoder",
+        metavar="FOLDER",
+        help="folder or Hub id of their encoder, or of a pipeline with it (default: the model's)",
+    )
+    text.add_argument(
+        "--num-frames", type=cli.positive_int, default=1, help="of a video, for Wan: 1, 5, 9, ... (default 1)"
     )
     if with_vae:
         model.add_argument(

@@ -21,8 +21,12 @@ from models import DiT
 
 OFFICIAL = ("ema", "mse")
 VAE_SCALE = 0.18215  # theirs
-# diffusers' classes that decode latents (n, C, h, w) to images in [-1, 1] by `decode(latents).sample`.
-CLASSES = ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "VQModel")
+# diffusers' classes that decode latents (n, C, h, w) to images in [-1, 1] by `decode(latents).sample`; those
+# of videos have latents (n, C, f, h, w) and frames (n, 3, F, H, W).
+VIDEO_CLASSES = ("AutoencoderKLWan", "AutoencoderKLQwenImage")
+CLASSES = (
+    "AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "VQModel", *VIDEO_CLASSES
+)  # fmt: skip
 _PROBE = 8  # latents a side
 # Names of attention layers in files that diffusers wrote before version 0.14, such as the official ones.
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -39,10 +43,10 @@ class Scaling(NamedTuple):
 class VaeConfig:
     """The facts of a VAE that its config tells; the defaults are those of the official VAEs.
 
-    factor: pixels per latent and side. latent_channels, image_channels: channels of a latent and of a decoded
-    image. encodes: whether it encodes to a distribution, as Learning-to-Cache needs. folder, values: the
-    folder and the content of its config; None for an official VAE, which is found or fetched when it is
-    loaded.
+    factor: pixels per latent and side. frame_factor: frames per latent frame after the first one.
+    latent_channels, image_channels: channels of a latent and of a decoded image. encodes: whether it encodes
+    to a distribution, as Learning-to-Cache needs. folder, values: the folder and the content of its config;
+    None for an official VAE, which is found or fetched when it is loaded.
     """
 
     spec: str
@@ -53,6 +57,7 @@ class VaeConfig:
     image_channels: int = 3
     factor: int = 8
     encodes: bool = True
+    frame_factor: int = 1
 
     def check_model(self, model: DiT) -> None:
         """Raise ValueError where the model's latents are not this VAE's."""
@@ -127,9 +132,12 @@ def _read_config(spec: str, folder: Path) -> VaeConfig:
             f"--vae {spec} is of class {class_name}; those of diffusers that decode to images here are "
             f"{', '.join(CLASSES)}"
         )
-    for needed in ("block_out_channels", "latent_channels"):
+    is_video = class_name in VIDEO_CLASSES
+    for needed in ("dim_mult", "z_dim") if is_video else ("block_out_channels", "latent_channels"):
         if not any(name.endswith(needed) for name in values):
-            raise ValueError(f"--vae {spec}: {path} lacks {needed}, which tells what it decodes; add it")
+            raise ValueError(
+                f"--vae {spec}: {path} lacks {needed}, which diffusers' {class_name} has; add it"
+            )
     _scaling(values, path)
     return VaeConfig(spec, folder, values, class_name, **_probe(class_name, values, spec))
 
@@ -155,11 +163,14 @@ def _build(class_name: str, values: dict):
 
 def _probe(class_name: str, values: dict, spec: str) -> dict:
     """The shapes that the class makes of a latent and of an image, without computing values."""
-    channels = values["latent_channels"]
+    is_video = class_name in VIDEO_CLASSES
+    channels, frames = values["z_dim" if is_video else "latent_channels"], 1
     try:
         with torch.device("meta"), torch.no_grad():
             vae = _build(class_name, values).eval()
-            shape = tuple(vae.decode(torch.empty(1, channels, _PROBE, _PROBE)).sample.shape)
+            shape = tuple(decoded(torch.empty(1, channels, _PROBE, _PROBE), vae).shape)
+            if is_video:
+                frames = vae.decode(torch.empty(1, channels, 2, _PROBE, _PROBE)).sample.shape[2] - 1
     except Exception as error:  # a config can be wrong in as many ways as it has entries
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(
@@ -176,7 +187,7 @@ def _probe(class_name: str, values: dict, spec: str) -> dict:
         mean = vae.encode(torch.empty(1, 3, height, width)).latent_dist.mean
         encodes = tuple(mean.shape) == (1, channels, _PROBE, _PROBE)
     facts = {"latent_channels": channels, "image_channels": image_channels, "encodes": encodes}
-    return facts | {"factor": height // _PROBE}
+    return facts | {"factor": height // _PROBE, "frame_factor": frames}
 
 
 def _scaling(config: dict, where: Path | str = "the VAE's config") -> Scaling:
@@ -195,7 +206,7 @@ def _scaling(config: dict, where: Path | str = "the VAE's config") -> Scaling:
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is None and std is None:
         return Scaling(scale, shift)
-    channels = config.get("latent_channels")
+    channels = config.get("latent_channels", config.get("z_dim"))
     try:
         mean, std = (torch.tensor(values, dtype=torch.float32) for values in (mean, std))
         fits = mean.shape == std.shape == (channels,) and bool(mean.isfinite().all() and (std > 0).all())
@@ -215,7 +226,18 @@ _SCALED = ("AutoencoderKL", "AsymmetricAutoencoderKL", "VQModel")  # by VAE_SCAL
 def scaling_of(vae) -> Scaling:
     """A loaded VAE's; one without a config counts as the official ones."""
     config = getattr(vae, "config", None)
-    return Scaling() if config is None else _scaling(dict(config))
+    if config is None:
+        return Scaling()
+    known = {"_class_name": type(vae).__name__} if type(vae).__name__ in CLASSES else {}
+    return _scaling(known | dict(config))
+
+
+def decoded(z: Tensor, vae) -> Tensor:
+    """Images (n, 3 or 1, H, W) of the VAE's z (n, C, h, w); of a video's (n, C, f, h, w), frames in a row."""
+    if type(vae).__name__ not in VIDEO_CLASSES:
+        return vae.decode(z).sample
+    frames = vae.decode(z if z.ndim == 5 else z[:, :, None]).sample  # (n, 3, F, H, W)
+    return frames.permute(0, 1, 3, 2, 4).flatten(3)
 
 
 def to_latents(z: Tensor, vae) -> Tensor:
@@ -226,8 +248,12 @@ def to_latents(z: Tensor, vae) -> Tensor:
 
 def from_latents(x_0: Tensor, vae) -> Tensor:
     """The VAE's z (n, C, h, w) from a model's x_0. Raises ValueError for another C."""
-    channels = getattr(getattr(vae, "config", None), "latent_channels", x_0.shape[1])
+    config = getattr(vae, "config", None)
+    channels = getattr(config, "latent_channels", getattr(config, "z_dim", x_0.shape[1]))
     if channels != x_0.shape[1]:
         raise ValueError(f"the VAE decodes latents of {channels} channels, not of {x_0.shape[1]}")
-    scale, shift = (value.to(x_0) if isinstance(value, Tensor) else value for value in scaling_of(vae))
+    scale, shift = (
+        value.to(x_0).reshape(-1, *[1] * (x_0.ndim - 2)) if isinstance(value, Tensor) else value
+        for value in scaling_of(vae)
+    )
     return x_0 / scale + shift

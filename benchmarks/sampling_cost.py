@@ -5,26 +5,28 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from backbones.contract import Backbone
+from backbones.denoiser import halves
 from benchmarks.training_cost import plain_loop
 from common.pictures import branch_types
 from common.timing import alternating, copy_ceiling, latency, matmul_ceiling, peak_memory, reset_peak_memory
 from execution.quantization import branch_weight_bytes, weight_bytes
 from execution.settings import ExecutionSettings
 from metrics.paired import mse
-from models import DiT
 from sampling.decoding import require_finite
-from sampling.loop import Sample, Trajectory
+from sampling.loop import Sample, draw_step_noise
+from sampling.settings import SamplingSettings
 from schedules.methods import Method
 
-LOOP = "loop"  # calls `model.forward_with_cfg` step by step
+LOOP = "loop"  # calls the bare model step by step
 
 
 class Setting(NamedTuple):
     """All that the rows share. sample: the result of `execution.prepare` for the model."""
 
-    model: DiT
+    model: Backbone
     sample: Sample
     execution: ExecutionSettings
     device: torch.device
@@ -32,28 +34,36 @@ class Setting(NamedTuple):
 
 
 def card(
-    model: DiT, device: torch.device, batch: int, cfg_scale: float, quantization: str | None = None
+    model: Backbone, device: torch.device, batch: int, cfg_scale: float, quantization: str | None = None
 ) -> dict:
     """Facts that are known before any method is timed, and two measured ceilings of the device.
 
     model: as it is before it is quantised. The matmul ceiling is measured in the model's dtype; products in 8
     bits can surpass it.
     """
-    rows, dtype = batch * (1 if cfg_scale == 1 else 2), model.dtype
-    tokens = (model.input_size // model.patch_size) ** 2
-    width = model.branch_size // tokens
-    kinds = branch_types(model.branches)
+    rows, dtype = batch * halves(model, cfg_scale), model.dtype
+    width = _width(model)
+    firsts = {
+        kind: next(k for k, name in enumerate(model.branches) if name.endswith(f".{kind}"))
+        for kind in branch_types(model.branches)
+    }
     of_branch = [bytes / 2**20 for bytes in branch_weight_bytes(model, quantization)]
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "weights_mb": weight_bytes(model, quantization) / 2**20,
-        "weights_mb_of_branch": dict(zip(kinds, of_branch, strict=False)),
+        "weights_mb_of_branch": {kind: of_branch[k] for kind, k in firsts.items()},
         "gmacs_per_step": rows * (sum(model.branch_macs) + model.other_macs) / 1e9,
-        "gmacs_of_branch": {kind: rows * model.branch_macs[k] / 1e9 for k, kind in enumerate(kinds)},
+        "gmacs_of_branch": {kind: rows * model.branch_macs[k] / 1e9 for kind, k in firsts.items()},
         "branch_output_mb": rows * model.branch_size * dtype.itemsize / 2**20,
-        "matmul_gmacs_per_second": matmul_ceiling(device, dtype, rows * tokens, width) / 1e9,
+        "matmul_gmacs_per_second": matmul_ceiling(device, dtype, rows * model.branch_size // width, width)
+        / 1e9,
         "copy_gb_per_second": copy_ceiling(device) / 1e9,
     }
+
+
+def _width(model: Backbone) -> int:
+    """How many values a token has, as the first branch reads it."""
+    return next(one.in_features for one in model.branch_modules[0].modules() if isinstance(one, nn.Linear))
 
 
 def floor_seconds(facts: dict, macs: float, weights_read: float) -> float:
@@ -63,9 +73,9 @@ def floor_seconds(facts: dict, macs: float, weights_read: float) -> float:
 
 
 def sampling_rows(
-    setting: Setting, chosen: dict[str, Method], cfg_scale: float, batch: int, facts: dict
+    setting: Setting, chosen: dict[str, Method], sampling: SamplingSettings, batch: int, facts: dict
 ) -> list[dict]:
-    """One row per method at one batch size and number of steps; `none` is one of `chosen`.
+    """One row per method at one batch size and setting of sampling; `none` is one of `chosen`.
 
     facts: what `card` returns. Without a compiler and a CUDA graph there is one row more, `loop`.
     """
@@ -74,14 +84,21 @@ def sampling_rows(
     noise = torch.randn(batch, *model.sample_shape, generator=generator).to(device)
     labels = (torch.arange(batch) % model.num_classes).to(device)
 
+    def seeded() -> torch.Generator:  # for the noise that some samplers add, the same in every run
+        return torch.Generator().manual_seed(1)
+
     def runner(method: Method) -> Callable[[], Tensor]:
-        trajectory = Trajectory.of(model, method.diffusion, cfg_scale, schedule=method.schedule)
-        return lambda: setting.sample(trajectory, labels, noise)
+        trajectory = method.trajectory(model, sampling)
+        return lambda: setting.sample(trajectory, labels, noise, seeded())
+
+    def loop() -> Tensor:
+        plain = chosen["none"].trajectory(model, sampling)
+        step_noise = draw_step_noise(plain, noise, seeded())
+        return plain_loop(model, plain.sampler, labels, noise, sampling.cfg_scale, step_noise)
 
     runs = {name: runner(method) for name, method in chosen.items()}
     if not executing.compile and not executing.cuda_graph:
-        plain = chosen["none"].diffusion
-        runs[LOOP] = lambda: plain_loop(model, plain, labels, noise, cfg_scale)
+        runs[LOOP] = loop
     x_0, peaks = {}, {}
     for name, run in runs.items():  # the warm-up, which captures where it does
         reset_peak_memory(device)
@@ -89,7 +106,7 @@ def sampling_rows(
         require_finite(x_0[name], what=f"x_0 of {name}")
         peaks[name] = peak_memory(device)
     times = dict(zip(runs, alternating(list(runs.values()), setting.repeats, device, warm_up=0), strict=True))
-    passes, rows = 1 if cfg_scale == 1 else 2, []
+    passes, rows = halves(model, sampling.cfg_scale), []
     weights = torch.tensor(branch_weight_bytes(model, executing.quantize), dtype=torch.float64)
     for name in runs:
         method = chosen.get(name, chosen["none"])
@@ -113,7 +130,7 @@ def sampling_rows(
     return rows
 
 
-def cache_bytes(model: DiT, method: Method, rows: int, stored_dtype: torch.dtype | None = None) -> int:
+def cache_bytes(model: Backbone, method: Method, rows: int, stored_dtype: torch.dtype | None = None) -> int:
     """The most bytes that stored branch outputs of `rows` samples take at once."""
     if method.schedule is None:
         return 0

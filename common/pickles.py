@@ -29,6 +29,7 @@ _PLAIN = (
 )
 _READ = {"argparse.Namespace", "_codecs.encode", *(f"builtins.{name}" for name in _PLAIN)}
 _RUNS_CODE = ("builtins.", "os.", "posix.", "nt.", "subprocess.", "sys.", "runpy.", "socket.", "shutil.")
+_ENUM = "builtins.getattr"  # Python 3.11.0 to 3.11.3 pickles a member of an enum as an attribute of its class
 _SHOWN, _MOST_KEYS = 3, 8
 
 
@@ -126,7 +127,8 @@ def _some(names: list[str]) -> str:
 
 def _way_out(content, load: str, found: dict[str, set[str]]) -> str:
     """The line of Python by which somebody who trusts the file saves what can be read; "" without one."""
-    if any(name.startswith(_RUNS_CODE) and name not in _READ for names in found.values() for name in names):
+    asked = {name for names in found.values() for name in names} - _READ - {_ENUM}
+    if any(name.startswith(_RUNS_CODE) for name in asked):
         return ""
     if isinstance(content, _Stub) and (content.is_module or content.items):
         kept = "c.state_dict()" if content.is_module else "dict(c)"

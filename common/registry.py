@@ -24,19 +24,51 @@ class Preset:
 
 
 @dataclass(frozen=True)
+class TextModel:
+    """A text-to-image model of an example, as a pipeline's folder of diffusers.
+
+    folder: with `transformer` and `vae`. num_tokens: of a prompt. captions: a file of prompts that are
+    encoded already (`backbones/captions.py`). text_encoder: "module:function" that returns the folder or the
+    Hub id of the encoder of any other prompt. remedy, encoder_remedy: what to do where the weights, or the
+    encoder, are not there.
+    """
+
+    folder: Path
+    num_tokens: int
+    captions: Path
+    text_encoder: str
+    remedy: str
+    encoder_remedy: str
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the folder has a transformer's config and weights."""
+        folder = self.folder / "transformer"
+        return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+
+    def find_encoder(self) -> str:
+        return _calling(self.text_encoder)()
+
+
+@dataclass(frozen=True)
 class Example:
     """One folder of `examples/`.
 
-    presets: by the value of `--model`. data: by the value of `--data`, a function without arguments that
-    returns samples (n, C, H, W) as the model denoises them and labels (n,). features: by the value of
-    `--features`, a function without arguments that returns a `metrics.features.Extractor`. routers: a folder
-    of router files; their names are values of `--path`.
+    presets, text_models: by the value of `--model`. data: by the value of `--data`, a function without
+    arguments that returns samples (n, C, H, W) as the model denoises them and labels (n,). features: by the
+    value of `--features`, a function without arguments that returns a `metrics.features.Extractor`. routers:
+    a folder of router files; their names are values of `--path`. judges: by model, a function without
+    arguments that returns what a study judges samples by: `features(x_0, images)` gives features (n, D) of
+    samples and their uint8 images, `figures(features, labels)` floats by name, and `compared` names those
+    that are wanted of the uncached samples too.
     """
 
     presets: Mapping[str, Preset] = field(default_factory=dict)
+    text_models: Mapping[str, TextModel] = field(default_factory=dict, kw_only=True)
     data: Mapping[str, str] = field(default_factory=dict)
     features: Mapping[str, str] = field(default_factory=dict)
     routers: Path | None = None
+    judges: Mapping[str, str] = field(default_factory=dict, kw_only=True)
 
 
 @cache
@@ -54,7 +86,7 @@ def examples() -> tuple[Example, ...]:
             raise ValueError(
                 f"{module.__file__} has no EXAMPLE = Example(...), by which an example registers"
             )
-        names = {kind: getattr(example, kind) for kind in ("presets", "data", "features")}
+        names = {kind: getattr(example, kind) for kind in ("presets", "text_models", "data", "features")}
         names["routers"] = [file.stem for file in _router_files(example)]
         for key in ((kind, name) for kind, found in names.items() for name in found):
             if key in taken:
@@ -73,12 +105,21 @@ def presets() -> dict[str, Preset]:
     return {name: preset for example in examples() for name, preset in example.presets.items()}
 
 
+def text_models() -> dict[str, TextModel]:
+    return {name: model for example in examples() for name, model in example.text_models.items()}
+
+
 def data() -> dict[str, Callable]:
     return {name: _calling(place) for example in examples() for name, place in example.data.items()}
 
 
 def features() -> dict[str, Callable]:
     return {name: _calling(place) for example in examples() for name, place in example.features.items()}
+
+
+def judge(model: str):
+    """The judge of an example's model."""
+    return next(_calling(one.judges[model])() for one in examples() if model in one.judges)
 
 
 def router_file(name: str) -> Path | None:

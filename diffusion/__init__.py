@@ -6,12 +6,14 @@ from diffusion.gaussian_diffusion import GaussianDiffusion
 from diffusion.respace import space_timesteps
 from diffusion.sampler import ChainSampler, Sampler, State, WithNoise
 from diffusion.samplers import SAMPLERS, as_sampler, create_sampler
+from diffusion.solvers import FlowEuler
 
 __all__ = [
     "DDIM",
     "DDPM",
     "NUM_TIMESTEPS",
     "ChainSampler",
+    "FlowEuler",
     "SAMPLERS",
     "GaussianDiffusion",
     "Sampler",

@@ -149,7 +149,8 @@ class FlowEuler:
 
     def step(self, output: Tensor, state: State, step: int, noise: Tensor | None = None) -> State:  # noqa: ARG002
         done = self.num_steps - 1 - step
-        return State(state.x + (self.sigmas[done + 1] - self.sigmas[done]) * output)
+        velocity = output[:, : state.x.shape[1]]
+        return State(state.x + (self.sigmas[done + 1] - self.sigmas[done]) * velocity)
 
 
 def _shifted(sigma: float, shift: float) -> float:

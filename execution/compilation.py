@@ -19,8 +19,9 @@ def check_compiler(device: torch.device) -> None:
 
 
 def compile_branches(model: Backbone, device: torch.device) -> None:
-    """Compile the branches and the additions of their outputs: in a DiT three graphs, which all blocks share.
+    """Compile the branches and the additions of their outputs: a graph per kind, which all blocks share.
 
+    A DiT has three: two branches and the addition; a PixArt has three branches, and the library adds.
     Python code around them decides per step and branch, so another schedule compiles nothing anew.
     """
     check_compiler(device)
@@ -66,7 +67,7 @@ def recompute_branches(model: Backbone) -> None:
     model.wrap_branches(lambda branch: partial(_recomputed, branch))
 
 
-def _recomputed(branch: Callable[..., Tensor], *inputs) -> Tensor:
+def _recomputed(branch: Callable[..., Tensor], *inputs, **named) -> Tensor:
     if not torch.is_grad_enabled():
-        return branch(*inputs)
-    return checkpoint(branch, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return branch(*inputs, **named)
+    return checkpoint(branch, *inputs, use_reentrant=False, preserve_rng_state=False, **named)

@@ -4,7 +4,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from backbones.denoiser import check_guidance, condition_for
 from cache import Combine
 from common.timing import captured
 from sampling.loop import Generators, Trajectory, denoise_loop, draw_step_noise
@@ -13,7 +15,8 @@ from sampling.loop import Generators, Trajectory, denoise_loop, draw_step_noise
 class Captured:
     """`sampling.sample` as a CUDA graph per trajectory and batch: captured at the first call, then replayed.
 
-    Each graph keeps its own activations; inputs are copied into it and x_0 out of it.
+    Each graph keeps its own activations; inputs are copied into it and x_0 out of it. What the backbone makes
+    of the labels is an input, for it may come from the host, as the embeddings of prompts do.
     """
 
     def __init__(self, cache_dtype: torch.dtype | None = None, combine: Combine | None = None) -> None:
@@ -24,17 +27,25 @@ class Captured:
         self, trajectory: Trajectory, labels: Tensor, noise: Tensor, generator: Generators = None
     ) -> Tensor:
         trajectory.check(labels, noise)
-        inputs = [labels, noise]
-        if (step_noise := draw_step_noise(trajectory, noise, generator)) is not None:
-            inputs.append(step_noise)
+        check_guidance(trajectory.backbone, trajectory.cfg_scale)
+        step_noise = draw_step_noise(trajectory, noise, generator)
+        condition = condition_for(trajectory.backbone, labels, trajectory.cfg_scale)
+        leaves, structure = tree_flatten((labels, noise, step_noise, condition))
+        places = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        inputs = [leaves[k] for k in places]
+        others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         # The graph holds the trajectory, so no other one takes its id.
-        key = (id(trajectory), noise.shape, noise.dtype)
+        key = (id(trajectory), *((one.shape, one.dtype) for one in inputs))
         if key not in self._captured:
             # Made outside of the capture: its weights come from the host. Its store is empty after a run.
             cache = trajectory.cache(**self._store)
 
-            def run(labels: Tensor, noise: Tensor, step_noise: Tensor | None = None) -> Tensor:
-                *_, (_, x_0) = denoise_loop(trajectory, labels, noise, cache, step_noise)
+            def run(*inputs: Tensor) -> Tensor:
+                own = list(others)
+                for k, tensor in zip(places, inputs, strict=True):
+                    own[k] = tensor
+                labels, noise, step_noise, condition = tree_unflatten(own, structure)
+                *_, (_, x_0) = denoise_loop(trajectory, labels, noise, cache, step_noise, condition)
                 return x_0
 
             self._captured[key] = _Graph(run, inputs)

@@ -3,7 +3,6 @@
 import importlib.util
 
 import torch
-from timm.layers import Mlp
 from torch import Tensor, nn
 
 from backbones.contract import Backbone
@@ -73,6 +72,8 @@ def _check_fp8(model: Backbone, device: torch.device) -> None:
 
 def use_fp8(module: nn.Module) -> None:
     """Replace every linear layer inside a module by an `Fp8Linear`; an MLP's GELU joins its second layer."""
+    from timm.layers import Mlp  # slow to import
+
     if isinstance(module, Mlp) and isinstance(module.act, nn.GELU) and module.act.approximate == "tanh":
         module.fc1, module.act = Fp8Linear(module.fc1), nn.Identity()
         module.fc2 = Fp8Linear(module.fc2, gelu=True)

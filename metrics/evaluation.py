@@ -13,6 +13,7 @@ from tqdm import tqdm
 from common.arrays import ArrayFile
 from common.images import Images, image_array
 from metrics.checks import require_finite
+from metrics.clip_score import prompts_beside
 from metrics.features import Extractor, Features
 from metrics.frechet import RunningStatistics, check_statistics, frechet_distance
 from metrics.inception_score import SPLIT_SIZE, inception_score
@@ -191,7 +192,7 @@ def check_features(
 
 
 def check_pairs(samples: Images, plain: Images) -> None:
-    """Refuse pairs of other shapes or names, or, where sample_ddp.py recorded it, of other noise."""
+    """Refuse pairs of other shapes or names, or, as sample_ddp.py records them, other noise or prompts."""
     if samples.shape != plain.shape:
         raise ValueError(f"{samples.path} is {samples.shape}, {plain.path} {plain.shape}; pairs are needed")
     for one, other in zip(samples.names or [], plain.names or [], strict=False):
@@ -206,6 +207,9 @@ def check_pairs(samples: Images, plain: Images) -> None:
                 f"{samples.path} was drawn with {name} {one.get(name)}, {plain.path} with {other.get(name)}; "
                 "pairs need the same noise"
             )
+    texts = [prompts_beside(images.path) for images in (samples, plain)]
+    if all(path.is_file() for path in texts) and texts[0].read_bytes() != texts[1].read_bytes():
+        raise ValueError(f"{texts[0]} and {texts[1]} hold other prompts; pairs need the same")
 
 
 def _drawn_from(samples: Path) -> dict:

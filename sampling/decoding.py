@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from backbones.vae import VaeConfig, from_latents, read_vae_config
+from backbones.vae import VaeConfig, decoded, from_latents, read_vae_config
 from common import cli
 from models import DiT
 
@@ -16,10 +16,12 @@ def load_vae(spec: str, device: torch.device | str = "cpu", fetch: bool = True):
 
 def image_shape(model: DiT, vae: VaeConfig | None) -> tuple[int, int, int]:
     """(H, W, C) of what `decode` returns."""
-    channels, height, width = model.sample_shape
+    channels, *frames, height, width = model.sample_shape
+    latent_frames = frames[0] if frames else 1
     if vae is not None:
-        return (height * vae.factor, width * vae.factor, vae.image_channels)
-    return (height, width, min(channels, 3))
+        shown = 1 + (latent_frames - 1) * vae.frame_factor
+        return (height * vae.factor, shown * width * vae.factor, vae.image_channels)
+    return (height, latent_frames * width, min(channels, 3))
 
 
 def require_finite(x: Tensor, first: int = 0, what: str = "x_0") -> None:
@@ -41,6 +43,8 @@ def require_finite(x: Tensor, first: int = 0, what: str = "x_0") -> None:
 def decode(x_0: Tensor, vae=None, batch_size: int = 8, first: int = 0) -> Tensor:
     """uint8 images (n, H, W, 3 or 1) of x_0 (n, C, H, W), the samples `first` and on.
 
+    Frames of a video (n, C, F, H, W) stand side by side.
+
     With a VAE, latents are decoded; pixels (C < 4) are only scaled from [-1, 1]; latents without a VAE are
     previewed by their first three channels, the range -3 .. 3 shown from black to white. Raises ValueError
     where x_0 or an image is not finite, naming the sample.
@@ -48,9 +52,11 @@ def decode(x_0: Tensor, vae=None, batch_size: int = 8, first: int = 0) -> Tensor
     require_finite(x_0, first)
     if vae is not None:
         parts = from_latents(x_0, vae).split(batch_size)
-        x_0 = torch.cat([vae.decode(part).sample for part in parts])
+        x_0 = torch.cat([decoded(part, vae) for part in parts])
         require_finite(x_0, first, "the decoded image")
     elif x_0.shape[1] > 3:
         x_0 = x_0[:, :3] / 3.0
+        if x_0.ndim == 5:  # (n, 3, F, H, W), frames side by side
+            x_0 = x_0.permute(0, 1, 3, 2, 4).flatten(3)
     pixels = ((x_0.float() + 1) * 127.5).round().clamp(0, 255)
     return pixels.to(torch.uint8).permute(0, 2, 3, 1).cpu()

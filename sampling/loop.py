@@ -2,15 +2,16 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from backbones.contract import Backbone
-from backbones.denoiser import Denoiser, executed, walk
+from backbones.denoiser import Denoiser, executed, halves, sampler_for, walk
 from cache import Combine, StaticCache
-from diffusion import GaussianDiffusion, Sampler, State, as_sampler, create_sampler
+from diffusion import GaussianDiffusion, Sampler, State, as_sampler
 from router import Schedule
 from sampling.decoding import require_finite
 from sampling.seeds import SAMPLING_STREAM, draw_noise, sample_generator
@@ -59,7 +60,7 @@ class Trajectory:
         eta: float = 0.0,
     ) -> "Trajectory":
         """The sampler by name, on a chain. Raises ValueError for an unknown one, or an eta outside [0, 1]."""
-        return cls(backbone, create_sampler(sampler, chain, eta), cfg_scale, schedule)
+        return cls(backbone, sampler_for(backbone, sampler, chain, eta), cfg_scale, schedule)
 
     def cache(self, dtype: torch.dtype | None = None, combine: Combine | None = None) -> StaticCache | None:
         """An empty store for one run; None where every branch is computed."""
@@ -76,15 +77,22 @@ class Trajectory:
 
 @torch.no_grad()
 def denoise_loop(
-    trajectory: Trajectory, labels: Tensor, noise: Tensor, cache=None, step_noise: Tensor | None = None
+    trajectory: Trajectory,
+    labels: Tensor,
+    noise: Tensor,
+    cache=None,
+    step_noise: Tensor | None = None,
+    condition: Any = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """Denoise step by step under a cache policy; yields (step, x after it), at last x_0.
 
     cache: any policy, which replaces the trajectory's schedule; None: every branch is computed. step_noise:
-    from `draw_step_noise`. The device never waits for the host here.
+    from `draw_step_noise`. condition: what the backbone makes of the labels, if that is done already. The
+    device never waits for the host here, unless the backbone makes a condition of labels on the host.
     """
     computed = None if cache is None else cache.computed
-    denoise = Denoiser(trajectory.backbone, trajectory.sampler, labels, trajectory.cfg_scale, computed)
+    setting = trajectory.backbone, trajectory.sampler, labels, trajectory.cfg_scale
+    denoise = Denoiser(*setting, computed, condition)
 
     def advance(state: State, step: int) -> State:
         return denoise.advance(state, step, cache, None if step_noise is None else step_noise[step])
@@ -180,8 +188,8 @@ def draw_step_noise(trajectory: Trajectory, noise: Tensor, generator: Generators
     """
     if not trajectory.sampler.adds_noise:
         return None
-    halves = 1 if trajectory.cfg_scale == 1 else 2
-    shape = (halves * len(noise), *noise.shape[1:])
+    rows = halves(trajectory.backbone, trajectory.cfg_scale)
+    shape = (rows * len(noise), *noise.shape[1:])
 
     def draw() -> Tensor:
         if generator is None:
@@ -189,7 +197,7 @@ def draw_step_noise(trajectory: Trajectory, noise: Tensor, generator: Generators
         if isinstance(generator, torch.Generator):
             return torch.randn(shape, generator=generator, device=generator.device)
         own = [torch.randn(shape[1:], generator=one, device=one.device) for one in generator]
-        return torch.cat([torch.stack(own)] * halves)
+        return torch.cat([torch.stack(own)] * rows)
 
     drawn = [draw() for _ in range(trajectory.sampler.num_steps)]
     return torch.stack(drawn[::-1]).to(noise.device)

@@ -291,6 +291,11 @@ def uniform_labels(model: Backbone, samples: range) -> Tensor:
     return torch.tensor([k % model.num_classes for k in samples])
 
 
+def choose_labels(model: Backbone, labels: str, seed: int, samples: range) -> Tensor:
+    """Labels (n,) of samples k, "random" or "uniform"."""
+    return uniform_labels(model, samples) if labels == "uniform" else random_labels(model, seed, samples)
+
+
 def draw(
     trajectory: Trajectory, seed: int, samples: range, vae=None, labels: str = "random", run: Sample = sample
 ) -> Tensor:
@@ -301,6 +306,6 @@ def draw(
     """
     filled = range(samples.start, -(-samples.stop // BLOCK) * BLOCK)
     model = trajectory.backbone
-    y = uniform_labels(model, filled) if labels == "uniform" else random_labels(model, seed, filled)
+    y = choose_labels(model, labels, seed, filled)
     x_0 = generate_seeded(trajectory, y, seed, first=samples.start, sample=run)
     return decode(x_0, vae, first=samples.start)[: len(samples)]

@@ -66,7 +66,7 @@ def load_method(
     """
     row, values = METHODS[settings.base], settings.base_values()
     diffusion = sampling.chain(model)
-    request = Request(model, model_name, sampling, diffusion.num_timesteps)
+    request = Request(model, model_name, sampling, diffusion.num_timesteps, settings.reuse)
     if row.respacing:
         diffusion = create_diffusion(row.respacing(request, **values), learn_sigma=model.learn_sigma)
     schedule = row.schedule(request, **values) if row.schedule else None

@@ -10,11 +10,13 @@ from sampling.settings import SamplingSettings
 class Request:
     """A schedule is built for this model and sampling. num_steps: number of steps of the uncached chain.
 
-    notes: lines for the user, which the function that builds the schedule may add.
+    reuse: how reused branches get their output, a key of `schedules.table.REUSES`, or "". notes: lines for
+    the user, which the function that builds the schedule may add.
     """
 
     model: Backbone
     model_name: str | None
     sampling: SamplingSettings
     num_steps: int
+    reuse: str = ""
     notes: list[str] = field(default_factory=list)

@@ -6,6 +6,8 @@ from backbones.loading import pixels_of
 from router import DEFAULT_THRESHOLD, Schedule, load_router
 from schedules.request import Request
 
+_UNRECORDED = {"sampler": "ddim"}  # what routers from before it was recorded were trained under
+
 
 def routed_schedule(
     request: Request, path: str, thres: float | None = None, trained_by: str = ""
@@ -30,10 +32,12 @@ def routed_schedule(
         "sampler": request.sampling.sampler,
     }
     for fact, value in here.items():
-        if str(router.info.get(fact, value)) != str(value):
+        trained = router.info.get(fact, _UNRECORDED.get(fact, value))
+        if str(trained) != str(value):
+            offer = fact == "sampler" and request.reuse != "calibrated"
             request.notes.append(
-                f"note: the router was trained at {fact} {router.info[fact]}, this samples at {value}"
-                + ("; --accelerate-method calibrated-... fits it to that" if fact == "sampler" else "")
+                f"note: the router was trained at {fact} {trained}, this samples at {value}"
+                + ("; --calibrate fits its weights of reuse to that" if offer else "")
             )
     request.notes.append(f"router {router.info['path']}")
     own = router.info.get("threshold", DEFAULT_THRESHOLD)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from common import cli
-from schedules.table import METHODS, REUSES, Flag, flags_of, names, split_name
+from schedules.table import CALIBRATED, METHODS, REUSES, Flag, flags_of, names, split_name
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class MethodSettings:
     @classmethod
     def from_arguments(cls, args: argparse.Namespace) -> "MethodSettings":
         name = args.accelerate_method
+        if "calibrate" in getattr(args, "given", ()) and f"{CALIBRATED}-{name}" in names():
+            name = f"{CALIBRATED}-{name}"
         flags = flags_of(name) if name in names() else ()
         return cls(name, {flag.name: getattr(args, flag.name) for flag in flags})
 
@@ -54,6 +56,13 @@ class MethodSettings:
             return cls(name, {first.name: first.type(value)} if first else {})
         except (ValueError, argparse.ArgumentTypeError) as error:
             raise ValueError(f"method {spec!r}: {error}") from None
+
+    def calibrated(self, num_samples: int) -> "MethodSettings":
+        """The same with weights of reuse that are solved on so many samples; as it is where it has others."""
+        name = self.name if self.reuse else f"{CALIBRATED}-{self.name}"
+        if name not in names() or not name.startswith(f"{CALIBRATED}-"):
+            return self
+        return MethodSettings(name, {**self.values, "calibrate": num_samples})
 
     @property
     def reuse(self) -> str:
@@ -98,10 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("caching")
     group.add_argument("--accelerate-method", default="none", help=f"one of {', '.join(names())}")
     for flag, readers in all_flags().items():
-        group.add_argument(
-            flag.option, type=flag.type, default=flag.default, choices=flag.choices, metavar=flag.metavar,
-            help=f"{', '.join(readers)}: {flag.help}",
-        )  # fmt: skip
+        flag.add_to(group, f"{', '.join(readers)}: {flag.help}")
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

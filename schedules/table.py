@@ -11,12 +11,15 @@
 | `taylor-` and one of the last four | the same; reused branches are extrapolated | also `--order 1` or `2` |
 | `calibrated-` and one of those | the same; weights of reuse are solved | also `--calibrate N`, `--terms K` |
 
+`--calibrate` with one of those makes it `calibrated-`.
+
 A router of `train_router.py --method end-to-end` holds its own weights of reuse; `dynamiclayer` uses them.
 
 A new static schedule is one file with a function (num_steps, num_branches, flags...) -> Schedule, and one
 row: its flags have the names of the function's parameters.
 """
 
+import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +34,10 @@ from schedules.routed import routed_schedule
 
 @dataclass(frozen=True)
 class Flag:
-    """One flag of a method. needed: what a flag takes that must be given, in words; "": it is optional."""
+    """One flag of a method. needed: what a flag takes that must be given, in words; "": it is optional.
+
+    alone: its value where it is given without one; None: it takes a value.
+    """
 
     name: str
     help: str
@@ -40,10 +46,19 @@ class Flag:
     choices: tuple | None = None
     metavar: str | None = None
     needed: str = ""
+    alone: Any = None
 
     @property
     def option(self) -> str:
         return f"--{self.name.replace('_', '-')}"
+
+    def add_to(self, parser: argparse._ActionsContainer, help: str) -> None:
+        """Add it to a parser or a group of one."""
+        optional = {} if self.alone is None else {"nargs": "?", "const": self.alone}
+        parser.add_argument(
+            self.option, type=self.type, default=self.default, choices=self.choices, metavar=self.metavar,
+            help=help, **optional,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -97,6 +112,17 @@ THRESHOLD = Flag(
     "thres", "compute where score > thres (default: the router's own threshold, else 0.1)", cli.threshold
 )
 
+CALIBRATED, CALIBRATION_SAMPLES = "calibrated", 64
+CALIBRATE = Flag(
+    "calibrate",
+    "solve the weights of reuse for this model, sampler and guidance, on N samples drawn at once (default "
+    f"{CALIBRATION_SAMPLES})",
+    cli.positive_int,
+    default=CALIBRATION_SAMPLES,
+    metavar="N",
+    alone=CALIBRATION_SAMPLES,
+)
+
 METHODS = {
     "none": MethodRow(),
     "fewer-steps": MethodRow(
@@ -141,15 +167,9 @@ REUSES = {
         (Flag("order", "order of the forecast (default 1)", int, default=1, choices=(1, 2)),),
         lambda _, schedule, order: forecast(schedule, order),
     ),
-    "calibrated": ReuseRow(
+    CALIBRATED: ReuseRow(
         (
-            Flag(
-                "calibrate",
-                "number of samples, drawn at once, on which the weights of reuse are solved (default 64)",
-                cli.positive_int,
-                default=64,
-                metavar="N",
-            ),
+            CALIBRATE,
             Flag(
                 "terms",
                 "number of last outputs that a reused branch combines (default 3)",

@@ -124,16 +124,18 @@ def lines(series: list[tuple[str, np.ndarray, np.ndarray]], labels: tuple[str, s
 
 
 def image_rows(rows: list[tuple[str, np.ndarray]]) -> Callable:
-    """A row of images (n, H, W) for each method, and beside it the difference to the first row."""
+    """A row of images (n, H, W), or (n, H, W, 3) in colour, and beside it the difference to the first row."""
 
     def strip(images: np.ndarray, fill: float) -> np.ndarray:
-        padded = np.pad(images.astype(float), ((0, 0), (0, 0), (0, 1)), constant_values=fill)
-        return np.concatenate(list(padded), axis=1)
+        padding = [(0, 0), (0, 0), (0, 1), (0, 0)][: images.ndim]
+        return np.concatenate(list(np.pad(images, padding, constant_values=fill)), axis=1)
 
     def draw(figure: Figure, _theme: dict) -> None:
         axes = figure.subplots(len(rows), 2, squeeze=False)
         for (left, right), (name, images) in zip(axes, rows, strict=True):
             difference = images.astype(float) - rows[0][1]
+            if difference.ndim == 4:
+                difference = difference.mean(-1)
             left.imshow(strip(images, 255), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
             right.imshow(strip(difference, 0), cmap="RdBu", vmin=-96, vmax=96, interpolation="nearest")
             left.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)

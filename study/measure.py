@@ -1,9 +1,10 @@
-"""Measure one method on the digits model against uncached samples of the same noise; prints a row as JSON.
+"""Measure one method on an example's model against uncached samples of the same noise; prints a row as JSON.
 
     python -m study.measure --num-sampling-steps 10 --accelerate-method fora --interval 2
     python -m study.measure --num-sampling-steps 10 --accelerate-method dynamiclayer --path ROUTER
+    python -m study.measure --example emoji --accelerate-method fora --interval 2
 
-Every row of the digits study holds such a line. `speedup_macs` and `speedup_latency` are relative to the
+Every row of a study holds such a line. `speedup_macs` and `speedup_latency` are relative to the
 uncached chain; latency is that of the denoising loop for one batch of 16, the median of some repeats in turn
 with it.
 """
@@ -11,30 +12,30 @@ with it.
 import argparse
 import base64
 import dataclasses
+import io
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 import execution
-from backbones.loading import load_model
+from backbones.contract import Backbone
 from common import cli, devices
 from common.files import to_json
 from common.identity import weights_fingerprint
 from common.timing import alternating
-from examples.digits import MODEL
-from examples.digits.classifier import Judge
 from execution import settings as execution_settings
 from execution.settings import ExecutionSettings
-from metrics.frechet import frechet_distance
+from metrics.frechet import feature_statistics, frechet_distance
 from metrics.paired import mse, psnr, ssim
-from models import DiT
 from objectives import step_errors
 from sampling import settings as sampling_settings
-from sampling.decoding import decode
 from sampling.loop import Sample, Trajectory, generate_seeded, sample
 from sampling.seeds import SAMPLING_STREAM, draw_noise, sample_generator
 from sampling.settings import SamplingSettings
@@ -42,16 +43,22 @@ from schedules import methods
 from schedules import settings as method_settings
 from schedules.methods import Method
 from schedules.settings import MethodSettings
+from study import subjects
+from study.subjects import DIGITS, SUBJECTS, Subject, parts
 
-SHOWN = 10  # samples of every method that the report draws
 LATENCY_BATCH, REPEATS = 16, 3
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Measure one method on the digits model.")
-    defaults = SamplingSettings("10", cfg_scale=1.0, seed=1234, batch_size=250)
-    sampling = sampling_settings.add_arguments(parser, defaults, "samples at once (default 250)")
-    sampling.add_argument("--samples", type=cli.positive_int, default=2000, help="default 2000")
+    example = argparse.ArgumentParser(add_help=False)
+    example.add_argument("--example", choices=SUBJECTS, default=DIGITS.name, help="default: digits")
+    subject = SUBJECTS[example.parse_known_args(arguments)[0].example]
+    parser = argparse.ArgumentParser(
+        description="Measure one method on an example's model.", parents=[example]
+    )
+    size, samples = subject.sampling.batch_size, subject.samples
+    sampling = sampling_settings.add_arguments(parser, subject.sampling, f"samples at once (default {size})")
+    sampling.add_argument("--samples", type=cli.positive_int, default=samples, help=f"default {samples}")
     parser.add_argument(
         "--repeats",
         type=cli.non_negative_int,
@@ -78,7 +85,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 class Measurement:
     """A measurement: the method, how it samples and executes, and the number of samples.
 
-    step_errors: number of samples whose errors of each step are measured too; None: none.
+    step_errors: number of samples whose errors of each step are measured too; None: none. example: a key of
+    `SUBJECTS`.
     """
 
     method: MethodSettings = MethodSettings()
@@ -86,22 +94,27 @@ class Measurement:
     execution: ExecutionSettings = ExecutionSettings()
     samples: int = 2000
     step_errors: int | None = None
+    example: str = DIGITS.name
 
     @classmethod
     def from_arguments(cls, args: argparse.Namespace) -> "Measurement":
         method, sampling = MethodSettings.from_arguments(args), SamplingSettings.from_arguments(args)
         execution = ExecutionSettings.from_arguments(args)
-        return cls(method, sampling, execution, args.samples, args.step_errors)
+        return cls(method, sampling, execution, args.samples, args.step_errors, args.example)
 
-    def load(self, model: DiT) -> Method:
-        return methods.load_method(self.method, model, self.sampling, MODEL)
+    @property
+    def subject(self) -> Subject:
+        return SUBJECTS[self.example]
 
-    def uncached(self, model: DiT) -> Method:
+    def load(self, model: Backbone) -> Method:
+        return methods.load_method(self.method, model, self.sampling, self.subject.model)
+
+    def uncached(self, model: Backbone) -> Method:
         return methods.uncached(model, self.sampling)
 
 
 def draw(asked: Measurement, trajectory: Trajectory, run: Sample = sample) -> Tensor:
-    """x_0 (n, 1, 8, 8) of samples 0 .. n-1 of the seed, with labels 0 .. 9 in turn."""
+    """x_0 (n, C, H, W) of samples 0 .. n-1 of the seed, with all labels in turn."""
     labels = torch.arange(asked.samples) % trajectory.backbone.num_classes
     sampling = asked.sampling
     return generate_seeded(trajectory, labels, sampling.seed, sampling.batch_size, progress=True, sample=run)
@@ -117,20 +130,36 @@ def latencies(batches: list[Callable[[], Tensor]], repeats: int = REPEATS) -> li
     return [1000 * statistics.median(own) for own in alternating(batches, repeats, torch.device("cpu"))]
 
 
-def fidelity(judge: Judge, x_0: Tensor, uncached: Tensor, labels: Tensor) -> dict[str, float]:
-    """How far samples are from the data and from the uncached ones of the same noise."""
-    return {
-        "digits_fid": judge.digits_fid(x_0),
-        "fd_uncached": frechet_distance(*judge.statistics(x_0), *judge.statistics(uncached)),
-        "accuracy": judge.accuracy(x_0, labels),
-        "mse": mse(x_0, uncached),
-    }
+def fidelity(
+    judge: Any,
+    x_0: Tensor,
+    uncached: Tensor,
+    labels: Tensor,
+    images: Tensor | None = None,
+    plain_images: Tensor | None = None,
+) -> dict[str, float]:
+    """How far samples are from the data and from the uncached ones of the same noise.
+
+    judge: an example's, see `common/registry.py`. images, plain_images: the decoded samples, for a judge that
+    looks at these.
+    """
+    own, plain = judge.features(x_0, images), judge.features(uncached, plain_images)
+    statistics = [feature_statistics(features.numpy()) for features in (own, plain)]
+    found = judge.figures(own, labels)
+    of_uncached = judge.figures(plain, labels)
+    return (
+        found
+        | {"fd_uncached": frechet_distance(*statistics[0], *statistics[1]), "mse": mse(x_0, uncached)}
+        | {f"{name}_uncached": of_uncached[name] for name in judge.compared}
+    )
 
 
-def compare(asked: Measurement, model: DiT, judge: Judge, method: Method, own: Tensor, plain: Tensor) -> dict:
+def compare(
+    asked: Measurement, model: Backbone, judge: Any, method: Method, own: Tensor, plain: Tensor
+) -> dict:
     """The figures of a row, from its samples and the uncached ones."""
     labels = torch.arange(asked.samples) % model.num_classes
-    images, plain_images = decode(own), decode(plain)
+    images, plain_images = asked.subject.decode(own), asked.subject.decode(plain)
     num_steps = asked.uncached(model).diffusion.num_timesteps
     peak = psnr(images, plain_images)
     own_errors = training_errors(asked, model, method) if asked.step_errors else {}
@@ -139,8 +168,7 @@ def compare(asked: Measurement, model: DiT, judge: Judge, method: Method, own: T
         "executed_steps": method.diffusion.num_timesteps,
         "cur": method.schedule.cur if method.schedule else 0.0,
         "speedup_macs": method.speedup_macs(model, num_steps),
-        **fidelity(judge, own, plain, labels),
-        "digits_fid_uncached": judge.digits_fid(plain),  # on as many samples: fewer samples give a larger FID
+        **fidelity(judge, own, plain, labels, images, plain_images),
         "psnr": None if peak == float("inf") else peak,  # JSON has no infinity
         "ssim": ssim(images, plain_images).mean().item(),
         "cfg_scale": asked.sampling.cfg_scale,
@@ -154,7 +182,7 @@ def compare(asked: Measurement, model: DiT, judge: Judge, method: Method, own: T
     }
 
 
-def training_errors(asked: Measurement, model: DiT, method: Method) -> dict:
+def training_errors(asked: Measurement, model: Backbone, method: Method) -> dict:
     """`step_error`, the mean over steps of `step_errors`, and the same for eps: what SDT minimises."""
     labels = torch.arange(asked.step_errors) % model.num_classes
     generators = [sample_generator(asked.sampling.seed, SAMPLING_STREAM, k) for k in range(asked.step_errors)]
@@ -166,19 +194,33 @@ def training_errors(asked: Measurement, model: DiT, method: Method) -> dict:
     return means | {"step_errors": of_all.tolist(), "step_errors_eps": of_eps.tolist()}
 
 
-def pictures(x_0: Tensor) -> str:
-    """The first samples as bytes of grey levels (SHOWN * 64), base64."""
-    return base64.b64encode(decode(x_0[:SHOWN]).numpy().tobytes()).decode()
+def pictures(subject: Subject, x_0: Tensor) -> str:
+    """The first samples in base64: bytes of grey levels, or of colour pictures a WebP of them in a row."""
+    images = subject.decode(x_0[: subject.shown]).numpy()
+    if images.shape[-1] == 1:
+        return base64.b64encode(images.tobytes()).decode()
+    file = io.BytesIO()
+    Image.fromarray(np.concatenate(list(images), axis=1)).save(file, "webp", quality=85)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def strip(subject: Subject, pictures: str) -> np.ndarray:
+    """The samples (n, H, W), of colour (n, H, W, 3), that `pictures` has written."""
+    content = base64.b64decode(pictures)
+    if not content.startswith(b"RIFF"):
+        return np.frombuffer(content, dtype=np.uint8).reshape(subject.shown, 8, -1)
+    row = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+    return np.stack(np.split(row, row.shape[1] // row.shape[0], axis=1))
 
 
 def main(args: argparse.Namespace) -> None:
     cli.show_notes(args)
     asked = Measurement.from_arguments(args)
-    model, judge = load_model(MODEL), Judge()
+    model, judge = parts(asked.subject)[0], subjects.judge(asked.subject)
     method = asked.load(model)
     for note in method.notes:
         print(note)
-    own_model = load_model(MODEL)
+    own_model, _ = asked.subject.load()
     run = execution.prepare(asked.execution, own_model, torch.device("cpu"))
     trajectory = method.trajectory(own_model, asked.sampling)
     plain_trajectory = asked.uncached(model).trajectory(model, asked.sampling)

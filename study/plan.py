@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from backbones.loading import load_model
+from backbones.contract import Backbone
 from examples.digits import MODEL
-from models import DiT
 from schedules.baselines import random_schedule
+from study.subjects import DIGITS, ROOT, Subject, parts
 from study.tables import (
     FORECAST,
     FORECAST_EVEN_BATCHES,
@@ -32,9 +32,8 @@ from study.tables import (
     SECOND_SAMPLES,
 )
 
-ROOT = Path(__file__).parents[1]
-EVIDENCE = ROOT / "study" / "results" / "digits"  # the committed study
-RESULTS, QUICK_RESULTS = (ROOT / "results" / name for name in ("digits", "digits-quick"))
+EVIDENCE = DIGITS.evidence  # the committed study
+RESULTS, QUICK_RESULTS = DIGITS.results(), DIGITS.results(quick=True)
 ROUTERS = "routers.safetensors"  # all routers of a study, by name
 
 # ---- how much --------------------------------------------------------------------------------------
@@ -120,6 +119,14 @@ class Scale:
     ablations: bool
     end_to_end: Mapping[int, EndToEndScale]
     longer: Mapping[tuple, int] = field(default_factory=dict)
+
+    def samples_of(self, row: "Row") -> int:
+        """How many samples a row is measured on."""
+        chain = (row.num_steps, row.sampler, row.cfg_scale)
+        at_main_speed = row.method == "uncached" or (row.speed == MAIN_SPEED and row.group is None)
+        if at_main_speed and chain == (README_STEPS, "ddim", 1):
+            return self.samples_in_readme
+        return self.samples * (SAMPLES_FACTOR.get(row.num_steps, 1) if row.group in SAMPLE_SEEDS else 1)
 
     def updates_of(self, name: str, num_steps: int, speed: float) -> int:
         for key in ((name, num_steps, speed), (name, num_steps)):
@@ -290,7 +297,7 @@ class Row:
     """A measurement. settings: the method, as flags of study.measure; the rest goes into the row as it is.
 
     speed: what was asked for. group: the section that a row belongs to, None for the comparison. variant:
-    what is different within a group.
+    what is different within a group. example: a key of `SUBJECTS`.
     """
 
     method: str
@@ -303,6 +310,7 @@ class Row:
     variant: str | float | None = None
     cfg_scale: float = 1.0
     sampler: str = "ddim"
+    example: str = DIGITS.name
 
     @property
     def id(self) -> str:
@@ -315,28 +323,24 @@ class Row:
         """The row that this one is compared with."""
         if self.method == "uncached":
             return None
-        return Row("uncached", self.num_steps, cfg_scale=self.cfg_scale, sampler=self.sampler)
+        chain = {name: getattr(self, name) for name in ("cfg_scale", "sampler", "example")}
+        return Row("uncached", self.num_steps, **chain)
 
     @property
     def facts(self) -> dict:
         """What a record of this row says beside its figures."""
         router = f"{ROUTERS}:{self.training.id}" if self.training else None
         asked = {name: getattr(self, name) for name in ("speed", "train_seed", "group", "variant")}
+        asked["example"] = None if self.example == DIGITS.name else self.example
         return {"method": self.method, "router": router} | {k: v for k, v in asked.items() if v is not None}
 
     def samples(self, scale: Scale) -> int:
-        in_readme = (self.method == "uncached" or (self.speed == MAIN_SPEED and self.group is None)) and (
-            self.num_steps,
-            self.sampler,
-            self.cfg_scale,
-        ) == (README_STEPS, "ddim", 1)
-        if in_readme:
-            return scale.samples_in_readme
-        return scale.samples * (SAMPLES_FACTOR.get(self.num_steps, 1) if self.group in SAMPLE_SEEDS else 1)
+        return scale.samples_of(self)
 
     def measured_with(self, scale: Scale, routers: Path) -> dict[str, object]:
         """All flags of study.measure; routers: the file that its router is in."""
-        settings = {
+        settings = {} if self.example == DIGITS.name else {"example": self.example}
+        settings |= {
             "num_sampling_steps": self.num_steps,
             "cfg_scale": self.cfg_scale,
             "samples": self.samples(scale),
@@ -373,10 +377,11 @@ def fewer_steps(num_steps: int, speed: Speed, **facts) -> Iterator[Row]:
         yield Row("fewer-steps", num_steps, settings, speed=speed.name, **facts)
 
 
-def random(num_steps: int, speed: Speed, seed: int) -> Row:
-    cur = random_cur(num_steps, speed.target, seed)
+def random(num_steps: int, speed: Speed, seed: int, subject: Subject = DIGITS, **facts) -> Row:
+    cur = random_cur(num_steps, speed.target, seed, subject)
     settings = {"accelerate_method": "random", "cur": f"{cur:.4f}", "schedule_seed": seed}
-    return Row("random", num_steps, settings, speed=speed.name, train_seed=seed)
+    facts |= {"speed": speed.name, "train_seed": seed, "example": subject.name}
+    return Row("random", num_steps, settings, **facts)
 
 
 def routed(
@@ -686,9 +691,9 @@ RANDOM_CURS = np.arange(0.005, 0.9, 0.0025)  # among which `random_cur` looks
 
 
 @cache
-def random_cur(num_steps: int, speedup: float, seed: int) -> float:
+def random_cur(num_steps: int, speedup: float, seed: int, subject: Subject = DIGITS) -> float:
     """The CUR at which a random schedule of this seed comes closest to a speed-up by MACs."""
-    model = digits_model()
+    model = parts(subject)[0]
 
     def speedup_at(cur: float) -> float:
         return random_schedule(num_steps, model.num_branches, cur, seed).speedup_macs(model)
@@ -699,6 +704,5 @@ def random_cur(num_steps: int, speedup: float, seed: int) -> float:
     return float(curs[bisect.bisect_left(curs, speedup_at(nearest), key=speedup_at)])  # the least of equals
 
 
-@cache
-def digits_model() -> DiT:
-    return load_model(MODEL)
+def digits_model() -> Backbone:
+    return parts(DIGITS)[0]

@@ -4,7 +4,6 @@ It reads from the study's folder: the rows of study.json, the sample pictures of
 the routers and the curves of the trainings. What is absent is left out of the report.
 """
 
-import base64
 import html
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,11 +13,12 @@ import numpy as np
 from common.columns import markdown
 from common.files import read_json, replacing
 from study import charts
-from study.plan import EVIDENCE, RESULTS
+from study.measure import strip
 from study.store import Study
+from study.subjects import DIGITS, SUBJECTS, Subject
 from study.tables import (
     FULL_LENGTH,
-    MAIN_SPEED,
+    MAIN_SPEEDS,
     comparison_table,
     evaluation_table,
     further_tables,
@@ -74,7 +74,7 @@ def schedule_pictures(study: Study, folder: Path, rows: list[dict]) -> Pictures:
         if tables:
             size = (3 * min(3, len(tables)) + 0.6, (1.2 + 0.07 * num_steps) * -(-len(tables) // 3) + 0.8)
             pictures = charts.save(folder, f"schedules-T{num_steps}", charts.schedules(tables), size)
-            caption = f"T = {num_steps}, {MAIN_SPEED}x asked, seed 0: filled cells are computed"
+            caption = f"T = {num_steps}, {main_speed(chosen)}x asked, seed 0: filled cells are computed"
             found.append((caption, pictures))
     return found
 
@@ -131,19 +131,18 @@ def image_pictures(folder: Path, rows: list[dict]) -> Pictures:
         strips = []
         for row in chosen:
             if is_at_main_speed(row) and row.get("images"):
-                images = np.frombuffer(base64.b64decode(row["images"]), dtype=np.uint8).reshape(-1, 8, 8)
-                strips.append((row["method"], images))
+                strips.append((row["method"], strip(subject_of(rows), row["images"])))
         strips.sort(key=lambda strip: strip[0] != "uncached")
         if len(strips) > 1:
             draw = charts.image_rows(strips)
-            pictures = charts.save(folder, f"images-T{num_steps}", draw, (9.0, 0.42 * len(strips) + 0.5))
-            found.append((f"T = {num_steps}, {MAIN_SPEED}x asked, seed 0", pictures))
+            height = 0.42 if strips[0][1].shape[1] < 32 else 0.6
+            pictures = charts.save(folder, f"images-T{num_steps}", draw, (9.0, height * len(strips) + 0.5))
+            found.append((f"T = {num_steps}, {main_speed(chosen)}x asked, seed 0", pictures))
     return found
 
 
 # ---- the page --------------------------------------------------------------------------------------
 
-TITLE = "Caching methods on the digits DiT"
 STYLE = """
 :root { color-scheme: light dark; --ground: #ffffff; --text: #1f2328; --line: #d8dee4; --soft: #59636e; }
 @media (prefers-color-scheme: dark) {
@@ -188,10 +187,20 @@ def charts_html(found: list[tuple[str, dict]], kind: str = "charts") -> str:
     return f'<div class="{kind}">{"".join(figure_html(*one) for one in found)}</div>'
 
 
+def main_speed(rows: list[dict]) -> str:
+    """The speed at which a study shows all methods beside each other."""
+    return next((row["speed"] for row in rows if row.get("speed") in MAIN_SPEEDS), MAIN_SPEEDS[0])
+
+
+def subject_of(rows: list[dict]) -> Subject:
+    """What a study's rows are about."""
+    return SUBJECTS[rows[0].get("example", DIGITS.name)]
+
+
 def setting(rows: list[dict]) -> str:
     first, machines = rows[0], " and ".join(sorted({row["hardware"] for row in rows}))
     return (
-        "Model: the digits DiT. Sampling: DDIM without guidance unless a row says otherwise, "
+        f"{subject_of(rows).about}, "
         f"{first['dtype']} on {machines}, batches of {first['batch_size']}, samples of seed {first['seed']}. "
         'All methods start from the same noise and labels. "Speed asked" is the speed-up by MACs at which '
         "methods are compared: they match it within 4 %, and a star marks the rows that do not. The figure "
@@ -203,8 +212,9 @@ def setting(rows: list[dict]) -> str:
 def page(study: Study, folder: Path, rows: list[dict], evaluations: Sequence[Path]) -> str:
     """The whole report as HTML; its charts are written into `folder` too."""
     judged = evaluation_table(evaluations) if evaluations else None  # first: it may refuse a file
+    title = subject_of(rows).title
     parts = [
-        f"<h1>{TITLE}</h1><p>{html.escape(setting(rows))}</p>",
+        f"<h1>{title}</h1><p>{html.escape(setting(rows))}</p>",
         section(
             "Quality against speed",
             "Lower and further to the right is better.",
@@ -230,13 +240,13 @@ def page(study: Study, folder: Path, rows: list[dict], evaluations: Sequence[Pat
     commands = "".join(f"<li><code>{html.escape(row['command'])}</code></li>" for row in rows)
     parts.append(f"<details><summary>The command of every row</summary><ol>{commands}</ol></details>")
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-    head += f"<title>{TITLE}</title><style>{STYLE}</style>"
+    head += f"<title>{title}</title><style>{STYLE}</style>"
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
 
 
 def write_table(folder: Path, rows: list[dict]) -> None:
     """FOLDER/table.md."""
-    parts = [f"# {TITLE}\n\n{setting(rows)}\n"]
+    parts = [f"# {subject_of(rows).title}\n\n{setting(rows)}\n"]
     for num_steps, chosen in comparisons(rows):
         parts.append(f"## T = {num_steps}\n\n{markdown(comparison_table(chosen, num_steps))}")
     parts += [f"## {title}\n\n{intro}\n\n{markdown(table)}" for title, intro, table in further_tables(rows)]
@@ -252,8 +262,9 @@ def write_page(study: Study, folder: Path, rows: list[dict], evaluations: Sequen
 
 
 def page_folder(study: Path) -> Path:
-    """Where a study's report goes: into its own folder, but for the committed study into results/."""
-    return RESULTS if study.resolve() == EVIDENCE else study
+    """Where a study's report goes: into its own folder, but for a committed study into results/."""
+    committed = {subject.evidence: subject.results() for subject in SUBJECTS.values()}
+    return committed.get(study.resolve(), study)
 
 
 def read_rows(study: Study) -> list[dict]:

@@ -1,12 +1,14 @@
-"""The digits study: train the routers that are missing, measure every method, write tables and a report.
+"""A study: train the routers that are missing, measure every method, write tables and a report.
 
-    python -m study.run --quick    # a quarter of an hour, into results/digits-quick
+    python -m study.run --quick    # the digits: a quarter of an hour, into results/digits-quick
     python -m study.run            # hours, into results/digits; after an interruption run it again
     python -m study.run --results-dir study/results/digits    # goes on with the committed study
+    python -m study.run --example emoji    # the same for another example, into results/emoji-study
 
-`study/plan.py` says what is trained and measured and in which order, `study/store.py` which file holds what.
-Each row of `study.json` holds the command that measures it again, and the one that trained its router.
-Trainings and rows that are there are not repeated. One command at a time writes in a folder.
+`study/plan.py`, or `study/emoji_plan.py`, says what is trained and measured and in which order,
+`study/store.py` which file holds what. Each row of `study.json` holds the command that measures it again, and
+the one that trained its router. Trainings and rows that are there are not repeated. One command at a time
+writes in a folder.
 """
 
 import argparse
@@ -17,8 +19,7 @@ import multiprocessing
 import os
 import shlex
 import time
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,16 +28,14 @@ import torch
 from common import cli, devices, distributed, lifeline
 from common.arrays import ArrayFile
 from common.files import replacing, write_json
-from common.identity import weights_fingerprint
 from end_to_end.rounds import ROUNDS as END_TO_END_ROUNDS
-from examples.digits import MODEL
-from examples.digits.classifier import Judge
 from router import find_router, load_router
-from study import measure
+from study import emoji_plan, measure, subjects
 from study.measure import Measurement
-from study.plan import FULL, QUICK, QUICK_RESULTS, RESULTS, ROOT, Task, digits_model, plan
+from study.plan import FULL, QUICK, Scale, Task, plan
 from study.report import page_folder, write_page, write_table
 from study.store import Study, router_hash, short_hash
+from study.subjects import DIGITS, ROOT, SUBJECTS, Subject, judge, parts
 from study.tables import is_main, shows_training
 from training.arguments import parse_args as parse_training
 from training.rounds import ROUNDS
@@ -46,14 +45,14 @@ from training.settings import TrainSettings
 HIDDEN = ("images", "router_hash")  # of the rows' records, not in study.json
 
 
-@cache
-def judge() -> Judge:
-    return Judge()
+def fingerprint(subject: Subject = DIGITS) -> str:
+    """Of the model's weights."""
+    return subjects.fingerprint(subject)
 
 
-@cache
-def fingerprint() -> str:
-    return weights_fingerprint(digits_model())
+def subject_of(tasks: list[Task]) -> Subject:
+    """What a plan is about."""
+    return SUBJECTS[next(task.row.example for task in tasks if task.row)]
 
 
 # ---- in a worker -----------------------------------------------------------------------------------
@@ -83,21 +82,22 @@ def train(folder: Path, task: Task) -> Path:
 
 def measure_row(folder: Path, task: Task) -> dict:
     asked = Measurement.from_arguments(measure.parse_args(task.arguments))
-    model, method = digits_model(), asked.load(digits_model())
+    model = parts(asked.subject)[0]
+    method = asked.load(model)
     own = plain = uncached_samples(folder, asked)
     if method.name != "none":
         own = measure.draw(asked, method.trajectory(model, asked.sampling))
-    row = task.row.facts | measure.compare(asked, model, judge(), method, own, plain)
+    row = task.row.facts | measure.compare(asked, model, judge(asked.subject), method, own, plain)
     measured = router_hash(load_router(task.settings["path"])) if task.row.training else None
     row |= {"command": task.command, "id": task.id, "router_hash": measured}
-    return row | {"images": measure.pictures(own)}
+    return row | {"images": measure.pictures(asked.subject, own)}
 
 
 def uncached_samples(folder: Path, asked: Measurement) -> torch.Tensor:
     """x_0 that a row is compared with, from scratch/ where a row before drew as many."""
-    sampling, model = asked.sampling, digits_model()
+    sampling, model = asked.sampling, parts(asked.subject)[0]
     chain = f"T{sampling.num_sampling_steps}-cfg{sampling.cfg_scale:g}-{sampling.sampler}"
-    path = folder / "scratch" / f"uncached-{fingerprint()}-{chain}-seed{sampling.seed}.npy"
+    path = folder / "scratch" / f"uncached-{fingerprint(asked.subject)}-{chain}-seed{sampling.seed}.npy"
     with contextlib.suppress(OSError, ValueError):  # absent or damaged: drawn again
         x_0 = ArrayFile(path).read("arr_0", "f", "(n, C, H, W)")
         if len(x_0) >= asked.samples:
@@ -141,7 +141,7 @@ def perform_all(study: Study, chosen: list[Task], tasks: list[Task], workers: in
     tasks: the whole plan.
     """
     os.environ["OMP_NUM_THREADS"] = "1"  # one thread a process is the most efficient
-    done, drawn = study.done(chosen, fingerprint()), drawn_trainings(tasks)
+    done, drawn = study.done(chosen, fingerprint(subject_of(tasks))), drawn_trainings(tasks)
     waiting, failed, running = [task for task in chosen if task.id not in done], [], {}
     print(f"{len(done)} of {len(chosen)} tasks are done; {workers} processes", flush=True)
     context = multiprocessing.get_context("spawn")
@@ -188,7 +188,7 @@ def measure_latencies(study: Study, tasks: list[Task], repeats: int) -> None:
     measured anew.
     """
     torch.set_num_threads(1)
-    model, groups = digits_model(), {}
+    model, groups = parts(subject_of(tasks))[0], {}
     for row in collect(study, tasks):
         if is_main(row) and row.get("train_seed") in (None, 0):
             groups.setdefault(row["num_steps"], []).append(row)
@@ -225,7 +225,8 @@ def arguments_of(command: str) -> list[str]:
 
 def collect(study: Study, tasks: list[Task]) -> list[dict]:
     """The rows that are there, in the plan's order, with their latency and the training's command."""
-    rows, latencies, done = study.rows.read(), study.latencies.read(), study.done(tasks, fingerprint())
+    rows, latencies = study.rows.read(), study.latencies.read()
+    done = study.done(tasks, fingerprint(subject_of(tasks)))
     train_commands = {task.id: task.command for task in tasks if task.is_training}
     found = []
     for task in tasks:
@@ -245,19 +246,21 @@ def write_results(study: Study, tasks: list[Task]) -> None:
         if records.path.is_file():
             records.tidy(ids)
     shown = [{k: v for k, v in row.items() if k not in HIDDEN} for row in rows]
-    write_json(study.folder / "study.json", {"model": MODEL, "rows": shown})
+    write_json(study.folder / "study.json", {"model": subject_of(tasks).model, "rows": shown})
     if rows:
         write_table(study.folder, rows)
         write_page(study, page_folder(study.folder), rows)
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Compare all methods on the digits model.")
+    parser = argparse.ArgumentParser(description="Compare all methods on an example's model.")
+    parser.add_argument("--example", choices=SUBJECTS, default=DIGITS.name, help="default: digits")
     parser.add_argument("--quick", action="store_true", help="a quarter of an hour instead of hours")
     parser.add_argument(
         "--results-dir",
         type=Path,
-        help="folder of the study; default: results/digits, with --quick results/digits-quick",
+        help="folder of the study; default: results/digits, with --quick results/digits-quick, of another "
+        "example results/EXAMPLE-study and results/EXAMPLE-study-quick",
     )
     parser.add_argument(
         "--processes", type=cli.positive_int, default=os.cpu_count(), help="default: one a core"
@@ -280,13 +283,22 @@ def choose(tasks: list[Task], text: str | None) -> list[Task]:
     return [task for task in tasks if task.id in chosen]
 
 
+def chosen_plan(example: str, quick: bool) -> tuple[Callable[[Path, Scale], list[Task]], Scale]:
+    """The plan of an example's study, and how much of it."""
+    make, full, short = {
+        DIGITS.name: (plan, FULL, QUICK),
+        "emoji": (emoji_plan.plan, emoji_plan.FULL, emoji_plan.QUICK),
+    }[example]
+    return make, short if quick else full
+
+
 def main(args: argparse.Namespace) -> None:
-    folder = (args.results_dir or (QUICK_RESULTS if args.quick else RESULTS)).resolve()
-    scale = QUICK if args.quick else FULL
-    study, tasks = Study(folder), plan(folder, scale)
+    folder = (args.results_dir or SUBJECTS[args.example].results(args.quick)).resolve()
+    make, scale = chosen_plan(args.example, args.quick)
+    study, tasks = Study(folder), make(folder, scale)
     chosen = choose(tasks, args.only)
     if args.list:
-        done = study.done(chosen, fingerprint())
+        done = study.done(chosen, fingerprint(SUBJECTS[args.example]))
         for task in chosen:
             print("done " if task.id in done else "     ", task.id, *task.arguments)
         return

@@ -10,6 +10,7 @@ import numpy as np
 from common.files import read_json
 
 MAIN_SPEED = "1.96"
+MAIN_SPEEDS = (MAIN_SPEED, "2")  # the second is the emoji's
 TOLERANCE = 0.04  # rows that miss the speed asked by a larger share are marked
 # DiT-XL/2 on ImageNet 256 px, guidance 1.5, 50,000 samples, H800, as the HarmoniCa paper reports it:
 # T, method, CUR in %, latency in s at batch 8, FID. "fewer-steps" is DDIM with a number of steps of its own.
@@ -29,6 +30,10 @@ FIGURES = (
     "digits_fid",
     "fd_uncached",
     "accuracy",
+    "fd_data",
+    "retrieval",
+    "style",
+    "clip",
     "mse",
     "psnr",
     "ssim",
@@ -46,6 +51,10 @@ COLUMNS = [
     ),  # both from as many samples: FID falls with their number
     ("FD to uncached", "fd_uncached", lambda v: f"{v:.3f}"),
     ("recognised", "accuracy", lambda v: f"{100 * v:.2f} %"),
+    ("FD to data", "fd_data", lambda v: f"{v:.2f}"),
+    ("retrieval", "retrieval", lambda v: f"{100 * v:.1f} %"),
+    ("style", "style", lambda v: f"{100 * v:.1f} %"),
+    ("CLIP", "clip", lambda v: f"{v:.3f}"),
     ("PSNR", "psnr", lambda v: f"{v:.1f} dB"),
     ("MSE", "mse", lambda v: f"{v:.2e}"),
 ]
@@ -53,12 +62,13 @@ COLUMNS = [
 
 def is_main(row: dict) -> bool:
     """Whether a row belongs to the comparison rather than to an ablation."""
-    return not row.get("group") and row["sampler"] == "ddim" and row["cfg_scale"] == 1
+    is_own = row.get("example") is not None  # such a study puts other chains into groups
+    return not row.get("group") and (is_own or (row["sampler"] == "ddim" and row["cfg_scale"] == 1))
 
 
 def is_at_main_speed(row: dict) -> bool:
     """One row a method: at the main speed, of training seed 0 where it was trained; and the uncached."""
-    return row.get("speed") in (None, MAIN_SPEED) and row.get("train_seed") in (None, 0)
+    return row.get("speed") in (None, *MAIN_SPEEDS) and row.get("train_seed") in (None, 0)
 
 
 def has_own_router(row: dict) -> bool:
@@ -82,7 +92,8 @@ def grouped(rows: list[dict]) -> list[dict]:
     for members in groups.values():
         values = {name: [m[name] for m in members if m.get(name) is not None] for name in FIGURES}
         values = {name: found for name, found in values.items() if found}
-        values["fid_ratio"] = [m["digits_fid"] / m["digits_fid_uncached"] for m in members]
+        quality = "digits_fid" if "digits_fid" in members[0] else "fd_data"
+        values["fid_ratio"] = [m[quality] / m[f"{quality}_uncached"] for m in members]
         group = {
             k: members[0].get(k) for k in ("method", "num_steps", "speed", "cfg_scale", "group", "variant")
         }
@@ -103,7 +114,7 @@ def deviation(group: dict) -> float:
 def cells(group: dict) -> list[str]:
     """The figures of a group as text. With several seeds the MSE has its range."""
     shown = []
-    for _, figure, show in COLUMNS:
+    for _, figure, show in columns([group]):
         text = show(group["mean"][figure]) if figure in group["mean"] else "-"
         if figure == "speedup_macs" and deviation(group) > TOLERANCE:
             text += " *"
@@ -113,14 +124,25 @@ def cells(group: dict) -> list[str]:
     return shown
 
 
-HEADS = [head for head, _, _ in COLUMNS]
+JUDGED = {"digits": ("digits_fid", "accuracy"), "emoji": ("fd_data", "retrieval", "style", "clip")}
+
+
+def columns(groups: list[dict]) -> list[tuple]:
+    """The columns of a study's tables: the figures of its own judge, and those that all have."""
+    example = groups[0]["rows"][0].get("example", "digits") if groups else "digits"
+    others = {name for key, names in JUDGED.items() if key != example for name in names}
+    return [column for column in COLUMNS if column[1] not in others]
+
+
+def heads(groups: list[dict]) -> list[str]:
+    return [head for head, _, _ in columns(groups)]
 
 
 def comparison_table(rows: list[dict], num_steps: int, speed: str | None = None) -> list[list[str]]:
     groups = [g for g in grouped([row for row in rows if is_main(row)]) if g["num_steps"] == num_steps]
     groups = [g for g in groups if speed is None or g["speed"] in (None, speed)]
     groups.sort(key=lambda g: (float(g["speed"] or 0), g["mean"]["mse"]))
-    table = [["method", "speed asked", "seeds", "samples", *HEADS]]
+    table = [["method", "speed asked", "seeds", "samples", *heads(groups)]]
     for group in groups:
         asked = f"{group['speed']}x" if group["speed"] else "-"
         samples = f"{group['rows'][0]['samples']:,}"
@@ -142,8 +164,10 @@ def end_to_end_table(rows: list[dict], group: str | None = None, method: str = F
 
     group: of the samples, FRESH_SAMPLES or SECOND_SAMPLES; None: those of the comparison.
     """
+    is_digits = not rows or rows[0].get("example") is None
+    quality = "digits-FID" if is_digits else "FD to data"
     table = [["steps", "asked", "seeds", "by MACs", "MSE", "best of the others", "ratio", "/ HarmoniCa"]]
-    table[0] += ["FD", "lowest of the others", "digits-FID / uncached"]
+    table[0] += ["FD", "lowest of the others", f"{quality} / uncached"]
     chosen = [row for row in rows if (row.get("group") == group if group else is_main(row))]
     every = [g for g in grouped(chosen) if g["speed"]]
     for own in sorted(every, key=lambda g: (-g["num_steps"], float(g["speed"]))):
@@ -167,9 +191,10 @@ def end_to_end_table(rows: list[dict], group: str | None = None, method: str = F
 
 
 def ablation_table(rows: list[dict]) -> list[list[str]]:
-    table = [["ablation", "method", "variant", "steps", "guidance", "sampler", "seeds", *HEADS]]
     apart = ("target-cur", "objective", SAMPLERS_GROUP)
-    for group in grouped([row for row in rows if not is_main(row) and row.get("group") not in apart]):
+    groups = grouped([row for row in rows if not is_main(row) and row.get("group") not in apart])
+    table = [["ablation", "method", "variant", "steps", "guidance", "sampler", "seeds", *heads(groups)]]
+    for group in groups:
         kind = group["group"] or ("guidance" if group["cfg_scale"] != 1 else "sampler")
         variant = "-" if group["variant"] is None else str(group["variant"])
         name = [kind, group["method"], variant, str(group["num_steps"]), f"{group['cfg_scale']:g}"]
@@ -330,4 +355,6 @@ def further_tables(rows: list[dict]) -> list[tuple[str, str, list[list[str]]]]:
             published_table(rows),
         ),
     ]
+    if rows and rows[0].get("example"):
+        found.pop()  # the published numbers are beside the digits
     return [one for one in found if len(one[2]) > 1]

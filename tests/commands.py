@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import io
 import json
+import multiprocessing
 import os
 import re
 import resource
@@ -20,6 +21,7 @@ from unittest import mock
 from safetensors.torch import load_file, save_file
 
 from common import cli
+from common.files import writing
 from router import load_router
 
 ROOT = Path(__file__).parents[1]
@@ -90,21 +92,23 @@ def file_size_limit(size: int):
 @contextlib.contextmanager
 def writing_elsewhere(folder: Path):
     """Another process at work in a folder, and a child of it that outlives its kill; yields its number."""
-    script = (
-        "import os, sys, time; from pathlib import Path; from common.files import writing\n"
-        "with writing(Path(sys.argv[1])):\n"
-        "    child = os.fork()\n"
-        "    if child: print(child, flush=True)\n"
-        "    time.sleep(600)\n"
-    )
-    command = [sys.executable, "-c", script, str(folder)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    child = int(process.stdout.readline())
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+
+    def write() -> None:
+        with writing(folder):
+            if child := os.fork():
+                theirs.send(child)
+            time.sleep(600)
+
+    process = context.Process(target=write)
+    process.start()
+    child = ours.recv()
     try:
         yield process.pid
     finally:
         process.kill()
-        process.wait()
+        process.join()
         os.kill(child, signal.SIGKILL)
 
 

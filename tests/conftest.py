@@ -1,6 +1,9 @@
 import copy
+import gc
 import json
 import os
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,16 +20,25 @@ import training.rounds
 from backbones.settings import ModelSettings
 from common.distributed import Processes
 from diffusion import create_diffusion
-from models import DiT
+from models import DiT, DiT_models
 from training import run
 from training.settings import OutputSettings, TrainSettings
 
 REFERENCE = Path(__file__).parent / "reference"
+PICTURE = Image.effect_noise((100, 100), 50)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_thread():
+def _quick_process():
+    """One thread, and no garbage collection that looks at all the imported modules again."""
     torch.set_num_threads(1)
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _quick_pictures(monkeypatch):
+    """One picture for all checkpoints, but not in fixtures of modules: drawing takes longer than training."""
+    monkeypatch.setattr("training.run.schedule_heat_map", lambda *_: PICTURE)
 
 
 @pytest.fixture(scope="session")
@@ -70,22 +82,26 @@ def ten_steps():
 
 
 @pytest.fixture
-def train_tiny(tiny_model, tmp_path, monkeypatch):
-    """Train the tiny model from settings, in this process and without pictures; returns the run's folder.
+def small_dit(monkeypatch):
+    """DiT-S/8 with two narrow blocks, for what does not depend on its 33 million weights."""
+    narrow = partial(DiT, patch_size=8, hidden_size=48, depth=2, num_heads=3)
+    monkeypatch.setitem(DiT_models, "DiT-S/8", narrow)
+
+
+@contextmanager
+def tiny_training(tiny_model: DiT, root: Path):
+    """Train the tiny model from settings, in this process; `train` returns the run's folder, in `root`.
 
     The settings' model is only a name; `model` of the result is the one that is trained. Further arguments
     replace settings.
     """
     model = copy.deepcopy(tiny_model)
     model.source = "tiny"
-    monkeypatch.setattr(ModelSettings, "load", lambda *_, **__: (model, None))
-    monkeypatch.setattr("training.run.schedule_heat_map", lambda *_: Image.new("L", (1, 1)))
     rounds = training.rounds.ROUNDS | end_to_end.rounds.ROUNDS
-
     alone = Processes(0, 1, torch.device("cpu"))
 
     def train(method, folder="results", show=lambda _: None, processes=alone, **settings) -> Path:
-        output = {"results_dir": tmp_path / folder, "log_every": 5, "ckpt_every": 5}
+        output = {"results_dir": root / folder, "log_every": 5, "ckpt_every": 5}
         output |= {name: settings.pop(name) for name in ("ckpt_every", "resume") if name in settings}
         settings = {"num_sampling_steps": "4", "global_batch_size": 4} | settings
         settings = TrainSettings(
@@ -94,7 +110,16 @@ def train_tiny(tiny_model, tmp_path, monkeypatch):
         return run.train(settings, rounds, processes, show)
 
     train.model = model
-    return train
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ModelSettings, "load", lambda *_, **__: (model, None))
+        patch.setattr("training.run.schedule_heat_map", lambda *_: PICTURE)
+        yield train
+
+
+@pytest.fixture
+def train_tiny(tiny_model, tmp_path):
+    with tiny_training(tiny_model, tmp_path) as train:
+        yield train
 
 
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:

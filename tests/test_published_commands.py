@@ -28,7 +28,7 @@ def test_published_training_then_sampling(tmp_path):
     randomize(model)
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     ckpt = ["--ckpt", str(tmp_path / "model.safetensors")]
-    small = {"model": "DiT-S/8", "epochs": 2, "max_steps": 12, "global_batch_size": 16}
+    small = {"model": "DiT-S/8", "epochs": 2, "max_steps": 12, "global_batch_size": 4}
     small |= {"results_dir": tmp_path / "results"}
     torchrun(2, *with_options(TRAIN, **small), *ckpt)
     (folder,) = (tmp_path / "results").iterdir()

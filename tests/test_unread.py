@@ -216,7 +216,6 @@ def watched(monkeypatch, tiny_model):
             patch.setattr(f"execution.{name}", noting(name))
         patch.setattr("torch.compile", lambda function, **_: function)
         patch.setattr("backbones.settings.find_checkpoint", lambda *_, **__: "official")
-        patch.setattr("training.run.schedule_heat_map", lambda *_: Image.new("L", (1, 1)))
         patch.setattr("training.logs.start_wandb", note("wandb", mock.MagicMock()))
         patch.setattr("end_to_end.trajectory.ReferenceTrajectory.rollout", noting_rollout)
         patch.setattr("training.rounds.numbered_batches", noting_batches)
@@ -259,7 +258,7 @@ class _Any:
 ANY = _Any()  # exit status: a flag that ends the command has an effect
 
 
-QUICK = ("harmonica", "harmonica without a proxy")
+QUICK = ("harmonica",)
 
 
 @pytest.mark.parametrize(

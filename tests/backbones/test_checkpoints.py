@@ -2,6 +2,7 @@ import argparse
 import copy
 import json
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ from diffusers import DiTTransformer2DModel
 from safetensors.torch import save_file
 
 from backbones.checkpoints import load_checkpoint
-from backbones.loading import randomize
-from models import DiT
+from backbones.loading import load_model, randomize
+from models import DiT, DiT_models
 
 
 @pytest.fixture
@@ -47,6 +48,17 @@ def test_official_layouts_load(tmp_path, source, target):
         model = copy.deepcopy(target)
         load_checkpoint(model, tmp_path / name)
         assert same_output(model, source) == 0.0
+
+
+def test_positions_that_a_file_leaves_out_are_there(tmp_path, monkeypatch, source):
+    """`load_model` draws no initial weights, but positions are in no need of a file."""
+    own = partial(DiT, patch_size=2, hidden_size=32, depth=2, num_heads=2)
+    monkeypatch.setitem(DiT_models, "DiT-own", own)
+    state = source.state_dict()
+    del state["pos_embed"]
+    save_file(state, tmp_path / "w.safetensors")
+    model = load_model("DiT-own", tmp_path / "w.safetensors", image_size=64, num_classes=7)
+    assert same_output(model, source) == 0.0
 
 
 def diffusers_model(depth: int = 2) -> DiTTransformer2DModel:

@@ -5,6 +5,7 @@ from functools import partial
 import diffusers
 import pytest
 import torch
+from conftest import relative_error
 from tiny_pipeline import quiet, vae
 from tiny_transformers import pixart
 
@@ -14,11 +15,11 @@ from backbones.families import find_branches
 from backbones.macs import count_macs
 from backbones.pixart import PixArt, random_pixart, random_prompts
 from backbones.pixart_models import PIXART
-from cache import SoftCache, StaticCache
+from cache import FittingCache, SoftCache, StaticCache
 from diffusion import WithNoise, create_diffusion, create_sampler
 from objectives import image_error_proxy, train_trajectory
 from router import Router, Schedule
-from sampling.loop import generate
+from sampling.loop import Trajectory, denoise_loop, draw_step_noise, generate, sample
 
 T = 6
 
@@ -247,6 +248,23 @@ def test_micro_conditions_are_those_of_the_image():
         model, create_diffusion(str(T)), torch.tensor([1]), torch.randn(1, 4, 8, 16), cfg_scale=4.5
     )
     assert x_0.isfinite().all()
+
+
+@pytest.mark.parametrize("sampler", ["dpm-solver++", "sa-solver"])
+def test_solved_weights_reuse_as_the_calibration_did(model, sampler):
+    """Sampling the calibration's own noise under its weights gives the calibration's x_0."""
+    noise, labels = noise_and_labels()
+    trajectory = Trajectory.of(model, create_diffusion(str(T)), 4.5, sampler, random_schedule(6))
+    generator = torch.Generator().manual_seed(4)
+    step_noise = draw_step_noise(trajectory, noise, generator)
+    fitting = FittingCache(trajectory.schedule.compute, 2)
+    *_, (_, fitted) = denoise_loop(trajectory, labels, noise, fitting, step_noise)
+    solved = Schedule(trajectory.schedule.compute, weights=fitting.weights.float())
+    own = Trajectory.of(model, create_diffusion(str(T)), 4.5, sampler, solved)
+    found = sample(own, labels, noise, torch.Generator().manual_seed(4))
+    assert relative_error(found, fitted) < 1e-4
+    plain = sample(trajectory, labels, noise, torch.Generator().manual_seed(4))
+    assert relative_error(plain, fitted) > 1e-3
 
 
 def test_iddpm_is_ddpm_guided_in_three_channels(model):

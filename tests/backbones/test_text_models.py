@@ -2,12 +2,14 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from commands import error_line, run, torchrun
+from commands import error_line, kill, run, start, wait_for
+from ranks import run_on_ranks
 from tiny_pipeline import save_pipeline
 
 from backbones import prompts
@@ -23,9 +25,14 @@ def pipeline(tmp_path_factory) -> Path:
     return save_pipeline(tmp_path_factory.mktemp("pipeline"))
 
 
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("prompts")
+
+
 @pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(prompts, "FOLDER", tmp_path / "prompts")
+def _own_folder(encoded, monkeypatch):
+    monkeypatch.setattr(prompts, "FOLDER", encoded)
 
 
 @pytest.fixture
@@ -39,7 +46,7 @@ def training(pipeline: Path, texts: Path, results: Path, *more) -> list:
     return [
         "train_router.py", "--model", pipeline, "--prompts", texts, "--num-sampling-steps", T,
         "--cfg-scale", 4.5, "--trajectories", 2, "--results-dir", results, "--log-every", 4,
-        "--ckpt-every", 4, *more,
+        "--ckpt-every", 8, *more,
     ]  # fmt: skip
 
 
@@ -60,13 +67,13 @@ def test_sampling(pipeline, tmp_path, sampler):
     assert np.load(tmp_path / "x.npz")["latents"].shape == (2, 4, 8, 8)
 
 
-@pytest.mark.parametrize("method", ["harmonica", "end-to-end"])
+@pytest.mark.parametrize("method", ["harmonica", pytest.param("end-to-end", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("sampler", ["dpm-solver++", "sa-solver"])
 def test_training_and_resuming(pipeline, texts, tmp_path, method, sampler):
     more = ["--sampler", sampler, "--method", method]
     own = {
         "harmonica": ["--lr", 0.1, "--max-steps", 12],
-        "end-to-end": ["--target-speedup", 1.3, "--max-steps", 22],
+        "end-to-end": ["--target-speedup", 1.3, "--max-steps", 19],
     }
     more += own[method]
     run(*training(pipeline, texts, tmp_path / "whole", *more))
@@ -81,21 +88,33 @@ def test_training_and_resuming(pipeline, texts, tmp_path, method, sampler):
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_does(pipeline, texts, tmp_path):
+def test_two_processes_or_a_killed_one_train_what_one_does(pipeline, texts, tmp_path):
+    """Three trajectories: alone, on two processes, and killed with kill -9 after the first and resumed."""
     more = ["--sampler", "sa-solver", "--max-steps", 12, "--device", "cpu"]
     run(*training(pipeline, texts, tmp_path / "one", *more))
-    torchrun(2, *training(pipeline, texts, tmp_path / "two", *more))
+    run_on_ranks(2, *training(pipeline, texts, tmp_path / "two", *more))
     assert torch.allclose(logits(tmp_path / "one"), logits(tmp_path / "two"), atol=1e-5)
+    again = training(pipeline, texts, tmp_path / "killed", *more, "--resume", "auto")
+    process = start([sys.executable, *again])
+    wait_for(lambda: list(tmp_path.glob("killed/*/checkpoints/0000004.safetensors")), process)
+    kill(process)
+    assert not list(tmp_path.glob("killed/*/checkpoints/0000012.safetensors"))
+    run(*again)
+    assert torch.equal(logits(tmp_path / "one"), logits(tmp_path / "killed"))
 
 
 def test_a_router_for_another_sampler_is_noted(pipeline, texts, tmp_path):
     run(*training(pipeline, texts, tmp_path / "r", "--max-steps", 4, "--sampler", "sa-solver"))
-    output = run(
+    arguments = [
         "sample.py", "--model", pipeline, "--prompt", "a heart", "--num-sampling-steps", T,
         "--cfg-scale", 4.5, "--accelerate-method", "dynamiclayer", "--path", next((tmp_path / "r").iterdir()),
         "--repeats", 0, "--output", tmp_path / "x.png",
-    )  # fmt: skip
-    assert "note: the router was trained at sampler sa-solver, this samples at ddim" in output
+    ]  # fmt: skip
+    note = "note: the router was trained at sampler sa-solver, this samples at ddim"
+    assert f"{note}; --calibrate fits" in run(*arguments)
+    output = run(*arguments, "--calibrate", 4)
+    assert f"{note}\n" in output
+    assert ", calibrated)" in output
 
 
 def test_many_samples_of_a_prompt_set(pipeline, texts, tmp_path):
@@ -110,12 +129,33 @@ def test_many_samples_of_a_prompt_set(pipeline, texts, tmp_path):
     assert np.array_equal(first, second)
     assert not np.array_equal(first[0], first[3])  # the same prompt, other noise
     settings = json.loads((tmp_path / "a.npz.settings.json").read_text())
+    beside = tmp_path / "a.npz.prompts.txt"
+    assert beside.read_text().splitlines() == ["a green heart", "red apple", "a heart style"] * 2
+    beside.unlink()
+    assert "holds these samples already" in run(*arguments, "--output", tmp_path / "a.npz")
+    assert beside.is_file()
     texts.write_text("red apple\na heart\na green heart\n")
     assert settings["conditions"]
     assert settings["labels"] == "uniform"
     run(*arguments, "--output", tmp_path / "c.npz")
     assert not np.array_equal(np.load(tmp_path / "c.npz")["arr_0"], first)
     assert json.loads((tmp_path / "c.npz.settings.json").read_text())["conditions"] != settings["conditions"]
+
+
+def test_calibrated_weights_of_prompts_lie_with_the_samples(pipeline, texts, tmp_path):
+    """And --calibrate means the same as a method's name that begins with it."""
+    arguments = [
+        "sample_ddp.py", "--model", pipeline, "--prompts", texts, "--num-samples", 3, "--interval", 2,
+        "--num-sampling-steps", T, "--sampler", "sa-solver", "--cfg-scale", 4.5, "--calibrate", 4,
+        "--accelerate-method",
+    ]  # fmt: skip
+    run(*arguments, "fora", "--output", tmp_path / "a.npz")
+    assert "holds these samples" in run(*arguments, "calibrated-fora", "--output", tmp_path / "a.npz")
+    settings = json.loads((tmp_path / "a.npz.settings.json").read_text())
+    assert (settings["accelerate_method"], settings["calibrate"]) == ("calibrated-fora", 4)
+    run(*arguments, "calibrated-fora", "--output", tmp_path / "b.npz")
+    again = json.loads((tmp_path / "b.npz.settings.json").read_text())
+    assert again["reuse_weights"] == settings["reuse_weights"]
 
 
 def test_other_prompts_are_another_training(pipeline, texts, tmp_path):

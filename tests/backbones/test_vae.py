@@ -22,6 +22,8 @@ from router import load_router
 from sampling.decoding import decode, image_shape, load_vae
 from training.data import to_model_space
 
+pytestmark = pytest.mark.usefixtures("small_dit")
+
 BIAS = "decoder.conv_in.bias"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SAMPLE = [
@@ -57,7 +59,7 @@ def test_factor_decides_sizes(tmp_path, blocks, factor):
     config = read_vae_config(str(tmp_path))
     assert (config.factor, config.latent_channels, config.image_channels) == (factor, 4, 3)
     assert config.encodes
-    model = build_model("DiT-S/2", 128, vae=config)
+    model = build_model("DiT-S/8", 128, vae=config)
     assert model.input_size == 128 // factor
     assert image_shape(model, config) == (128, 128, 3)
     assert decode(torch.randn(1, 4, 4, 4), config.load()).shape == (1, 4 * factor, 4 * factor, 3)
@@ -161,7 +163,8 @@ def test_scale_is_the_configs_in_both_directions(tmp_path, changes, to_vae):
         ({"latents_mean": [0.0, 0.0, 0.0, 0.0]}, "latents_mean and latents_std must be 4 finite numbers"),
         ({"latents_mean": [0.0] * 4, "latents_std": [1.0, 1.0, 0.0, 1.0]}, "std above 0"),
         ({"latents_mean": [0.0] * 16, "latents_std": [1.0] * 16}, "must be 4 finite numbers"),
-        ({"_class_name": "AutoencoderKLWan"}, "is of class AutoencoderKLWan; those of diffusers that decode"),
+        ({"_class_name": "AutoencoderKLLTXVideo"}, "those of diffusers that decode"),
+        ({"_class_name": "AutoencoderKLWan"}, "lacks dim_mult, which diffusers' AutoencoderKLWan has"),
         ({"_class_name": "DiTTransformer2DModel"}, "is of class DiTTransformer2DModel"),
         ({"latent_channels": "4"}, "its config.json makes no AutoencoderKL that decodes"),
         ({"out_channels": 4}, "to 4 x 64 x 64; squares of whole multiples in one or three channels"),

@@ -1,20 +1,29 @@
 import json
 import shutil
+from functools import partial
+from unittest import mock
 
 import pytest
 from commands import error_line, run
+from tiny_pipeline import save_pipeline
 
+import benchmark
+from backbones import prompts
 from backbones.loading import load_model
+from backbones.pixart import random_pixart
+from backbones.settings import ModelSettings
 from benchmarks.training_cost import COMPILED
 from schedules.baselines import fora_schedule
 
 TINY = ["--model", "DiT-digits/2", "--cfg-scale", 1.5, "--repeats", 1, "--device", "cpu"]
 
 
-@pytest.fixture(autouse=True)
-def _short_ceilings(monkeypatch):
-    monkeypatch.setattr("common.timing.COPY_BYTES", 2**20)
-    monkeypatch.setattr("common.timing.CEILING_RUNS", 2)
+@pytest.fixture(scope="module", autouse=True)
+def _short_ceilings():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("common.timing.COPY_BYTES", 2**20)
+        patch.setattr("common.timing.CEILING_RUNS", 2)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +79,67 @@ def test_the_hoisted_path_equals_the_loop(found):
             assert row["mse_to_loop"] < 1e-9
 
 
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    pytest.importorskip("transformers")
+    return save_pipeline(tmp_path_factory.mktemp("pipeline"))
+
+
+@pytest.mark.slow
+def test_prompts(pipeline, tmp_path, monkeypatch):
+    """A folder with its weights, under a solver with a memory that adds noise."""
+    monkeypatch.setattr(prompts, "FOLDER", tmp_path / "prompts")
+    arguments = ["benchmark.py", "--model", pipeline, "--prompt", "a green heart", "red", *TINY[2:]]
+    arguments += ["--sampler", "sa-solver", "--num-sampling-steps", 4, "--batch-size", 2]
+    text = run(*arguments, "--methods", "fora:2")
+    found = json.loads([line for line in text.splitlines() if line.startswith("{")][-1])
+    assert (found["sampler"], found["weights"]) == ("sa-solver", str(pipeline / "transformer"))
+    assert list(found["cards"]["2"]["gmacs_of_branch"]) == ["attn1", "attn2", "ff"]
+    none, fora, loop = found["rows"]
+    assert none["mse_to_loop"] < 1e-9
+    model, _ = ModelSettings(str(pipeline), prompt=("a green heart", "red")).load()
+    schedule = fora_schedule(4, 6, 2)
+    assert fora["speedup_macs"] == pytest.approx(schedule.speedup_macs(model))
+    assert fora["cache_mb"] * 2**20 == 6 * 4 * model.branch_size * 4
+    assert loop["method"] == "loop"
+    model.close()
+    monkeypatch.setattr("benchmarks.training_cost._memory", lambda *_: 0)  # processes of their own
+    run(*arguments, "--train", "--cases", "update, branches recomputed")
+
+
+def test_a_known_model_has_random_weights_and_prompts(monkeypatch):
+    small = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "sample_size": 8}
+    made = partial(random_pixart, cross_attention_dim=16, **small)
+    monkeypatch.setattr("backbones.text_models.random_pixart", made)
+    arguments = ["benchmark.py", "--model", "PixArt-alpha-256", "--num-sampling-steps", 2, *TINY[2:]]
+    found = json.loads(run(*arguments, "--batch-size", 3).splitlines()[-1])
+    assert [row["method"] for row in found["rows"]] == ["none", "loop"]
+    assert found["weights"] == "random"
+
+
+def test_methods_are_calibrated():
+    methods = ["fora:2", "taylor-fora:2", "digits-T4-1.96x", "none"]
+    words = [*TINY, "--num-sampling-steps", 4, "--batch-size", 1, "--calibrate", 3, "--methods"]
+    found = json.loads(run("benchmark.py", *words, *methods[:1]).splitlines()[-1])
+    assert [row["method"] for row in found["rows"]] == ["none", "calibrated-fora:2", "loop"]
+    assert found["rows"][1]["cache_mb"] > found["rows"][0]["cache_mb"]
+    with mock.patch("sys.argv", ["benchmark.py", *map(str, words), *methods]):
+        chosen = benchmark.chosen_methods(benchmark.parse_args())
+    router = "calibrated-dynamiclayer:digits-T4-1.96x"
+    assert list(chosen) == ["none", "calibrated-fora:2", "taylor-fora:2", router]
+    assert chosen[router].values["calibrate"] == chosen["calibrated-fora:2"].values["calibrate"] == 3
+    assert "--calibrate has no effect" in run("benchmark.py", *words, "none")
+
+
+def test_what_a_model_cannot_do_is_refused(pipeline):
+    assert "needs --prompt TEXT" in error_line("benchmark.py", "--model", pipeline)
+    line = error_line("benchmark.py", *TINY, "--class-dropout-prob", 0)
+    assert "needs a null label" in line
+    assert "predicts noise; take another --sampler" in error_line(
+        "benchmark.py", *TINY, "--sampler", "flow-euler"
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.timed
 def test_training_is_counted_in_forward_passes():
@@ -96,7 +166,8 @@ def test_training_is_measured_compiled():
     assert rows["update, compiled"]["forwards"] > 0
 
 
-def test_cases_of_training_are_chosen():
+def test_cases_of_training_are_chosen(monkeypatch):
+    monkeypatch.setattr("benchmarks.training_cost._memory", lambda *_: 0)  # a fresh process for each case
     arguments = ["--num-sampling-steps", 2, "--batch-size", 1, "--train", "--cases", "update"]
     text = run("benchmark.py", *TINY, *arguments)
     assert [row["case"] for row in json.loads(text.splitlines()[-1])["rows"]] == ["forward", "update"]

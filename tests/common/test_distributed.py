@@ -5,6 +5,7 @@ import socket
 import pytest
 import torch
 from commands import ROOT, alive, error_line, kill, start_torchrun, torchrun, wait_for
+from ranks import run_on_ranks
 
 from common import distributed
 from common.distributed import Place, place_in_environment
@@ -125,13 +126,28 @@ cli.run(main, argparse.Namespace())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("error", ["ValueError", "OSError"])
-def test_an_error_of_one_rank_is_told_once_and_ends_all(tmp_path, error):
+def test_an_error_of_one_rank_is_told_once_and_ends_all(tmp_path):
     script = tmp_path / "ranks.py"
-    script.write_text(RANKS.format(root=str(ROOT), error=error, call="distributed.together(work)"))
+    script.write_text(RANKS.format(root=str(ROOT), error="ValueError", call="distributed.together(work)"))
     text = torchrun(2, script, status=1)
     assert text.count("error: what rank 1 alone has met") == 1
     assert text.count("Traceback") == 1  # torchrun's own
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError])
+def test_an_error_of_one_rank_ends_all_ranks_with_status_2(monkeypatch, tmp_path, error):
+    def main(_) -> None:
+        processes = distributed.start("cpu")
+
+        def work() -> None:
+            if processes.rank == 1:
+                raise error("what rank 1 alone has met")
+
+        distributed.together(work)
+
+    monkeypatch.setattr("train_router.main", main)
+    text = run_on_ranks(2, "train_router.py", "--results-dir", tmp_path, status=2)
+    assert text == "train_router.py: error: what rank 1 alone has met\n"
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """No process outlives what started it under torchrun, and every other does as ever."""
 
+import argparse
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -7,9 +9,9 @@ import sys
 import time
 
 import pytest
-from commands import ENVIRONMENT, ROOT, alive, kill, start, wait_for
+from commands import ROOT, alive, kill, start, wait_for
 
-from common import lifeline
+from common import cli, files, lifeline
 
 PYTHON = sys.executable
 CHILD = "import time; from common import lifeline; open('{ready}', 'w').close(); time.sleep(60)"
@@ -93,22 +95,27 @@ def test_bound_command_is_the_command():
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_sigterm_and_ctrl_c_remove_what_is_half_written(tmp_path, number, status):
-    """A command that is writing a file for ever."""
-    code = (
-        "import argparse, time\nfrom common import cli, files\n"
-        "def main(args):\n"
-        f"    with files.replacing('{tmp_path / 'x.npz'}') as temporary:\n"
-        "        temporary.write_bytes(b'half')\n"
-        "        time.sleep(60)\n"
-        "cli.run(main, argparse.Namespace())\n"
-    )
-    # A job in the background of a shell is started with SIGINT ignored, and hands that on.
-    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    process = subprocess.Popen([PYTHON, "-c", heed + code], cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE)
-    wait_for(lambda: list(tmp_path.glob("*.part.npz")), process)
+    """A command that is writing a file for ever, in a fork of this process."""
+    folder, printed = tmp_path / "folder", tmp_path / "printed"
+    folder.mkdir()
+
+    def main(_) -> None:
+        with files.replacing(folder / "x.npz") as temporary:
+            temporary.write_bytes(b"half")
+            time.sleep(60)
+
+    def write() -> None:
+        # A job in the background of a shell is started with SIGINT ignored, and hands that on.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with printed.open("w") as sys.stderr:
+            cli.run(main, argparse.Namespace())
+
+    process = multiprocessing.get_context("fork").Process(target=write)
+    process.start()
+    wait_for(lambda: list(folder.glob("*.part.npz")))
     time.sleep(0.1)
     os.kill(process.pid, number)
-    _, text = process.communicate()
-    assert process.returncode == status
-    assert b"Traceback" not in text
-    assert not list(tmp_path.iterdir())
+    process.join()
+    assert process.exitcode == status
+    assert "Traceback" not in printed.read_text()
+    assert not list(folder.iterdir())

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from common import registry
-from common.registry import Example, Preset
+from common.registry import Example, Preset, TextModel
 
 
 @pytest.fixture
@@ -18,10 +18,11 @@ def folder(tmp_path, monkeypatch):
     (package / "__init__.py").touch()
     (package / "stars" / "__init__.py").write_text(
         "from pathlib import Path\n"
-        "from common.registry import Example, Preset\n"
+        "from common.registry import Example, Preset, TextModel\n"
         "PRESET = Preset({'depth': 1}, Path('w.safetensors'), in_pixels=True)\n"
         "EXAMPLE = Example({'DiT-stars/2': PRESET}, {'stars': 'some_examples.stars.data:load'},\n"
-        "                  {'stars': 'some_examples.stars.data:judge'}, Path(__file__).parent / 'routers')\n"
+        "                  {'stars': 'some_examples.stars.data:judge'}, Path(__file__).parent / 'routers',\n"
+        "                  text_models={'PixArt-stars': TextModel(Path('w'), 4, Path('c'), 'a:b', '', '')})\n"
     )
     (package / "stars" / "data.py").write_text("def load(): return 'data'\ndef judge(): return 'judge'\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -41,6 +42,17 @@ def test_an_example_is_found_without_its_code():
     assert "some_examples.stars.data" not in sys.modules
     assert data["stars"]() == "data"
     assert features["stars"]() == "judge"
+
+
+def test_a_text_model_is_there_with_config_and_weights(tmp_path):
+    model = TextModel(tmp_path, 4, tmp_path / "c", "common.registry:router_names", "train it", "install it")
+    assert not model.is_there
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").touch()
+    assert not model.is_there
+    (tmp_path / "transformer" / "x.safetensors").touch()
+    assert model.is_there
+    assert model.find_encoder() == registry.router_names()
 
 
 def test_its_routers_are_found_by_name(folder):
@@ -68,16 +80,17 @@ def test_example_without_a_record_is_named(folder):
         registry.presets()
 
 
-@pytest.mark.parametrize("kind", ["presets", "data", "features", "routers"])
+@pytest.mark.parametrize("kind", ["presets", "text_models", "data", "features", "routers"])
 def test_name_that_two_examples_use_is_refused(folder, kind):
     """Or one of them would be taken in silence."""
     (folder / "twin" / "routers").mkdir(parents=True)
     text = (folder / "stars" / "__init__.py").read_text()
     others = {"presets": "'DiT-stars/2'", "data": "{'stars': 'some_examples.stars.data:load'}"}
+    others |= {"text_models": "{'PixArt-stars'"}
     others |= {"features": "{'stars': 'some_examples.stars.data:judge'}", "routers": None}
     for name, word in others.items():
         if name != kind and word:
-            text = text.replace(word, word.replace("'stars'", "'twin'").replace("DiT-stars", "DiT-twin"))
+            text = text.replace(word, word.replace("'stars'", "'twin'").replace("-stars", "-twin"))
     (folder / "twin" / "__init__.py").write_text(text)
     router = "stars-T5" if kind == "routers" else "twin-T5"
     (folder / "twin" / "routers" / f"{router}.safetensors").touch()

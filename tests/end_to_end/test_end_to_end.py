@@ -7,8 +7,9 @@ import re
 
 import pytest
 import torch
-from commands import ROOT, error_line, run, torchrun
-from ranks import on_two_ranks
+from commands import ROOT, error_line, run
+from conftest import tiny_training
+from ranks import on_two_ranks, run_on_ranks
 from safetensors.torch import load_file, save_file
 
 from backbones.loading import load_model
@@ -342,10 +343,17 @@ def test_the_error_of_broken_weights_is_one_line(tiny_model):
 # ---- the command -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("stop", "more"), [(14, {}), (12, POOL_AND_MOMENTS)])
-def test_killed_and_resumed_ends_bit_for_bit_the_same(train_tiny, monkeypatch, stop, more):
+@pytest.fixture(scope="module", params=[{}, POOL_AND_MOMENTS], ids=["batches", "pool"])
+def whole(request, tiny_model, tmp_path_factory):
+    """What the settings have in addition, and the folder of a whole run with them."""
+    with tiny_training(tiny_model, tmp_path_factory.mktemp("whole")) as train:
+        return request.param, train(own(**request.param), target_speedup=1.5)
+
+
+def test_killed_and_resumed_ends_bit_for_bit_the_same(whole, train_tiny, monkeypatch):
     """Killed among the exchanges, or among the updates of a run with a pool."""
-    whole = load_router(train_tiny(own(STEPS, **more), "whole", target_speedup=1.5))
+    more, folder = whole
+    stop, whole = 12 if more else 14, load_router(folder)
     done, step_done = iter(range(stop)), Run.step_done
 
     def step_or_die(self, update):
@@ -388,7 +396,7 @@ SMALL = [3 if argument == 4 else argument for argument in TRAIN] + ["--keep-acti
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
     results = tmp_path_factory.mktemp("results")
-    run(*SMALL, "--results-dir", results, "--max-steps", STEPS, "--ckpt-every", 5)
+    run(*SMALL, "--results-dir", results, "--max-steps", STEPS, "--ckpt-every", STEPS)
     return results
 
 
@@ -396,6 +404,7 @@ def router_in(results):
     return load_router(find_router(next(results.glob("0*"))))
 
 
+@pytest.mark.slow
 def test_what_a_run_leaves(whole_run):
     (folder,) = whole_run.iterdir()
     assert folder.name == "000-DiT-digits-2-T3-end-to-end+forecast-seed42"
@@ -412,6 +421,7 @@ def test_what_a_run_leaves(whole_run):
     assert (folder / "schedule.png").exists()
 
 
+@pytest.mark.slow
 def test_router_with_weights_keeps_to_its_format(whole_run, tmp_path):
     router = router_in(whole_run)
     save_router(tmp_path / "again.safetensors", router)
@@ -424,10 +434,10 @@ def test_router_with_weights_keeps_to_its_format(whole_run, tmp_path):
     assert "no place for weights" in line
 
 
-@pytest.mark.parametrize("more", [{}, POOL_AND_MOMENTS])
-def test_two_ranks_train_the_same_router(train_tiny, tmp_path, more):
+@pytest.mark.slow
+def test_two_ranks_train_the_same_router(whole, train_tiny, tmp_path):
     """The same schedule; rounding moves the weights of nearly collinear outputs, but hardly their error."""
-    one = train_tiny(own(**more), "one", target_speedup=1.5, global_batch_size=4)
+    more, one = whole
     on_two_ranks(
         lambda processes: train_tiny(own(**more), "two", processes=processes, target_speedup=1.5), tmp_path
     )
@@ -444,13 +454,13 @@ def test_two_ranks_train_the_same_router(train_tiny, tmp_path, more):
 
 @pytest.mark.slow
 def test_two_processes_train_the_same_router(tmp_path):
-    arguments = [*TRAIN, "--max-steps", STEPS, "--pool", 8, "--moments-weight", 1]
+    arguments = [*SMALL, "--max-steps", 12, "--pool", 8, "--moments-weight", 1]
     run(*arguments, "--results-dir", tmp_path / "one")
-    torchrun(2, *arguments, "--results-dir", tmp_path / "two")
+    run_on_ranks(2, *arguments, "--results-dir", tmp_path / "two")
     one, two = router_in(tmp_path / "one"), router_in(tmp_path / "two")
     assert torch.equal(one.logits, two.logits)
     # Stored outputs are nearly collinear: rounding moves weights, but hardly what they make.
-    model, chain, labels = load_model("DiT-digits/2"), create_diffusion("4"), torch.arange(20) % 10
+    model, chain, labels = load_model("DiT-digits/2"), create_diffusion("3"), torch.arange(20) % 10
     schedules = (None, one.schedule(0.1), two.schedule(0.1))
     plain, from_one, from_two = (
         generate_seeded(Trajectory(model, chain, schedule=schedule), labels, 7) for schedule in schedules
@@ -460,8 +470,8 @@ def test_two_processes_train_the_same_router(tmp_path):
 
 @pytest.mark.slow
 def test_bfloat16_trains(tmp_path):
-    options = ["--pool", 4, "--moments-weight", 1, "--window", 2, "--open-share", 0.5, "--keep-activations"]
-    run(*TRAIN, *options, "--precision", "bf16", "--results-dir", tmp_path, "--max-steps", 19)
+    options = ["--pool", 4, "--moments-weight", 1, "--window", 2, "--open-share", 0.5]
+    run(*SMALL, *options, "--precision", "bf16", "--results-dir", tmp_path, "--max-steps", 11)
     assert router_in(tmp_path).weights.isfinite().all()
 
 

@@ -13,7 +13,7 @@ from commands import error_line, run
 from PIL import Image
 from safetensors.torch import load_file
 
-from examples.emoji import data, encode, pipeline, text, train_pixart, train_vae
+from examples.emoji import data, encode, evaluate, judge, pipeline, text, train_pixart, train_vae
 from examples.emoji.state import TrainingState
 
 MADE_UP = {  # name, category, subcategory, codepoints
@@ -324,6 +324,7 @@ def test_interrupted_vae_training_ends_in_the_same_weights(emoji, tmp_path, monk
 PIXART = ["--width", 24, "--heads", 2, "--depth", 2, "--batch-size", 4, "--samples", 16, "--device", "cpu"]
 
 
+@pytest.mark.slow
 def test_interrupted_pixart_training_ends_in_the_same_weights(trained, monkeypatch):
     pytest.importorskip("transformers", reason="pip install transformers: the captions' encoder")
     paths = ["--data", trained / "encoded.safetensors", "--vae", trained / "vae"]
@@ -381,6 +382,82 @@ def test_written_folder_is_a_diffusers_pipeline(trained, monkeypatch):
         0
     ]
     np.testing.assert_allclose(image * 255, drawn[0].numpy(), atol=3)
+
+
+def test_places_of_names_are_spread_evenly():
+    """What captions have in common is gone: over the training captions all directions weigh the same."""
+    torch.manual_seed(0)
+    raw = torch.randn(400, 12) * torch.arange(1, 13) + 20
+    embeddings = torch.nn.functional.normalize(raw, dim=1)
+    places = judge.whitened(embeddings, torch.arange(300), 6)
+    assert torch.allclose(places.norm(dim=1), torch.ones(400))
+    values = torch.linalg.eigvalsh(places[:300].T @ places[:300] / 300)
+    assert values.max() < 1.4 * values.min()
+    assert places[:300].mean(0).abs().max() < 0.05
+
+
+def test_sentence_embedding_is_the_mean_token_state():
+    states = fake_states(["a b", "", "c d e"])
+    found = judge.sentence_embeddings(states, torch.tensor([2, 0]), batch_size=1)
+    assert torch.allclose(found[1], torch.nn.functional.normalize(states.states[:4].float().mean(0), dim=0))
+
+
+@pytest.fixture
+def judged(trained):
+    """A folder with all that the judge's training reads, and its arguments."""
+    torch.save(judge.ImageEncoder().backbone.state_dict(), trained / "lite0.pth")
+    files = ["--data", trained / "emoji.npz", "--encoded", trained / "encoded.safetensors"]
+    return [*files, "--pretrained", trained / "lite0.pth", "--batch-size", 4, "--save-every", 2]
+
+
+def test_interrupted_judge_training_ends_in_the_same_weights(judged, trained, monkeypatch):
+    arguments = [*judged, "--iterations", 4]
+    text_ = run("examples.emoji.judge", *arguments, "--output", trained / "whole.safetensors")
+    assert '"held_out_pairs"' in text_
+    with monkeypatch.context() as patch:
+        patch.setattr(judge, "judge_loss", interrupted_after(4, judge.judge_loss))
+        output = ["--output", trained / "parts.safetensors"]
+        run("examples.emoji.judge", *arguments, *output, status=130)
+    assert "going on from iteration 2" in run("examples.emoji.judge", *arguments, *output)
+    assert same_weights(trained / "whole.safetensors", trained / "parts.safetensors")
+
+
+def test_judge_names_what_lies_nearest(judged, trained, emoji):
+    run("examples.emoji.judge", *judged, "--iterations", 1, "--output", trained / "j.safetensors")
+    own = judge.Judge(trained / "j.safetensors")
+    pictures = torch.from_numpy(emoji.images[:5])
+    features = own.features(pictures)
+    places, styles = own.encoder.places(features), own.encoder.style_logits(features).argmax(1)
+    own.places = torch.nn.functional.normalize(torch.randn(12, judge.TEXT_CHANNELS), dim=1)
+    own.places[[3, 7]] = places[:2]  # pictures 0 and 1 lie where the concepts 3 and 7 do
+    asked = own.numbers(
+        [data.caption(f"thing {c}", data.STYLES[s]) for c, s in zip((3, 5), styles[:2], strict=True)]
+    )
+    scores = own.scores(features[:2], asked)
+    assert scores["retrieval"].tolist() == [True, False]
+    assert scores["style"].tolist() == [True, True]
+    assert scores["clip"][0] == pytest.approx(1)
+    with pytest.raises(ValueError, match="knows no caption 'thing 99, flat style'"):
+        own.numbers(["thing 99, flat style"])
+    with pytest.raises(ValueError, match="64 x 64 x 3"):
+        own.features(pictures[:, :32])
+    file = trained / "j.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"j\.safetensors holds no judge of this version"):
+        judge.Judge(file)
+
+
+def test_judge_needs_the_right_pretrained_weights(judged, trained):
+    torch.save({"x": torch.zeros(3)}, trained / "lite0.pth")
+    line = error_line("examples.emoji.judge", *judged, "--output", trained / "j.safetensors")
+    assert "no EfficientNet-Lite0" in line
+    assert not (trained / "j.safetensors").exists()
+
+
+def test_nearest_picture_is_measured_in_grey_levels():
+    pictures = torch.full((3, 64, 64, 3), 100, dtype=torch.uint8)
+    others = torch.stack([pictures[0] + 30, pictures[0] + 10])
+    assert evaluate.nearest_levels(pictures, others).tolist() == pytest.approx([10.0] * 3)
 
 
 def test_learning_rate_warms_up_and_falls():

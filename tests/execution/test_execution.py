@@ -11,13 +11,15 @@ import pytest
 import torch
 from commands import error_line, run
 from conftest import relative_error
+from tiny_transformers import pixart
 
 from backbones.denoiser import Denoiser
 from backbones.loading import load_model
+from backbones.pixart import PixArt, random_prompts
 from benchmarks.training_cost import plain_loop
 from cache import StaticCache
 from diffusion import create_diffusion
-from execution import ExecutionSettings, prepare, quantize, recompute_branches
+from execution import Captured, ExecutionSettings, prepare, quantize, recompute_branches
 from execution.quantization import branch_weight_bytes, weight_bytes
 from objectives import train_trajectory
 from router import Router, Schedule, find_router, load_router
@@ -145,6 +147,64 @@ def test_few_graphs_serve_all_schedules_and_give_the_same_samples(tiny_batch):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3 + 3  # of one, two and three outputs
 
 
+@pytest.fixture
+def prompted():
+    """A PixArt of two blocks with five prompts."""
+    model = PixArt(pixart().requires_grad_(False), random_prompts(5, 7, 16))
+    yield model
+    model.close()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_few_graphs_serve_all_schedules_of_a_librarys_transformer(prompted):
+    noise, labels = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(2)
+    diffusion, fora, some = create_diffusion("6"), fora_schedule(6, 6, 2), random_schedule(6, 6, 0.4)
+    chosen = [None, fora, some, forecast(fora, 2), forecast(some, 2)]
+    expected = [generate(prompted, diffusion, labels, noise, 4.5, schedule=one) for one in chosen]
+    compiled = prepare(ExecutionSettings(compile=True), prompted, torch.device("cpu"))
+    torch._dynamo.utils.counters.clear()
+    for one, plain in zip(chosen, expected, strict=True):
+        assert (
+            relative_error(compiled(Trajectory(prompted, diffusion, 4.5, one), labels, noise), plain) < 1e-5
+        )
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3 + 3  # branches; one to three outputs
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.parametrize("sampler", ["dpm-solver++", "sa-solver"])
+def test_what_is_captured_reads_no_prompts(prompted, monkeypatch, sampler):
+    """They come from the host, so they are inputs of a CUDA graph. A function stands for the graph here."""
+    condition, calls = PixArt.condition, []
+
+    class Graph:
+        def __init__(self, function, output):
+            self.function, self.output = function, output
+
+        def replay(self):
+            with monkeypatch.context() as patch:
+                patch.setattr(PixArt, "condition", None)
+                self.output.copy_(self.function())
+
+    def captured(function):
+        calls.append(1)
+        graph = Graph(function, torch.empty(2, 4, 8, 8))
+        return graph, graph.output
+
+    monkeypatch.setattr("execution.graphs.captured", captured)
+    draw, diffusion = Captured(), create_diffusion("4")
+    trajectories = [
+        Trajectory.of(prompted, diffusion, 4.5, sampler, one) for one in (None, fora_schedule(4, 6, 2))
+    ]
+    for seed, labels in ((1, torch.tensor([0, 1])), (2, torch.tensor([4, 2]))):
+        noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+        for one in trajectories:
+            own = [torch.Generator().manual_seed(7) for _ in range(2)]
+            assert torch.equal(draw(one, labels, noise, own[0]), sample(one, labels, noise, own[1]))
+    assert PixArt.condition is condition
+    assert len(calls) == 2  # a graph per trajectory
+
+
 def test_recomputed_branches_have_the_same_gradients(tiny_model, ten_steps, tiny_batch):
     """And are run a second time for them, which nothing without a gradient is."""
     noise, labels = tiny_batch
@@ -182,6 +242,31 @@ def test_a_training_that_recomputes_ends_in_the_same_router(tmp_path):
 def digit_schedules() -> list[Schedule | None]:
     fora, some = fora_schedule(6, 24, 2), random_schedule(6, 24, 0.4)
     return [None, fora, some, forecast(fora, 2), forecast(some, 2)]
+
+
+def test_recomputed_branches_of_a_librarys_transformer(prompted):
+    """Its branches are called by name, too; they are run a second time for the same gradients."""
+    noise, labels = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(2)
+    logits, runs = [], []
+    for wrapped in (False, True):
+        if wrapped:
+            recompute_branches(prompted)
+        calls = []
+        handle = (
+            prompted.branch_modules[2]
+            .net[2]
+            .register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        )
+        router = Router(4, 6, torch.Generator().manual_seed(0))
+        optimizer = torch.optim.SGD(router.parameters(), lr=100.0)
+        setting = noise, labels, 4.5, 0.1, torch.ones(4), 1e-3
+        for _ in train_trajectory(prompted, create_diffusion("4"), router, optimizer, *setting):
+            pass
+        handle.remove()
+        logits.append(router.logits)
+        runs.append(len(calls))
+    torch.testing.assert_close(*logits)
+    assert runs == [1 + 2 * 3, 1 + 3 * 3]
 
 
 @pytest.mark.skipif(not torchao_is_there, reason="needs torchao")

@@ -6,8 +6,10 @@ import pytest
 import torch
 from commands import run
 from conftest import relative_error
+from tiny_transformers import pixart
 
 from backbones.loading import load_model
+from backbones.pixart import PixArt, random_prompts
 from diffusion import create_diffusion
 from execution import Captured, prepare
 from execution.settings import ExecutionSettings
@@ -41,6 +43,16 @@ def test_captured_trajectory_equals_the_plain_one(sampler):
         plain = generate_seeded(trajectory, labels, seed)
         replayed = generate_seeded(trajectory, labels, seed, sample=captured)
         assert relative_error(replayed, plain) < 1e-5
+
+
+@pytest.mark.parametrize("sampler", ["dpm-solver++", "sa-solver"])
+def test_captured_trajectory_of_prompts_equals_the_plain_one(sampler):
+    """The embeddings of other prompts are copied into the graph."""
+    model, captured = PixArt(pixart().requires_grad_(False).cuda(), random_prompts(5, 7, 16)), Captured()
+    trajectory = Trajectory.of(model, create_diffusion("6"), 4.5, sampler, fora_schedule(6, 6, 2))
+    for seed, labels in ((1, torch.tensor([0, 1])), (2, torch.tensor([4, 2])), (3, torch.tensor([0, 1]))):
+        plain = generate_seeded(trajectory, labels, seed)
+        assert relative_error(generate_seeded(trajectory, labels, seed, sample=captured), plain) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -66,6 +66,7 @@ def test_inception_score_is_its_closed_form():
     assert inception_score(certain[:1])[0] == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_inception_score_takes_parts_of_5000_as_adm_does():
     """Below 50,000 samples that is another number than ten parts: each part's marginal is its own."""
     p = np.random.default_rng(0).dirichlet(np.full(1000, 0.001), size=12_000)

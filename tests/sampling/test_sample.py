@@ -17,6 +17,8 @@ from common.identity import weights_fingerprint
 from router import Router, load_router, save_router
 from sample import choose_labels
 
+pytestmark = pytest.mark.usefixtures("small_dit")
+
 SAMPLE = ["sample.py", "--model", "DiT-digits/2", "--random-weights", "--num-sampling-steps", 5]
 CACHED = [*SAMPLE, "--accelerate-method", "dynamiclayer", "--thres", 0.1]
 

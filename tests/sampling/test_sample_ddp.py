@@ -20,10 +20,10 @@ from commands import (
     kill,
     run,
     start_torchrun,
-    torchrun,
     wait_for,
     writing_elsewhere,
 )
+from ranks import run_on_ranks
 
 from backbones.loading import load_model
 from common.distributed import Processes
@@ -40,9 +40,9 @@ SAMPLE += ["--accelerate-method", "fora", "--interval", 2, "--seed", 5]
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """75 samples on one process in batches of 32."""
+    """51 samples on one process in batches of 32."""
     path = tmp_path_factory.mktemp("samples") / "plain.npz"
-    run(*SAMPLE, "--num-samples", 75, "--output", path)
+    run(*SAMPLE, "--num-samples", 51, "--output", path)
     return path
 
 
@@ -51,7 +51,7 @@ def test_what_is_written(plain):
         assert file.files == ["arr_0"]
         images = file["arr_0"]
     assert images.dtype == np.uint8
-    assert images.shape == (75, 8, 8, 1)
+    assert images.shape == (51, 8, 8, 1)
     facts = json.loads(plain.with_name("plain.npz.settings.json").read_text())
     assert facts["accelerate_method"] == "fora"
     assert facts["seed"] == 5
@@ -71,13 +71,13 @@ def test_sample_k_is_drawn_from_seed_and_k_alone(plain):
 
 @pytest.mark.parametrize("batch_size", [1, 50, 500])
 def test_batch_size_changes_no_byte(plain, tmp_path, batch_size):
-    run(*SAMPLE, "--num-samples", 75, "--output", tmp_path / "x.npz", "--batch-size", batch_size)
+    run(*SAMPLE, "--num-samples", 51, "--output", tmp_path / "x.npz", "--batch-size", batch_size)
     assert (tmp_path / "x.npz").read_bytes() == plain.read_bytes()
 
 
 @pytest.mark.slow
 def test_two_processes_write_the_same_bytes(plain, tmp_path):
-    torchrun(2, *SAMPLE, "--num-samples", 75, "--output", tmp_path / "x.npz", "--batch-size", 16)
+    run_on_ranks(2, *SAMPLE, "--num-samples", 51, "--output", tmp_path / "x.npz", "--batch-size", 16)
     assert (tmp_path / "x.npz").read_bytes() == plain.read_bytes()
 
 
@@ -112,10 +112,10 @@ def then_killed(name: str, kill, number: int, arguments: list) -> None:
 
 
 KILLED = 137  # what a shell says of kill -9
-MOMENTS = {  # what is called at the end of the process, which of its calls, how many of 75 are left to draw
-    "before the first batch": ("sampling.parts.Parts.write", at_call, 1, 75),
-    "in the second batch's file": ("sampling.parts._trailer", at_call, 2, 59),
-    "after the third batch": ("sampling.parts.Parts.write", after_call, 3, 27),
+MOMENTS = {  # what is called at the end of the process, which of its calls, how many of 51 are left to draw
+    "before the first batch": ("sampling.parts.Parts.write", at_call, 1, 51),
+    "in the second batch's file": ("sampling.parts._trailer", at_call, 2, 35),
+    "after the third batch": ("sampling.parts.Parts.write", after_call, 3, 3),
     "before the .npz": ("sampling.parts.Parts.assemble", at_call, 1, 0),
     "in the .npz": ("sampling.parts.Parts._read", at_call, 2, 0),
     "before the parts are removed": ("sampling.parts.Parts._remove_folder", at_call, 1, None),
@@ -128,7 +128,7 @@ def test_killed_and_run_again(plain, tmp_path, moment):
     """The next run, in other batches, draws only the rest."""
     name, kill, number, left = MOMENTS[moment]
     output = tmp_path / "x.npz"
-    arguments = [*SAMPLE, "--num-samples", 75, "--output", output]
+    arguments = [*SAMPLE, "--num-samples", 51, "--output", output]
     then_killed(name, kill, number, [*arguments, "--batch-size", 16])
     assert output.exists() == (left is None)
     text = run(*arguments)
@@ -152,14 +152,14 @@ def test_killed_with_weights_of_reuse(calibrated, tmp_path, number):
 def test_killed_while_it_puts_things_in_place(plain, tmp_path):
     """Each state between the last batch and the end: what is done is kept, what nobody answers for goes."""
     output = tmp_path / "x.npz"
-    arguments = [*SAMPLE, "--num-samples", 75, "--output", output]
+    arguments = [*SAMPLE, "--num-samples", 51, "--output", output]
     settings = plain.with_name("plain.npz.settings.json").read_bytes()
     (tmp_path / "x.npz.settings.json").write_bytes(settings)  # killed before the .npz was in place
     (tmp_path / "x.1234.part.npz").write_bytes(b"half a file")
     parts = tmp_path / "x.npz.parts"
     parts.mkdir()
-    np.save(parts / "0000000-00075.npy", np.zeros((75, 8, 8, 1), np.uint8))  # without settings: whose?
-    assert "75 to draw" in run(*arguments)
+    np.save(parts / "0000000-00051.npy", np.zeros((51, 8, 8, 1), np.uint8))  # without settings: whose?
+    assert "51 to draw" in run(*arguments)
     assert output.read_bytes() == plain.read_bytes()
     assert {path.name for path in tmp_path.iterdir()} == {"x.npz", "x.npz.settings.json"}
     parts.mkdir()  # killed while the parts were removed
@@ -273,10 +273,10 @@ def test_batches_of_unreadable_settings_are_drawn_again(plain, tmp_path, content
     np.save(parts / "0000000-00016.npy", IMAGES)
     if content is not None:
         (parts / "settings.json").write_bytes(content)
-    text = run(*SAMPLE, "--num-samples", 75, "--output", output)
+    text = run(*SAMPLE, "--num-samples", 51, "--output", output)
     assert f"{parts}/settings.json is {'missing' if content is None else 'damaged'}" in text
     assert "its 1 batches are drawn again" in text
-    assert "75 to draw" in text
+    assert "51 to draw" in text
     assert output.read_bytes() == plain.read_bytes()
 
 
@@ -284,13 +284,13 @@ def test_batches_of_unreadable_settings_are_drawn_again(plain, tmp_path, content
 def test_samples_of_unreadable_settings_are_not_this_commands(plain, tmp_path, content):
     output = Path(shutil.copy(plain, tmp_path / "x.npz"))
     (tmp_path / "x.npz.settings.json").write_bytes(content)
-    line = error_line(*SAMPLE, "--num-samples", 75, "--output", output)
+    line = error_line(*SAMPLE, "--num-samples", 51, "--output", output)
     assert "x.npz.settings.json is damaged" in line
     assert "take another --output" in line
     output.unlink()  # then nobody needs them
-    run(*SAMPLE, "--num-samples", 75, "--output", output)
+    run(*SAMPLE, "--num-samples", 51, "--output", output)
     output.write_bytes(output.read_bytes()[:2000])
-    assert "x.npz is not whole; remove it" in error_line(*SAMPLE, "--num-samples", 75, "--output", output)
+    assert "x.npz is not whole; remove it" in error_line(*SAMPLE, "--num-samples", 51, "--output", output)
 
 
 CALIBRATED = ["--accelerate-method", "calibrated-fora", "--calibrate", 16]
@@ -307,6 +307,7 @@ def facts_of(path) -> dict:
     return json.loads(path.with_name(f"{path.name}.settings.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [CALIBRATED, ["--p-sample"], ["--accelerate-method", "none"]])
 def test_threads_change_no_bit(tmp_path, monkeypatch, arguments):
     """Ten rows, the embeddings of ten steps, are a product that two threads round otherwise."""
@@ -374,24 +375,24 @@ def test_lost_weights_of_reuse_are_solved_again(calibrated, tmp_path, monkeypatc
 
 @pytest.mark.slow
 def test_calibrated_on_four_processes(calibrated, tmp_path):
-    torchrun(4, *SAMPLE, *CALIBRATED, "--num-samples", 40, "--output", tmp_path / "x.npz")
+    run_on_ranks(4, *SAMPLE, *CALIBRATED, "--num-samples", 40, "--output", tmp_path / "x.npz")
     assert (tmp_path / "x.npz").read_bytes() == calibrated.read_bytes()
     assert facts_of(tmp_path / "x.npz") == facts_of(calibrated)
 
 
 def test_each_rank_draws_its_share(plain, tmp_path, monkeypatch):
     """One rank after the other, without a process group: the first one misses the share of the second."""
-    arguments = [*SAMPLE, "--num-samples", 75, "--batch-size", 16, "--output", tmp_path / "x.npz"]
+    arguments = [*SAMPLE, "--num-samples", 51, "--batch-size", 16, "--output", tmp_path / "x.npz"]
     parts = tmp_path / "x.npz.parts"
-    for rank, firsts in ((0, [0, 32, 64]), (1, [16, 48])):
+    for rank, firsts in ((0, [0, 32]), (1, [16, 48])):
         before = set(parts.glob("*.npy"))
         with monkeypatch.context() as patch:
             processes = Processes(rank, 2, torch.device("cpu"))
             patch.setattr("common.distributed.start", lambda *_, own=processes: own)
             if rank == 0:
-                assert "lacks 32 samples that were drawn" in error_line(*arguments)
+                assert "lacks 19 samples that were drawn" in error_line(*arguments)
             else:
-                patch.setattr("sampling.parts.Parts.missing", lambda _: list(range(75)))
+                patch.setattr("sampling.parts.Parts.missing", lambda _: list(range(51)))
                 run(*arguments)
         drawn = sorted(int(path.stem[:7]) for path in set(parts.glob("*.npy")) - before)
         assert drawn == firsts
@@ -409,7 +410,7 @@ def test_killed_on_two_processes(calibrated, tmp_path):
     assert len(alive(process)) >= 3
     assert kill(process) == []
     finished = sum(int(path.stem.split("-")[1]) for path in parts.glob("*[0-9].npy"))
-    assert f"{40 - finished} to draw" in torchrun(2, *arguments)
+    assert f"{40 - finished} to draw" in run_on_ranks(2, *arguments)
     assert (tmp_path / "x.npz").read_bytes() == calibrated.read_bytes()
     assert not list(tmp_path.glob("*.part*"))
 
@@ -419,15 +420,15 @@ def test_one_process_samples_into_a_file(plain, tmp_path, monkeypatch):
     output, parts = tmp_path / "x.npz", tmp_path / "x.npz.parts"
     parts.mkdir()
     with writing_elsewhere(parts) as pid:
-        line = error_line(*SAMPLE, "--num-samples", 75, "--output", output)
+        line = error_line(*SAMPLE, "--num-samples", 51, "--output", output)
         assert f"{parts} is being written by process {pid} on" in line
-    run(*SAMPLE, "--num-samples", 75, "--output", output)
+    run(*SAMPLE, "--num-samples", 51, "--output", output)
     assert output.read_bytes() == plain.read_bytes()
     parts.mkdir()
     (parts / "0000000-00016.npy").touch()  # another one is removing its batches
     with writing_elsewhere(parts):
-        assert "is being written" in error_line(*SAMPLE, "--num-samples", 75, "--output", output)
-    assert "holds these samples already" in run(*SAMPLE, "--num-samples", 75, "--output", output)
+        assert "is being written" in error_line(*SAMPLE, "--num-samples", 51, "--output", output)
+    assert "holds these samples already" in run(*SAMPLE, "--num-samples", 51, "--output", output)
     assert not parts.exists()
 
 
@@ -436,14 +437,14 @@ def test_one_process_samples_into_a_file(plain, tmp_path, monkeypatch):
 )
 def test_full_disk_is_one_line_and_batches_are_kept(plain, tmp_path, limit, what):
     output = tmp_path / "x.npz"
-    arguments = [*SAMPLE, "--num-samples", 75, "--batch-size", 32, "--output", output]
+    arguments = [*SAMPLE, "--num-samples", 51, "--batch-size", 32, "--output", output]
     with file_size_limit(limit):
         line = error_line(*arguments)
     assert f"{what} cannot be written (" in line
     assert ("finished batches are kept" in line) == (limit > 300)
     assert not list(tmp_path.rglob("*.part.*"))
     assert not output.exists()
-    assert f"{0 if limit == 3000 else 75} to draw" in run(*arguments)
+    assert f"{0 if limit == 3000 else 51} to draw" in run(*arguments)
     assert output.read_bytes() == plain.read_bytes()
 
 
@@ -460,14 +461,14 @@ def test_something_in_the_way_is_one_line_before_the_first_sample(tmp_path):
         ("y.npz", "y.npz.settings.json is a folder"),
         ("z.npz", "exists, not of this command"),
     ):
-        assert reason in error_line(*SAMPLE, "--num-samples", 75, "--output", tmp_path / name)
+        assert reason in error_line(*SAMPLE, "--num-samples", 51, "--output", tmp_path / name)
 
 
 def test_the_spellings_of_neighbours(plain, tmp_path, monkeypatch):
     """DiT's and ADM's flags, and what older launchers pass on."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    theirs = ["--num-fid-samples", 75, "--global-seed", 5, "--per-proc-batch-size", 16, "--sample-dir", "s/t"]
+    theirs = ["--num-fid-samples", 51, "--global-seed", 5, "--per-proc-batch-size", 16, "--sample-dir", "s/t"]
     run(*SAMPLE[:-2], *theirs, "--local-rank", 0)
     assert (tmp_path / "s" / "t" / "samples.npz").read_bytes() == plain.read_bytes()
     assert "holds these samples" in run(*SAMPLE[:-2], *theirs, "--local_rank=0", "--output", "samples.npz")
@@ -502,7 +503,7 @@ def test_uniform_labels(tmp_path):
 
 def test_wrong_use_is_one_line(plain, tmp_path, monkeypatch):
     assert "seed 5, this command 6" in error_line(
-        *SAMPLE, "--num-samples", 75, "--output", plain, "--seed", 6
+        *SAMPLE, "--num-samples", 51, "--output", plain, "--seed", 6
     )
     other = tmp_path / "other.npz"
     other.write_bytes(b"")
@@ -510,9 +511,9 @@ def test_wrong_use_is_one_line(plain, tmp_path, monkeypatch):
     space = namedtuple("space", "free")(1000)
     monkeypatch.setattr("shutil.disk_usage", lambda _: space)
     new = tmp_path / "new.npz"
-    assert "GB free; make space" in error_line(*SAMPLE, "--num-samples", 75, "--output", new)
+    assert "GB free; make space" in error_line(*SAMPLE, "--num-samples", 51, "--output", new)
     monkeypatch.setattr("os.access", lambda *_: False)
-    assert "is not writable" in error_line(*SAMPLE, "--num-samples", 75, "--output", new)
+    assert "is not writable" in error_line(*SAMPLE, "--num-samples", 51, "--output", new)
     assert not list(tmp_path.glob("new*"))
     text = run("sample_ddp.py", "--output", "x.png", status=2)
     assert "does not end in .npz" in text

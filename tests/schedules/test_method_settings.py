@@ -92,6 +92,28 @@ def test_flags_of_a_command_give_the_same_settings():
     assert not args.notes
 
 
+@pytest.mark.parametrize(
+    ("words", "name", "samples"),
+    [
+        ("fora --interval 2 --calibrate", "calibrated-fora", 64),
+        ("fora --interval 2 --calibrate 64", "calibrated-fora", 64),
+        ("dynamiclayer --path R --calibrate 9", "calibrated-dynamiclayer", 9),
+        ("calibrated-fora --interval 2 --calibrate 9", "calibrated-fora", 9),
+        ("taylor-fora --interval 2 --calibrate 9", "taylor-fora", None),
+        ("none --calibrate", "none", None),
+    ],
+)
+def test_the_flag_calibrate_makes_a_method_a_calibrated_one(words, name, samples):
+    parser = argparse.ArgumentParser()
+    method_settings.add_arguments(parser)
+    args = cli.parse(parser, ["--accelerate-method", *words.split()])
+    method_settings.check_arguments(parser, args)
+    found = MethodSettings.from_arguments(args)
+    assert (found.name, found.values.get("calibrate")) == (name, samples)
+    assert bool(args.notes) == (samples is None)
+    assert "calibrate" not in " ".join(args.notes) or name in args.notes[0]
+
+
 def test_loading_by_hand(model):
     fora = MethodSettings("fora", {"interval": 2, "anchor": "last"})
     expected = fora_schedule(6, 24, 2, "last")

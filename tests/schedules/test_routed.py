@@ -53,3 +53,22 @@ def test_notes(tmp_path, request_):
         f"router {path}",
         "note: --thres 0.12 has no effect: no score lies between it and 0.1",
     ]
+
+
+@pytest.mark.parametrize("reuse", ["", "taylor", "calibrated"])
+def test_calibration_is_offered_for_another_sampler(tmp_path, model, reuse):
+    path = saved(tmp_path / "r.safetensors", sampler="sa-solver")
+    request = Request(model, "DiT-digits/2", SamplingSettings("4"), 4, reuse)
+    routed_schedule(request, path)
+    note = "note: the router was trained at sampler sa-solver, this samples at ddim"
+    offer = "" if reuse == "calibrated" else "; --calibrate fits its weights of reuse to that"
+    assert request.notes[0] == note + offer
+
+
+def test_a_router_that_records_no_sampler_was_trained_under_ddim(tmp_path, model):
+    path = saved(tmp_path / "r.safetensors")
+    for sampler, notes in (("ddim", 1), ("dpm-solver++", 2)):
+        request = Request(model, "DiT-digits/2", SamplingSettings("4", sampler), 4)
+        routed_schedule(request, path)
+        assert len(request.notes) == notes
+    assert request.notes[0].startswith("note: the router was trained at sampler ddim, this samples at dpm")

@@ -8,6 +8,7 @@ import pytest
 from commands import error_line, run
 
 
+@pytest.mark.slow
 def test_caching_and_precision_in_one_table(tmp_path):
     few = ["--samples", 4, "--batch-size", 4, "--repeats", 1, "--path", "digits-T10-1.96x"]
     text = run("study.precisions", *few, "--output", tmp_path / "x.json")
@@ -25,6 +26,7 @@ def test_caching_and_precision_in_one_table(tmp_path):
     assert "is no multiple" in run("study.precisions", *few, "--samples", 6, status=2)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("torchao"), reason="needs torchao")
 def test_eight_bits_take_a_quarter_of_the_branches():
     few = ["--samples", 10, "--batch-size", 10, "--repeats", 1, "--path", "digits-T10-1.96x"]

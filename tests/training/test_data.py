@@ -8,8 +8,9 @@ import signal
 import numpy as np
 import pytest
 import torch
-from commands import error_line, run, torchrun
+from commands import error_line, run
 from PIL import Image
+from ranks import run_on_ranks
 
 from models import DiT
 from training.data import center_crop, numbered_batches, open_data
@@ -108,7 +109,7 @@ def test_picture_that_cannot_be_read_ends_all_processes_with_one_line(pictures, 
     arguments = ["--model", "DiT-S/8", "--random-weights", "--image-size", 64, "--num-classes", 2]
     arguments += ["--data", pictures, "--vae", tmp_path / "vae", "--num-works", 1, "--max-steps", 9]
     arguments += ["--results-dir", tmp_path / "results"]
-    text = torchrun(2, *TRAIN, *arguments, status=1)
+    text = run_on_ranks(2, *TRAIN, *arguments, status=2)
     assert len(re.findall(r"^train_router\.py: error: .*cats/0\.png cannot be read", text, re.MULTILINE)) == 1
     assert "common/cli.py" not in text  # no traceback of ours, from neither process
 

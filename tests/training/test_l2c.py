@@ -8,9 +8,11 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from commands import error_line, run, torchrun, write_old_settings
+from commands import error_line, run, write_old_settings
 from PIL import Image
+from ranks import on_two_ranks, run_on_ranks
 from safetensors.torch import load_file
+from torch import nn
 
 from backbones.loading import build_model
 from benchmarks.l2c_reach import PUBLISHED, reach
@@ -35,12 +37,6 @@ TRAIN = [
     "cpu",
 ]
 TRAIN += ["--num-sampling-steps", 6, "--global-batch-size", 4, "--lr", 0.05, "--l1", 1e-3, "--log-every", 5]
-
-
-@pytest.fixture(autouse=True)
-def _quick_pictures(monkeypatch):
-    picture = Image.new("L", (1, 1))
-    monkeypatch.setattr("training.run.schedule_heat_map", lambda *_: picture)
 
 
 def trained(results):
@@ -94,7 +90,7 @@ def test_four_processes_train_the_same_bits(tmp_path):
     """With a target: beta and the end of the run are decided by what all groups did."""
     arguments = [*TRAIN, "--max-steps", 8, "--target-cur", 0.3, "--log-every", 4]
     run(*arguments, "--results-dir", tmp_path / "one")
-    torchrun(4, *arguments, "--results-dir", tmp_path / "several")
+    run_on_ranks(4, *arguments, "--results-dir", tmp_path / "several")
     one, several = (load_file(find_router(next((tmp_path / n).glob("0*")))) for n in ("one", "several"))
     assert one.keys() == several.keys()
     assert all(torch.equal(one[name], several[name]) for name in one)
@@ -137,43 +133,37 @@ def test_rows_that_a_step_updates_are_counted_for_the_target(groups, flags):
     assert (rounds.rows_per_step == 1) == (groups == 1)
 
 
-DDP = """
-import sys
-import torch
-import torch.distributed as dist
-from torch import nn
-
 class Rows(nn.Module):
-    def __init__(self, logits):
+    """The rows of a router, one of which is read in a forward."""
+
+    def __init__(self, logits: torch.Tensor):
         super().__init__()
         self.rows = nn.ParameterList(list(logits[:-1].clone()))
-    def forward(self, row, weight):
-        return (weight * torch.sigmoid(self.rows[row])).sum()
 
-dist.init_process_group("gloo")
-rank, case = dist.get_rank(), torch.load(sys.argv[1])
-model = nn.parallel.DistributedDataParallel(Rows(case["logits"]), find_unused_parameters=True)
-optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.0)
-for rows, weights in zip(case["rows"], case["weights"]):
-    optimizer.zero_grad()
-    model(rows[rank], weights[rank]).backward()
-    optimizer.step()
-if rank == 0:
-    torch.save(torch.stack(list(model.module.rows)).detach(), sys.argv[2])
-"""
+    def forward(self, row: int, weight: torch.Tensor) -> torch.Tensor:
+        return (weight * torch.sigmoid(self.rows[row])).sum()
 
 
 @pytest.mark.slow
 def test_groups_are_what_ranks_are_under_ddp(tmp_path):
     """Against DistributedDataParallel with one group a rank: rows of one rank, of both, and of none."""
-    (tmp_path / "ddp.py").write_text(DDP)
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(6, 4, generator=generator)
     rows = torch.randint(5, (30, 2), generator=generator).tolist()
     rows += [[3, 3], [1, 4]]
     weights = torch.randn(len(rows), 2, 4, generator=generator)
-    torch.save({"logits": logits, "rows": rows, "weights": weights}, tmp_path / "case.pt")
-    torchrun(2, tmp_path / "ddp.py", tmp_path / "case.pt", tmp_path / "out.pt")
+
+    def train(processes: distributed.Processes) -> None:
+        model = nn.parallel.DistributedDataParallel(Rows(logits), find_unused_parameters=True)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.0)
+        for own, weight in zip(rows, weights, strict=True):
+            optimizer.zero_grad()
+            model(own[processes.rank], weight[processes.rank]).backward()
+            optimizer.step()
+        if processes.is_main:
+            torch.save(torch.stack(list(model.module.rows)).detach(), tmp_path / "out.pt")
+
+    on_two_ranks(train, tmp_path)
     router = Router.from_logits(logits)
     optimizer = torch.optim.AdamW(router.parameters(), lr=0.1, weight_decay=0.0)
     for own, weight in zip(rows, weights, strict=True):
@@ -294,6 +284,7 @@ def image_folder(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("small_dit")
 def test_image_folder_through_a_vae(image_folder, tmp_path):
     from diffusers import AutoencoderKL
 
@@ -331,6 +322,7 @@ def test_latents_from_a_file(tmp_path):
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.usefixtures("small_dit")
 def test_wrong_use(tmp_path, image_folder):
     no_data = [part for part in TRAIN if part not in ("--data", "digits")]
     assert "--method l2c needs --data" in run(*no_data, status=2)

@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 import torch
-from commands import error_line, run, torchrun
-from PIL import Image
+from commands import error_line, run
+from ranks import run_on_ranks
 
 from backbones.loading import build_model
 from router import Router, load_router
@@ -14,12 +14,6 @@ from training.target import RegWeightControl, Target
 
 TRAIN = ["train_router.py", "--model", "DiT-digits/2", "--num-sampling-steps", 5, "--global-batch-size", 2]
 TRAIN += ["--lr", 0.2, "--lambda-c", 100, "--cfg-scale", 1, "--device", "cpu"]
-
-
-@pytest.fixture(autouse=True)
-def _quick_pictures(monkeypatch):
-    picture = Image.new("L", (1, 1))
-    monkeypatch.setattr("training.run.schedule_heat_map", lambda *_: picture)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +75,7 @@ def test_two_processes_meet_the_same_target(tmp_path):
     """Beta and the end of the run are one decision; the routers agree as without a target."""
     arguments = [*TRAIN, "--target-cur", 0.3, "--max-steps", 40]
     run(*arguments, "--results-dir", tmp_path / "one")
-    torchrun(2, *arguments, "--results-dir", tmp_path / "two")
+    run_on_ranks(2, *arguments, "--results-dir", tmp_path / "two")
     one, two = (load_router(next((tmp_path / name).iterdir())) for name in ("one", "two"))
     assert one.info["train_steps"] == two.info["train_steps"]
     torch.testing.assert_close(one.logits, two.logits, atol=1e-4, rtol=1e-4)

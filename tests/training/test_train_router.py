@@ -25,12 +25,12 @@ from commands import (
     kill,
     run,
     start_torchrun,
-    torchrun,
     wait_for,
     write_old_settings,
     writing_elsewhere,
 )
 from PIL import Image
+from ranks import run_on_ranks
 
 import objectives
 from common.distributed import Processes
@@ -41,13 +41,6 @@ from training.arguments import parse_args
 RUN_NAME = "000-DiT-digits-2-T5-seed42"
 TRAIN = ["train_router.py", "--model", "DiT-digits/2", "--num-sampling-steps", 5, "--global-batch-size", 4]
 TRAIN += ["--lr", 0.05, "--l1", 1e-4, "--lambda-c", 7, "--log-every", 5]
-
-
-@pytest.fixture(autouse=True)
-def _quick_pictures(monkeypatch):
-    """One picture for all checkpoints but those of `uninterrupted`: drawing takes longer than training."""
-    picture = Image.effect_noise((100, 100), 50)
-    monkeypatch.setattr("training.run.schedule_heat_map", lambda *_: picture)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +85,7 @@ def test_what_a_run_leaves(uninterrupted):
 def test_four_processes_train_the_same_router(tmp_path):
     eight_rows = [8 if word == 4 else word for word in TRAIN]  # four trajectories
     run(*eight_rows, "--results-dir", tmp_path / "one", "--max-steps", 13)
-    torchrun(4, *eight_rows, "--results-dir", tmp_path / "four", "--max-steps", 13)
+    run_on_ranks(4, *eight_rows, "--results-dir", tmp_path / "four", "--max-steps", 13)
     assert (logits(tmp_path / "four") - logits(tmp_path / "one")).abs().max() < 1e-5
 
 
@@ -143,9 +136,9 @@ def test_resumed_run_on_two_processes_ends_bit_for_bit_the_same(tmp_path):
         ["--results-dir", tmp_path / "whole"],
         ["--results-dir", tmp_path / "parts", "--resume", "auto"],
     )
-    torchrun(2, *TRAIN, *whole, "--max-steps", 18)
+    run_on_ranks(2, *TRAIN, *whole, "--max-steps", 18)
     for stop in (8, 18):
-        torchrun(2, *TRAIN, *parts, "--max-steps", stop)
+        run_on_ranks(2, *TRAIN, *parts, "--max-steps", stop)
     assert torch.equal(logits(tmp_path / "parts"), logits(tmp_path / "whole"))
 
 
@@ -154,7 +147,7 @@ def test_killed_at_random_moments_on_two_processes_it_ends_bit_for_bit_the_same(
     """kill -9 of torchrun, at once resumed each time: at start-up, between checkpoints, as one is written."""
     steps, moments = 40, random.Random(7)
     settings = [*TRAIN, "--max-steps", steps, "--ckpt-every", 2, "--device", "cpu"]
-    torchrun(2, *settings, "--results-dir", tmp_path / "whole")
+    run_on_ranks(2, *settings, "--results-dir", tmp_path / "whole")
     for number in range(2):
         process = start_torchrun(2, *settings, "--results-dir", tmp_path / "parts", "--resume", "auto")
         wait_for(lambda: len(alive(process)) >= 3, process)  # noqa: B023
@@ -164,7 +157,7 @@ def test_killed_at_random_moments_on_two_processes_it_ends_bit_for_bit_the_same(
         time.sleep(moments.uniform(0, 0.5))
         assert process.poll() is None, "the run ended before it could be killed"
         assert kill(process) == []
-    torchrun(2, *settings, "--results-dir", tmp_path / "parts", "--resume", "auto")
+    run_on_ranks(2, *settings, "--results-dir", tmp_path / "parts", "--resume", "auto")
     assert torch.equal(logits(tmp_path / "parts"), logits(tmp_path / "whole"))
     assert not list(tmp_path.rglob("*.part*"))
     assert not list(tmp_path.rglob(".lock"))
@@ -524,6 +517,7 @@ def test_flags_that_do_not_matter_do_not_keep_a_run_from_going_on(tmp_path):
 def test_launchers_that_pass_the_local_rank_are_understood(tmp_path, monkeypatch, spelling):
     """torch.distributed.launch and DeepSpeed's; where the environment says it, that counts."""
     arguments, seen = [*TRAIN, "--results-dir", tmp_path, "--max-steps", 1, spelling], []
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
     monkeypatch.setattr("train_router.main", lambda _: seen.append(os.environ["LOCAL_RANK"]))
     for given in ({}, {"LOCAL_RANK": "0"}):
         with mock.patch.dict(os.environ, given):
