@@ -1,20 +1,24 @@
 """Text-to-image models through the commands: sampling, training, resuming, many samples."""
 
+import itertools
 import json
+import os
 import shutil
-import sys
+import signal
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from commands import error_line, kill, run, start, wait_for
+from commands import error_line, run
 from ranks import run_on_ranks
 from tiny_pipeline import save_pipeline
 
 from backbones import prompts
 from backbones.settings import ModelSettings
 from router import load_router
+from training.checkpoints import write_checkpoint
 
 pytest.importorskip("transformers")
 T = 4
@@ -87,6 +91,25 @@ def test_training_and_resuming(pipeline, texts, tmp_path, method, sampler):
     assert load_router(folder).info["sampler"] == sampler
 
 
+def killed_at_a_checkpoint(number: int, arguments: list) -> int:
+    """The exit status of a command in a process of its own, killed before it writes this checkpoint."""
+    child = os.fork()
+    if child == 0:
+        calls = itertools.count(1)
+
+        def write(*given, **named):
+            if next(calls) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return write_checkpoint(*given, **named)
+
+        try:
+            with mock.patch("training.run.write_checkpoint", write):
+                run(*arguments)
+        finally:
+            os._exit(1)  # it was not killed
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
 @pytest.mark.slow
 def test_two_processes_or_a_killed_one_train_what_one_does(pipeline, texts, tmp_path):
     """Three trajectories: alone, on two processes, and killed with kill -9 after the first and resumed."""
@@ -95,10 +118,9 @@ def test_two_processes_or_a_killed_one_train_what_one_does(pipeline, texts, tmp_
     run_on_ranks(2, *training(pipeline, texts, tmp_path / "two", *more))
     assert torch.allclose(logits(tmp_path / "one"), logits(tmp_path / "two"), atol=1e-5)
     again = training(pipeline, texts, tmp_path / "killed", *more, "--resume", "auto")
-    process = start([sys.executable, *again])
-    wait_for(lambda: list(tmp_path.glob("killed/*/checkpoints/0000004.safetensors")), process)
-    kill(process)
-    assert not list(tmp_path.glob("killed/*/checkpoints/0000012.safetensors"))
+    assert killed_at_a_checkpoint(2, again) == -signal.SIGKILL
+    (folder,) = (tmp_path / "killed").iterdir()
+    assert [one.name for one in folder.glob("checkpoints/*.safetensors")] == ["0000008.safetensors"]
     run(*again)
     assert torch.equal(logits(tmp_path / "one"), logits(tmp_path / "killed"))
 
