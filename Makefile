@@ -5,12 +5,12 @@ VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --progress-bar off
 
 .DEFAULT_GOAL := help
-.PHONY: help demo study test clean
+.PHONY: help demo study test test-all clean
 
 help: ## list these targets
 	@echo 'make TARGET, where TARGET is one of'
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS="$$(printf '\t')" read -r name job; do \
-		printf '  %-6s %s\n' "$$name" "$$job"; done
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS="$$(printf '\t')" read -r name job; do \
+		printf '  %-8s %s\n' "$$name" "$$job"; done
 	@echo 'Set PYTHON=python3.12 for another Python, VENV=DIR for another place of the environment.'
 
 demo: demo-begins $(VENV)/installed ## train a router for handwritten digits, sample with and without it: minutes
@@ -19,11 +19,14 @@ demo: demo-begins $(VENV)/installed ## train a router for handwritten digits, sa
 study: $(VENV)/installed ## compare all methods on the digits: hours; QUICK=--quick: a quarter of an hour
 	$(VENV)/bin/python -m study.run $(QUICK)
 
-test: $(VENV)/installed-dev ## lint and all tests
+test: $(VENV)/installed-dev ## lint and tests: eight minutes on two cores
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/python -m pytest -n 2 --dist worksteal -m "not timed"
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal -m "not timed and not exhaustive"
 	$(VENV)/bin/python -m pytest -m timed
+
+test-all: test ## the same, and what is swept through exhaustively: two minutes more
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal -m exhaustive
 
 clean: ## remove the virtual environment
 	rm -rf $(VENV)

@@ -263,7 +263,10 @@ QUICK = ("harmonica",)
 
 @pytest.mark.parametrize(
     "training",
-    [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in TRAININGS],
+    [
+        pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow, pytest.mark.exhaustive])
+        for name in TRAININGS
+    ],
 )
 def test_every_flag_of_a_training_does_something_or_is_said_not_to(
     training, places, tmp_path, monkeypatch, tiny_model

@@ -173,6 +173,7 @@ def test_groups_are_what_ranks_are_under_ddp(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_published_cur_is_within_reach_of_eight_groups_alone():
     """T = 50 and the published settings; one row a step ends far below the published router's CUR."""
     alone, together = (100 * reach(50, groups)["cur"] for groups in (1, 8))
