@@ -206,6 +206,9 @@ def hub_parts(name: str) -> list[HubPart]:
     ]
 
 
+_WEIGHTS = (".safetensors", ".bin")  # ends of the files that hold weights, the better one first
+
+
 def find_part(part: HubPart, folder: Path | None = None) -> Path | None:
     """Where a part lies whole, in `folder` or, for None, in the Hub's cache; None: it does not."""
     place = folder
@@ -231,9 +234,6 @@ def _is_whole(place: Path, part: HubPart) -> bool:
         if any(file.is_file() and "fp16" not in file.name for file in place.glob(f"*{suffix}")):
             return True
     return False
-
-
-_WEIGHTS = (".safetensors", ".bin")
 
 
 def fetch_part(part: HubPart, folder: Path | None = None) -> Path:

@@ -7,6 +7,7 @@ import torch
 
 from backbones import downloads
 from backbones.checkpoints import load_checkpoint
+from backbones.contract import Backbone
 from backbones.families import FAMILIES
 from backbones.inputs import INPUTS
 from backbones.pixart_models import PIXART
@@ -132,7 +133,7 @@ def randomize(model: DiT, seed: int = 0) -> None:
                 parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
 
 
-def is_latent(model: DiT | str) -> bool:
+def is_latent(model: Backbone | str) -> bool:
     """Whether a model, or the one of a name, works on a VAE's latents rather than on pixels.
 
     Raises ValueError for an unknown name.
@@ -183,12 +184,12 @@ def class_in(folder: Path) -> str | None:
     return None if place is None else read_config(place / "config.json")["_class_name"]
 
 
-def pixels_of(model: DiT) -> int:
+def pixels_of(model: Backbone) -> int:
     """Side of the images in pixels."""
     return model.input_size * model.vae_factor
 
 
-def choose_vae(given: str | None, model: DiT | str, random_weights: bool) -> str:
+def choose_vae(given: str | None, model: Backbone | str, random_weights: bool) -> str:
     """The spec for `load_vae`: what `--vae` gave, or its default; `none` for a model of pixels."""
     if is_latent(model):
         return given or ("none" if random_weights else "ema")

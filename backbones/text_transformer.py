@@ -159,7 +159,7 @@ class TextTransformer(HookedTransformer):
         """
         from diffusers import FlowMatchEulerDiscreteScheduler  # slow to import
 
-        known, given = {}, self.scheduler
+        given = self.scheduler
         if "flow_shift" in given:  # a scheduler of another kind, such as UniPC's, with sigmas of a flow
             given = {"shift": given["flow_shift"]}
         known = {name: value for name, value in given.items() if not name.startswith("_")}

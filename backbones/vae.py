@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from backbones import downloads
+from backbones.contract import Backbone
 from common.weights import check_values, find_weights, folder_of, read_config, read_weights
-from models import DiT
 
 OFFICIAL = ("ema", "mse")
 VAE_SCALE = 0.18215  # theirs
@@ -59,7 +59,7 @@ class VaeConfig:
     encodes: bool = True
     frame_factor: int = 1
 
-    def check_model(self, model: DiT) -> None:
+    def check_model(self, model: Backbone) -> None:
         """Raise ValueError where the model's latents are not this VAE's."""
         if model.in_channels != self.latent_channels:
             raise ValueError(

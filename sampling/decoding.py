@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
+from backbones.contract import Backbone
 from backbones.vae import VaeConfig, decoded, from_latents, read_vae_config
 from common import cli
-from models import DiT
 
 
 def load_vae(spec: str, device: torch.device | str = "cpu", fetch: bool = True):
@@ -14,7 +14,7 @@ def load_vae(spec: str, device: torch.device | str = "cpu", fetch: bool = True):
     return None if config is None else config.load(device, fetch)
 
 
-def image_shape(model: DiT, vae: VaeConfig | None) -> tuple[int, int, int]:
+def image_shape(model: Backbone, vae: VaeConfig | None) -> tuple[int, int, int]:
     """(H, W, C) of what `decode` returns."""
     channels, *frames, height, width = model.sample_shape
     latent_frames = frames[0] if frames else 1

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 
-from backbones.contract import Backbone
 from examples.digits import MODEL
 from schedules.baselines import random_schedule
 from study.subjects import DIGITS, ROOT, Subject, parts
@@ -702,7 +701,3 @@ def random_cur(num_steps: int, speedup: float, seed: int, subject: Subject = DIG
     above = min(bisect.bisect_left(curs, speedup, key=speedup_at), len(curs) - 1)
     nearest = min(curs[max(0, above - 1) : above + 1], key=lambda cur: abs(speedup_at(cur) - speedup))
     return float(curs[bisect.bisect_left(curs, speedup_at(nearest), key=speedup_at)])  # the least of equals
-
-
-def digits_model() -> Backbone:
-    return parts(DIGITS)[0]

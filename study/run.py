@@ -30,12 +30,12 @@ from common.arrays import ArrayFile
 from common.files import replacing, write_json
 from end_to_end.rounds import ROUNDS as END_TO_END_ROUNDS
 from router import find_router, load_router
-from study import emoji_plan, measure, subjects
+from study import emoji_plan, measure
 from study.measure import Measurement
 from study.plan import FULL, QUICK, Scale, Task, plan
 from study.report import page_folder, write_page, write_table
 from study.store import Study, router_hash, short_hash
-from study.subjects import DIGITS, ROOT, SUBJECTS, Subject, judge, parts
+from study.subjects import DIGITS, ROOT, SUBJECTS, Subject, fingerprint, judge, parts
 from study.tables import is_main, shows_training
 from training.arguments import parse_args as parse_training
 from training.rounds import ROUNDS
@@ -43,11 +43,6 @@ from training.run import train as train_router
 from training.settings import TrainSettings
 
 HIDDEN = ("images", "router_hash")  # of the rows' records, not in study.json
-
-
-def fingerprint(subject: Subject = DIGITS) -> str:
-    """Of the model's weights."""
-    return subjects.fingerprint(subject)
 
 
 def subject_of(tasks: list[Task]) -> Subject:

@@ -72,6 +72,7 @@ def judge(subject: Subject) -> Any:
 
 @cache
 def fingerprint(subject: Subject) -> str:
+    """Of the weights of its model."""
     return weights_fingerprint(parts(subject)[0])
 
 

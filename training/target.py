@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models import DiT
+from backbones.contract import Backbone
 from router import LOGIT_LIMIT, Router, Schedule
 
 TOLERANCE = 0.01  # one point of CUR, or of the share of MACs that is saved
@@ -29,7 +29,7 @@ class Target:
 
     kind: str  # "cur" or "speedup"
     value: float
-    model: DiT
+    model: Backbone
     num_steps: int
     threshold: float = 0.1
     even_rows: bool = False  # Learning-to-Cache reuses at even steps alone

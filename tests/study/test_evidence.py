@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from backbones.loading import build_model
-from common.identity import weights_fingerprint
 from examples.digits import EXAMPLE
 from router import load_router
-from study.plan import EVIDENCE, FULL, ROUTERS, digits_model, plan
+from study.plan import EVIDENCE, FULL, ROUTERS, plan
 from study.store import Study
+from study.subjects import DIGITS, fingerprint
 from study.tables import FORECAST, FRESH_SAMPLES, SECOND_SAMPLES, end_to_end_table
 
 
@@ -48,7 +48,7 @@ def test_committed_rows_are_the_plan_s_and_hold_their_routers(tasks, rows, study
 
 
 def test_committed_rows_are_done_and_of_other_weights_not(tasks, rows, study):
-    done = study.done(list(tasks.values()), weights_fingerprint(digits_model()))
+    done = study.done(list(tasks.values()), fingerprint(DIGITS))
     assert done >= {row["id"] for row in rows} | study.routers.keys()
     assert study.done(list(tasks.values()), "of another model") == set()
 

@@ -14,8 +14,9 @@ from commands import ROOT, error_line, run
 from router import Router
 from study import plan
 from study.plan import EndToEndScale, Scale, Speed, Task
-from study.run import choose, collect, drawn_trainings, fingerprint, keep
+from study.run import choose, collect, drawn_trainings, keep
 from study.store import Records, Study
+from study.subjects import DIGITS, fingerprint
 from study.tables import FORECAST, MAIN_SPEED
 
 STEPS = 4
@@ -130,7 +131,7 @@ def record(task: Task, **changes) -> dict:
     )
     figures |= {"num_steps": task.row.num_steps, "speedup_macs": 1.96, "sampler": "ddim", "cfg_scale": 1.0}
     figures |= {"samples": 12, "seed": 1, "batch_size": 250, "dtype": "float32", "hardware": "a machine"}
-    identity = {"id": task.id, "command": task.command, "router_hash": None, "weights": fingerprint()}
+    identity = {"id": task.id, "command": task.command, "router_hash": None, "weights": fingerprint(DIGITS)}
     return task.row.facts | figures | identity | changes
 
 
@@ -202,7 +203,7 @@ def test_results_are_of_this_router_and_these_settings(untrained):
         [plan.routed(router, "harmonica", STEPS, SPEED, 0)], study.folder, SMALL
     )
     trained = Router.from_logits(torch.full((STEPS, 24), -5.0))
-    trained.info = {"settings": {"weights": fingerprint()}, "cur": 0.5, "speedup_macs": 1.96}
+    trained.info = {"settings": {"weights": fingerprint(DIGITS)}, "cur": 0.5, "speedup_macs": 1.96}
     study.add_router(training, trained)
     own = study.router_hash(task)
     study.rows.add(record(task, router_hash=own))
