@@ -26,7 +26,7 @@ class Backbone(Protocol):
     num_classes: int  # conditions to draw from: labels, or prompts by their number
     conditions: str  # what tells one set of prompts from another; "" where conditions are class labels
     has_null_label: bool  # whether it can be guided
-    embeds_guidance: bool  # whether the guidance scale is an input: then there are no halves to combine
+    embeds_guidance: bool  # optional; whether the guidance scale is an input: then no halves are combined
     prepared_size: int  # values that `prepare` makes for one step and sample
     learn_sigma: bool  # whether an output (N, 2C, H, W) holds a variance beside the noise
 
@@ -47,10 +47,10 @@ class Backbone(Protocol):
         """The conditions of a batch with labels (n,); under guidance those of both halves."""
 
     def with_guidance(self, condition: Any, cfg_scale: float) -> Any:
-        """Where `embeds_guidance`: the conditions with the guidance scale."""
+        """Optional, where `embeds_guidance`: the conditions with the guidance scale."""
 
     def sigmas(self, num_steps: int) -> list[float]:
-        """Where it predicts velocity: noise levels of T steps as it is sampled, T + 1 values from 1 to 0."""
+        """Optional, where it predicts velocity: noise levels of T steps as it is sampled, T + 1 values from 1 to 0."""
 
     def embed_timesteps(self, timesteps: Tensor) -> Tensor:
         """Embeddings (S, ...) of the timesteps (S,) of all steps: all that depends on the timestep alone."""

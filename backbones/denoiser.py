@@ -16,7 +16,7 @@ Place = TypeVar("Place")
 def check_guidance(model: Backbone, cfg_scale: float) -> None:
     """Raise ValueError where guidance is asked of a model that has no null label."""
     if halves(model, cfg_scale) == 2 and not model.has_null_label:
-        why = "" if model.conditions else " (--class-dropout-prob 0)"
+        why = " (--class-dropout-prob 0)" if not getattr(model, "conditions", "") else ""
         raise ValueError(
             f"guidance {cfg_scale:g} needs a null label, this model was built without{why}; "
             "give --cfg-scale 1 (off)"
@@ -25,7 +25,7 @@ def check_guidance(model: Backbone, cfg_scale: float) -> None:
 
 def halves(model: Backbone, cfg_scale: float) -> int:
     """Rows of a forward pass for one sample: two under guidance, unless the model embeds its scale."""
-    return 1 if cfg_scale == 1.0 or model.embeds_guidance else 2
+    return 1 if cfg_scale == 1.0 or getattr(model, "embeds_guidance", False) else 2
 
 
 def check_prediction(model: Backbone, sampler: Sampler) -> None:
@@ -41,17 +41,20 @@ def check_prediction(model: Backbone, sampler: Sampler) -> None:
 def condition_for(model: Backbone, labels: Tensor, cfg_scale: float) -> Any:
     """What a batch with labels (n,) is conditioned on at a guidance scale."""
     condition = model.condition(labels, halves(model, cfg_scale) == 2)
-    return model.with_guidance(condition, cfg_scale) if model.embeds_guidance else condition
+    return (
+        model.with_guidance(condition, cfg_scale) if getattr(model, "embeds_guidance", False) else condition
+    )
 
 
 def sampler_for(model: Backbone, name: str, chain: GaussianDiffusion, eta: float = 0.0) -> Sampler:
-    """The sampler by name on a chain; flow matching is on the noise levels that the model asks for.
+    """The sampler by name on a chain; where a model says how its noise levels are spaced, on these.
 
     Raises ValueError for an unknown name, an eta outside [0, 1], and where the model does not fit.
     """
     sampler = create_sampler(name, chain, eta)
     check_prediction(model, sampler)
-    return FlowEuler(model.sigmas(chain.num_timesteps)) if isinstance(sampler, FlowEuler) else sampler
+    own = getattr(model, "sigmas", None)
+    return FlowEuler(own(chain.num_timesteps)) if own and isinstance(sampler, FlowEuler) else sampler
 
 
 class Denoiser:
