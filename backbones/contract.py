@@ -50,7 +50,7 @@ class Backbone(Protocol):
         """Optional, where `embeds_guidance`: the conditions with the guidance scale."""
 
     def sigmas(self, num_steps: int) -> list[float]:
-        """Optional, where it predicts velocity: noise levels of T steps as it is sampled, T + 1 values from 1 to 0."""
+        """Optional, where it predicts velocity: the noise levels of T steps, T + 1 values from 1 to 0."""
 
     def embed_timesteps(self, timesteps: Tensor) -> Tensor:
         """Embeddings (S, ...) of the timesteps (S,) of all steps: all that depends on the timestep alone."""
