@@ -212,7 +212,9 @@ def _memory(costs: Costs, name: str) -> int:
     if costs.device.type == "cuda":
         return _measure_memory(costs, name)
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")  # freed large tensors are returned at once
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # each process begins with the imports behind it
+    with context.Pool(1) as pool:
         return pool.apply(_measure_memory, (costs, name))
 
 

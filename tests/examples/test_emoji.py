@@ -13,7 +13,7 @@ from commands import error_line, run
 from PIL import Image
 from safetensors.torch import load_file
 
-from examples.emoji import data, encode, evaluate, judge, pipeline, text, train_pixart, train_vae
+from examples.emoji import data, encode, evaluate, judge, pipeline, text, train_judge, train_pixart, train_vae
 from examples.emoji.state import TrainingState
 
 MADE_UP = {  # name, category, subcategory, codepoints
@@ -389,7 +389,7 @@ def test_places_of_names_are_spread_evenly():
     torch.manual_seed(0)
     raw = torch.randn(400, 12) * torch.arange(1, 13) + 20
     embeddings = torch.nn.functional.normalize(raw, dim=1)
-    places = judge.whitened(embeddings, torch.arange(300), 6)
+    places = train_judge.whitened(embeddings, torch.arange(300), 6)
     assert torch.allclose(places.norm(dim=1), torch.ones(400))
     values = torch.linalg.eigvalsh(places[:300].T @ places[:300] / 300)
     assert values.max() < 1.4 * values.min()
@@ -398,7 +398,7 @@ def test_places_of_names_are_spread_evenly():
 
 def test_sentence_embedding_is_the_mean_token_state():
     states = fake_states(["a b", "", "c d e"])
-    found = judge.sentence_embeddings(states, torch.tensor([2, 0]), batch_size=1)
+    found = train_judge.sentence_embeddings(states, torch.tensor([2, 0]), batch_size=1)
     assert torch.allclose(found[1], torch.nn.functional.normalize(states.states[:4].float().mean(0), dim=0))
 
 
@@ -412,18 +412,18 @@ def judged(trained):
 
 def test_interrupted_judge_training_ends_in_the_same_weights(judged, trained, monkeypatch):
     arguments = [*judged, "--iterations", 4]
-    text_ = run("examples.emoji.judge", *arguments, "--output", trained / "whole.safetensors")
+    text_ = run("examples.emoji.train_judge", *arguments, "--output", trained / "whole.safetensors")
     assert '"held_out_pairs"' in text_
     with monkeypatch.context() as patch:
-        patch.setattr(judge, "judge_loss", interrupted_after(4, judge.judge_loss))
+        patch.setattr(train_judge, "judge_loss", interrupted_after(4, train_judge.judge_loss))
         output = ["--output", trained / "parts.safetensors"]
-        run("examples.emoji.judge", *arguments, *output, status=130)
-    assert "going on from iteration 2" in run("examples.emoji.judge", *arguments, *output)
+        run("examples.emoji.train_judge", *arguments, *output, status=130)
+    assert "going on from iteration 2" in run("examples.emoji.train_judge", *arguments, *output)
     assert same_weights(trained / "whole.safetensors", trained / "parts.safetensors")
 
 
 def test_judge_names_what_lies_nearest(judged, trained, emoji):
-    run("examples.emoji.judge", *judged, "--iterations", 1, "--output", trained / "j.safetensors")
+    run("examples.emoji.train_judge", *judged, "--iterations", 1, "--output", trained / "j.safetensors")
     own = judge.Judge(trained / "j.safetensors")
     pictures = torch.from_numpy(emoji.images[:5])
     features = own.features(pictures)
@@ -449,7 +449,7 @@ def test_judge_names_what_lies_nearest(judged, trained, emoji):
 
 def test_judge_needs_the_right_pretrained_weights(judged, trained):
     torch.save({"x": torch.zeros(3)}, trained / "lite0.pth")
-    line = error_line("examples.emoji.judge", *judged, "--output", trained / "j.safetensors")
+    line = error_line("examples.emoji.train_judge", *judged, "--output", trained / "j.safetensors")
     assert "no EfficientNet-Lite0" in line
     assert not (trained / "j.safetensors").exists()
 

@@ -11,7 +11,7 @@ from commands import ROOT, run
 from backbones.prompts import read_prompts
 from common import registry
 from examples import emoji
-from examples.emoji import data, judge, pipeline, train_pixart, train_vae
+from examples.emoji import data, judge, pipeline, train_judge, train_pixart, train_vae
 from examples.emoji.state import write_folder
 from study import emoji_plan, measure, plan, subjects
 from study.measure import Measurement
@@ -37,7 +37,7 @@ def example(tmp_path, monkeypatch):
     places = torch.nn.functional.normalize(torch.randn(len(concepts), judge.TEXT_CHANNELS), dim=1)
     pictures = torch.randint(0, 256, (4, 64, 64, 3), dtype=torch.uint8).numpy()
     known = data.EmojiData(pictures, None, None, torch.zeros(4).numpy(), concepts, concepts)
-    judge.write(judge.ImageEncoder(), places, known, tmp_path / "judge.safetensors")
+    train_judge.write(judge.ImageEncoder(), places, known, tmp_path / "judge.safetensors")
     monkeypatch.setattr(judge, "WEIGHTS", tmp_path / "judge.safetensors")
     caches = (subjects.parts, subjects.judge, subjects.fingerprint, plan.random_cur)
     for one in caches:
