@@ -19,7 +19,7 @@ demo: demo-begins $(VENV)/installed ## train a router for handwritten digits, sa
 study: $(VENV)/installed ## compare all methods on the digits: hours; QUICK=--quick: a quarter of an hour
 	$(VENV)/bin/python -m study.run $(QUICK)
 
-test: $(VENV)/installed-dev ## lint and tests: nine minutes on two cores
+test: $(VENV)/installed-dev ## lint and tests: eight minutes on two cores
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/python -m pytest -n 2 --dist worksteal -m "not timed and not exhaustive"
