@@ -14,6 +14,7 @@ from its scheduler. A bare transformer needs `session.start()` before each traje
 import contextlib
 import inspect
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -31,6 +32,14 @@ from router import DEFAULT_THRESHOLD, Schedule, load_router
 
 HOOK = "harmonica"
 _COPYING = "a transformer with a schedule cannot be copied or pickled; call remove_schedule first"
+# Our samplers by the class of diffusers' scheduler.
+_SAMPLERS = {
+    "DDIMScheduler": ("ddim",),
+    "DDPMScheduler": ("ddpm", "iddpm"),
+    "DPMSolverMultistepScheduler": ("dpm-solver++",),
+    "SASolverScheduler": ("sa-solver",),
+    "FlowMatchEulerDiscreteScheduler": ("flow-euler",),
+}
 _OTHER_CACHES = ("Cache", "PyramidAttention")  # in the names of diffusers' hooks that cache, too
 
 
@@ -226,13 +235,20 @@ class _Store(StaticCache):
 class Session:
     """A schedule at work on a transformer, for one pipeline or for calls by hand.
 
-    `computed` and `reused` count the calls of every branch since the schedule was applied.
+    `computed` and `reused` count the calls of every branch since the schedule was applied. trained_under: the
+    sampler of the schedule's router; "": unknown.
     """
 
     def __init__(
-        self, hooks: Hooks, schedule: Schedule, dtype: torch.dtype | None, pipeline: object | None = None
+        self,
+        hooks: Hooks,
+        schedule: Schedule,
+        dtype: torch.dtype | None,
+        pipeline: object | None = None,
+        trained_under: str = "",
     ):
         self.hooks, self.schedule, self.dtype = hooks, schedule, dtype
+        self._trained_under, self._noted = trained_under, ""
         self._pipeline = None if pipeline is None else weakref.ref(pipeline)
         self.computed, self.reused = [0] * schedule.num_branches, [0] * schedule.num_branches
         self.most_bytes = 0
@@ -324,6 +340,7 @@ class Session:
             self.start()
             self.hooks.verify()
             self._values = _checked_timesteps(scheduler, self.schedule.num_steps)
+            self._note_another_sampler(type(scheduler).__name__)
             self._timesteps = scheduler.timesteps
         done = getattr(scheduler, "step_index", None)
         if done is None:
@@ -335,6 +352,17 @@ class Session:
                 f"the scheduler is at step {done} of {len(self._values)}; call set_timesteps anew"
             )
         return self.schedule.num_steps - 1 - done
+
+    def _note_another_sampler(self, scheduler: str) -> None:
+        """Warn, once for each class of scheduler, where the router was trained under another sampler."""
+        here = _SAMPLERS.get(scheduler, (scheduler,))
+        if self._trained_under and self._trained_under not in here and scheduler != self._noted:
+            self._noted = scheduler
+            warnings.warn(
+                f"the router was trained under {self._trained_under}, this pipeline samples with "
+                f"{scheduler}; sample.py --calibrate fits its weights of reuse to another sampler",
+                stacklevel=2,
+            )
 
 
 def _checked_timesteps(scheduler: Any, num_steps: int) -> list[float]:
@@ -453,27 +481,31 @@ def transformer_of(owner: Any) -> nn.Module:
     return getattr(transformer, "_orig_mod", transformer)
 
 
-def as_schedule(given: Schedule | str | Path, threshold: float | None, transformer: nn.Module) -> Schedule:
+def as_schedule(
+    given: Schedule | str | Path, threshold: float | None, transformer: nn.Module
+) -> tuple[Schedule, str]:
     """A schedule as it is, or that of a router by its path or name, at `threshold` or its own.
 
+    Also the sampler that the router was trained under; "" where nothing says it.
     Raises ValueError where it has not as many branches as the transformer.
     """
     if isinstance(given, Schedule):
         if threshold is not None:
             raise ValueError("threshold is for a router; a schedule says already what is computed")
-        schedule = given
+        schedule, sampler = given, ""
     else:
         router = load_router(given)
         schedule = router.schedule(
             router.info.get("threshold", DEFAULT_THRESHOLD) if threshold is None else threshold
         )
+        sampler = router.info.get("sampler", "")
     found = len(find_branches(transformer))
     if schedule.num_branches != found:
         raise ValueError(
             f"the schedule is for {schedule.num_branches} branches, {type(transformer).__name__} has "
             f"{found}; use a router trained for this model"
         )
-    return schedule
+    return schedule, sampler
 
 
 def apply_schedule(
@@ -490,7 +522,7 @@ def apply_schedule(
     class that is not supported and for what does not go together with a schedule.
     """
     transformer = transformer_of(pipeline_or_transformer)
-    schedule = as_schedule(schedule_or_router, threshold, transformer)
+    schedule, sampler = as_schedule(schedule_or_router, threshold, transformer)
     is_pipeline = not isinstance(pipeline_or_transformer, nn.Module)
     key = id(pipeline_or_transformer) if is_pipeline else id(transformer)
     installed = _INSTALLED.get(transformer)
@@ -505,9 +537,8 @@ def apply_schedule(
     for one in sessions.values():
         one.hooks = installed.hooks
         one.start()
-    session = Session(
-        installed.hooks, schedule, cache_dtype, pipeline_or_transformer if is_pipeline else None
-    )
+    pipeline = pipeline_or_transformer if is_pipeline else None
+    session = Session(installed.hooks, schedule, cache_dtype, pipeline, sampler)
     installed.sessions = sessions | {key: session}
     _INSTALLED[transformer] = installed
     return session

@@ -1,5 +1,6 @@
 """Schedules in diffusers' real pipelines with tiny components."""
 
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from itertools import count
@@ -14,7 +15,7 @@ from torch import nn
 
 from backbones import apply_schedule, remove_schedule, scheduled, summary
 from backbones.families import find_branches
-from router import Schedule
+from router import Router, Schedule, save_router
 
 T = 6
 
@@ -114,6 +115,24 @@ def test_schedulers_of_one_call_a_step_work(scheduler):
         first = request(pipe)
         assert torch.equal(request(pipe), first)
         assert summary(pipe)["all"]["computed"] == 2 * int(schedule.compute.sum())
+
+
+def test_a_sampler_that_the_router_was_not_trained_under_is_noted_once(tmp_path):
+    pipe = quiet(pixart_alpha())
+    pipe.scheduler = diffusers.DPMSolverMultistepScheduler()
+    file = tmp_path / "r.safetensors"
+    save_router(file, Router.from_schedule(random_schedule(pipe)), method="test", sampler="dpm-solver++")
+    heard = []
+    with scheduled(pipe, file):
+        for scheduler in (diffusers.DPMSolverMultistepScheduler(), diffusers.DDIMScheduler()):
+            pipe.scheduler = scheduler
+            for _ in range(2):
+                with warnings.catch_warnings(record=True) as found:
+                    warnings.simplefilter("always")
+                    request(pipe)
+                heard.append([str(one.message) for one in found if "was trained under" in str(one.message)])
+    assert [len(messages) for messages in heard] == [0, 0, 1, 0]
+    assert "under dpm-solver++, this pipeline samples with DDIMScheduler" in heard[2][0]
 
 
 def test_sequential_guidance_has_a_store_for_each_half():
