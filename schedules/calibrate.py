@@ -7,6 +7,7 @@ execution: each fit sees the errors that earlier reuse has made.
 """
 
 import torch
+from torch import Tensor
 
 from cache import FittingCache
 from common.devices import one_thread
@@ -23,12 +24,20 @@ def calibrated(trajectory: Trajectory, num_terms: int = 3, num_samples: int = 64
     of cores. The work of one uncached run of them.
     """
     model, schedule = trajectory.backbone, trajectory.schedule
-    generators = [sample_generator(seed, CALIBRATION_STREAM, k) for k in range(num_samples)]
-    noise = draw_noise(model, generators).to(model.device)
-    labels = draw_labels(model, generators).to(model.device)
+    labels, noise, step_noise = calibration_batch(trajectory, num_samples, seed)
     cache = FittingCache(schedule.compute, num_terms)
-    step_noise = draw_step_noise(trajectory, noise, generators)
     with one_thread(model.device):
         for _ in denoise_loop(trajectory, labels, noise, cache, step_noise):
             pass
     return Schedule(schedule.compute, f"{schedule.source}, calibrated", cache.weights.to(torch.float32))
+
+
+def calibration_batch(
+    trajectory: Trajectory, num_samples: int, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Labels (n,), noise (n, C, H, W) and the sampler's noise, apart from those of sampling and training."""
+    model = trajectory.backbone
+    generators = [sample_generator(seed, CALIBRATION_STREAM, k) for k in range(num_samples)]
+    noise = draw_noise(model, generators).to(model.device)
+    labels = draw_labels(model, generators).to(model.device)
+    return labels, noise, draw_step_noise(trajectory, noise, generators)
