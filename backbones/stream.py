@@ -23,7 +23,8 @@ def first_input(args: tuple, kwargs: dict[str, Any]) -> Tensor:
 def watch_stream(blocks: Sequence[nn.Module], place: int, tell: Tell) -> RemovableHandle:
     """Call `tell` in every forward with the residual stream before block `place`.
 
-    place: len(blocks) is after the last one. Blocks return the stream as their only or their last output, as those of diffusers do.
+    place: len(blocks) is after the last one. Blocks return the stream as their only or their last output, as
+    those of diffusers do.
     """
     if place < len(blocks):
 

@@ -12,8 +12,8 @@ are reused. The methods of `thresholds.py` are values of its fields:
 
 One decision is for the whole batch, or one for each sample. A sample's own signal decides for it then, both
 halves under guidance together: a step is computed for all samples where one needs it, and those that do not
-keep their reuse. So a sample's result does not depend on its batch, and its cost is its own, but time is saved
-only where all agree.
+keep their reuse. So a sample's result does not depend on its batch, and its cost is its own. Time is saved
+only where all agree, as a batch of one does.
 
 A reused branch returns its own last output, under the gates of the new step, or its linear forecast. The
 libraries of these methods store one residual for all blocks between; the decisions are the same functions of

@@ -8,13 +8,14 @@
 | `random` | a random share of the branches reused | `--cur X`, `--schedule-seed S` |
 | `dynamiclayer` | a router's, however it was trained | `--path ROUTER`, `--thres X` |
 | `l2c` | a Learning-to-Cache router's | `--path ROUTER`, `--thres X` |
-| `first-block`, `teacache` | decided while sampling, see `thresholds.py` | `--tolerance X` or `--target-speedup X` |
-| `dbcache` | the same | also `--first-blocks F`, `--last-blocks B`, `--warm-up W`, `--most-reused M` |
-| `magcache` | calibrated magnitude ratios against `--tolerance X` | `--most-skipped K`, `--retention X` |
-| `taylor-` and a static one with reuse | the same; reused branches are extrapolated | also `--order 1` or `2` |
+| `first-block` | decided while sampling, see `thresholds.py` | `--tolerance X`, `--per-sample` |
+| `dbcache` | the same | also `--first-blocks F --last-blocks B --warm-up W --most-reused M --forecast` |
+| `teacache` | the same | `--tolerance X`, `--per-sample`, `--rescale N` |
+| `magcache` | steps reused by calibrated ratios | `--tolerance X`, `--most-skipped K`, `--retention X` |
+| `taylor-` and a static one that reuses | the same; reuse is extrapolated | also `--order 1` or `2` |
 | `calibrated-` and one of those | the same; weights of reuse are solved | also `--calibrate N`, `--terms K` |
 
-`--calibrate` with one of those makes it `calibrated-`.
+`--calibrate` with one of those makes it `calibrated-`. `--target-speedup X` takes the place of `--tolerance`.
 
 A router of `train_router.py --method end-to-end` holds its own weights of reuse; `dynamiclayer` uses them.
 
