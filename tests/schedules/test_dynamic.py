@@ -2,16 +2,21 @@
 
 import copy
 import gc
+from functools import partial
 
 import pytest
 import torch
 from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig, apply_first_block_cache
 from diffusers.hooks.hooks import CacheContext, _set_cache_context
 from diffusers.hooks.mag_cache import apply_mag_cache
-from tiny_transformers import dit
+from tiny_transformers import FAMILIES, dit, inputs
 
 from backbones.diffusers_dit import DiffusersDiT
+from backbones.families import find_branches
+from backbones.hooks import apply_schedule
+from backbones.stream import watch_stream
 from diffusion import create_diffusion
+from execution.graphs import Captured
 from models import DiT
 from router import Schedule
 from sampling.loop import Trajectory, denoise_loop, sample
@@ -257,7 +262,7 @@ def count_runs(module, call) -> int:
     return len(runs)
 
 
-def called(transformer, steps: int) -> list[dict]:
+def called(steps: int) -> list[dict]:
     """Inputs that move from one noise to another, at one timestep: gates are alike then."""
     generator = torch.Generator().manual_seed(0)
     first, second = torch.randn(2, 2, 4, 8, 8, generator=generator)
@@ -275,14 +280,16 @@ def test_first_block_is_that_of_diffusers(tolerance):
     theirs, ours = dit(num_layers=4), dit(num_layers=4)
     apply_first_block_cache(theirs, FirstBlockCacheConfig(threshold=tolerance))
     _set_cache_context(theirs, CacheContext("test"))
-    inputs, backbone, runs = called(theirs, 12), DiffusersDiT(ours), []
+    calls, backbone, runs = called(12), DiffusersDiT(ours), []
     own = Rule("test", 12, backbone.branches, tolerance)
     policy = DynamicCache(own, backbone)
     with torch.no_grad():
-        for step, one in zip(reversed(range(12)), inputs, strict=True):
+        for step, one in zip(reversed(range(12)), calls, strict=True):
             expected = []
             module = theirs.transformer_blocks[1].attn1
-            runs.append(count_runs(module, lambda one=one: expected.append(theirs(**one).sample)))
+            runs.append(
+                count_runs(module, partial(lambda one, to: to.append(theirs(**one).sample), one, expected))
+            )
             backbone.hooks.policy, policy.step = policy, step
             torch.testing.assert_close(ours(**one).sample, expected[0], atol=1e-4, rtol=1e-4)
     assert own.computed()[:, 2].flip(0).tolist() == runs
@@ -297,7 +304,7 @@ def test_magcache_skips_the_steps_that_diffusers_skips(tolerance):
     apply_mag_cache(theirs, config)
     runs = []
     with torch.no_grad():
-        for one in called(theirs, 12):
+        for one in called(12):
             runs.append(count_runs(theirs.transformer_blocks[1].attn1, lambda one=one: theirs(**one)))
     schedule = magnitude_schedule(ratios, 4, tolerance)
     assert schedule.compute[:, 0].flip(0).tolist() == list(map(bool, runs))
@@ -341,6 +348,41 @@ def test_teacaches_signal_is_the_modulated_input_and_its_polynomial_fits(model):
     other.watch_input(told.append)
     next(denoise_loop(Trajectory(other, create_diffusion("2")), torch.arange(2), torch.randn(2, 4, 8, 8)))
     assert torch.equal(theirs[0], told[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_stream_of_every_family_is_watched(family):
+    """Before the second block, and after the last one, as the final norm reads it."""
+    transformer = FAMILIES[family]()
+    blocks = list(dict.fromkeys(branch.block for branch in find_branches(transformer)))
+    told, read = {}, []
+    for place in (0, 1, len(blocks)):
+        watch_stream(blocks, place, lambda x, place=place: told.update({place: x.clone()}))
+    transformer.norm_out.register_forward_pre_hook(lambda _, args: read.append(args[0].clone()))
+    with torch.no_grad():
+        transformer(**inputs(transformer, 400.0, seed=1))
+    assert torch.equal(told[len(blocks)], read[0].to(told[1].dtype))
+    assert told[0].shape == told[1].shape
+    assert not torch.equal(told[0], told[1])
+
+
+def test_a_librarys_model_is_sampled_as_by_its_schedule():
+    model = DiffusersDiT(dit(num_layers=3).requires_grad_(False))
+    noise, labels = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(2)
+    table = torch.ones(5, 6, dtype=torch.bool)
+    table[:4, 2:] = False
+    endless = Rule("test", 5, model.branches, float("inf"), per_sample=True)
+    setting = model, create_diffusion("5"), labels, noise
+    assert torch.equal(sampled(*setting, endless), sampled(*setting, Schedule(table)))
+    with pytest.raises(ValueError, match="a Rule is no static schedule"):
+        apply_schedule(dit(), endless)
+
+
+def test_a_graph_needs_a_static_schedule(model, ten_steps, tiny_batch):
+    noise, labels = tiny_batch
+    own = Rule("test", 10, model.branches, 0.1)
+    with pytest.raises(ValueError, match="decides while it samples; add --no-cuda-graph"):
+        Captured()(Trajectory(model, ten_steps, 1.5, own), labels, noise)
 
 
 # ---- methods ---------------------------------------------------------------------------------------
