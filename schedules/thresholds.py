@@ -12,7 +12,8 @@ drawn apart from those of sampling and training.
 | MagCache | Ma et al., arXiv 2506.09045, and diffusers' `MagCacheConfig` | stores outputs |
 
 "Stores outputs": the originals add one stored residual for all skipped blocks, here every branch reuses its
-own last output, under the gates of the new step.
+own last output, under the gates of the new step. A forecast has a slope from the second computed step on,
+cache-dit's from the fourth step on.
 """
 
 import math

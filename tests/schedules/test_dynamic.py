@@ -9,11 +9,11 @@ import torch
 from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig, apply_first_block_cache
 from diffusers.hooks.hooks import CacheContext, _set_cache_context
 from diffusers.hooks.mag_cache import apply_mag_cache
-from tiny_transformers import FAMILIES, dit, inputs
+from tiny_transformers import FAMILIES, dit, inputs, pixart
 
 from backbones.diffusers_dit import DiffusersDiT
 from backbones.families import find_branches
-from backbones.hooks import apply_schedule
+from backbones.hooks import Hooks, apply_schedule
 from backbones.stream import watch_stream
 from diffusion import create_diffusion
 from execution.graphs import Captured
@@ -294,6 +294,51 @@ def test_first_block_is_that_of_diffusers(tolerance):
             torch.testing.assert_close(ours(**one).sample, expected[0], atol=1e-4, rtol=1e-4)
     assert own.computed()[:, 2].flip(0).tolist() == runs
     assert 1 < sum(runs) < 12
+
+
+class Watched:
+    """A transformer whose hooks ask a policy, with calls of its own."""
+
+    def __init__(self, transformer):
+        self.hooks = Hooks(transformer)
+        self.branches = tuple(branch.name for branch in self.hooks.branches)
+
+    def watch_stream(self, place, tell):
+        return watch_stream(list(dict.fromkeys(one.block for one in self.hooks.branches)), place, tell)
+
+
+@pytest.mark.slow  # cache-dit's import
+def test_dbcache_is_that_of_cache_dit():
+    """The same steps, and at equal gates the same outputs but for rounding, with and without a forecast."""
+    cache_dit = pytest.importorskip("cache_dit")
+    steps = 14
+    base = inputs(pixart(), 400.0, seed=1)
+    other = torch.randn(base["hidden_states"].shape, generator=torch.Generator().manual_seed(3))
+    places = torch.linspace(0, 1, steps) ** 2
+    calls = [base | {"hidden_states": torch.lerp(base["hidden_states"], other, place)} for place in places]
+    cases = [(1, 0, 1, 0.1, None, False), (2, 1, 3, 0.15, 2, False), (1, 1, 4, 0.4, 3, True)]
+    for first, last, warm_up, tolerance, most, linear in cases:
+        theirs, model = pixart(num_layers=5), pixart(num_layers=5)
+        config = cache_dit.DBCacheConfig(
+            Fn_compute_blocks=first, Bn_compute_blocks=last, residual_diff_threshold=tolerance,
+            max_warmup_steps=warm_up, max_continuous_cached_steps=most or -1, num_inference_steps=steps,
+            enable_separate_cfg=False,
+        )  # fmt: skip
+        calibrator = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=1) if linear else None
+        middle, runs = theirs.transformer_blocks[first].attn1, []
+        cache_dit.enable_cache(theirs, cache_config=config, calibrator_config=calibrator)
+        ours = Watched(model)
+        own = Rule("test", steps, ours.branches, tolerance, first, last, warm_up, most, forecast=linear)
+        policy = ours.hooks.policy = DynamicCache(own, ours)
+        with torch.no_grad():
+            for step, one in zip(reversed(range(steps)), calls, strict=True):
+                expected = []
+                call = partial(lambda one, to, model: to.append(model(**one).sample), one, expected, theirs)
+                runs.append(count_runs(middle, call))
+                policy.step = step
+                torch.testing.assert_close(model(**one).sample, expected[0], atol=1e-4, rtol=1e-4)
+        assert own.computed()[:, own.reusable.start].flip(0).tolist() == runs
+        assert warm_up < sum(runs) < steps
 
 
 @pytest.mark.parametrize("tolerance", [0.06, 0.2, 1.0])
