@@ -21,7 +21,7 @@ from router import Schedule
 
 MAX_ORDER = 2
 HERMITE_SCALE = 0.5  # HiCache's sigma
-CHEBYSHEV_RIDGE = 0.01
+CHEBYSHEV_RIDGE = 0.001
 
 
 def taylor(schedule: Schedule, order: int) -> Schedule:

@@ -224,7 +224,7 @@ REUSES = {
             ORDER,
             Flag(
                 "ridge",
-                "weight of the coefficients' squares (default 0.01)",
+                "weight of the coefficients' squares (default 0.001)",
                 cli.non_negative,
                 default=CHEBYSHEV_RIDGE,
             ),
