@@ -107,18 +107,25 @@ class FittingCache(_Store):
     """Calibration: solves the weights of reuse by least squares of each output on the stored outputs.
 
     Every branch is computed, as the target of its fit. A reused branch returns its fit, so each fit sees the
-    errors that `StaticCache` will make with the weights of earlier steps. compute: bool (T, B), the schedule.
-    reduce: sums or averages the normal equations over ranks; within a rank they are averaged over the batch.
+    errors that `StaticCache` will make with the weights of earlier steps. With `uncached` it returns its own
+    output: the fits are those of an uncached trajectory. compute: bool (T, B), the schedule. reduce: sums or
+    averages the normal equations over ranks; within a rank they are averaged over the batch.
 
     Filled in for all cells but those of the first step, computed ones included: `weights` (T, B, K), the
     `gram` matrix (T, B, K, K) of the stored outputs and the mean square `residual` (T, B). The last two tell
     how much the error grows when a weight moves.
     """
 
-    def __init__(self, compute: Tensor, num_terms: int, reduce: Callable[[Tensor], Tensor] = lambda t: t):
+    def __init__(
+        self,
+        compute: Tensor,
+        num_terms: int,
+        reduce: Callable[[Tensor], Tensor] = lambda t: t,
+        uncached: bool = False,
+    ):
         size = (*compute.shape, num_terms)
         self.step = len(compute) - 1
-        self._schedule, self._reduce = compute.tolist(), reduce
+        self._schedule, self._reduce, self._uncached = compute.tolist(), reduce, uncached
         self._stored: list[Outputs] = [()] * compute.shape[1]
         self.weights = torch.zeros(size, dtype=torch.float64)
         self.gram = torch.eye(num_terms, dtype=torch.float64).expand(*size, num_terms).clone()
@@ -130,7 +137,7 @@ class FittingCache(_Store):
         if stored:
             weights = self._solve(branch, stored, output)
             if not self._schedule[step][branch]:
-                return combined(stored, weights.tolist())
+                return output if self._uncached else combined(stored, weights.tolist())
         self._stored[branch] = (output, *stored[: num_terms - 1])
         return output
 

@@ -5,7 +5,6 @@
 | `full_schedule` | everything; with fewer steps this is plain DDIM, the baseline of every table |
 | `fora_schedule` | all branches of every N-th step, none between (FORA, Selvaraju et al. 2024) |
 | `random_schedule` | all but a random share of the cells |
-| `forecast` | the cells of another schedule; reused outputs are extrapolated (TaylorSeer) |
 """
 
 import math
@@ -80,44 +79,3 @@ def random_schedule(num_steps: int, num_branches: int, cur: float, seed: int = 0
     table = torch.ones(num_steps * num_branches, dtype=torch.bool)
     table[order[:reused]] = False
     return Schedule(table.view(num_steps, num_branches), f"random, CUR {cur:g}, seed {seed}")
-
-
-MAX_FORECAST_ORDER = 2
-
-
-def forecast(schedule: Schedule, order: int) -> Schedule:
-    """The schedule with reused outputs extrapolated along the step axis: TaylorSeer (Liu et al., ICCV 2025).
-
-    With k the step of the last computed output F and h its distance to the one before, the differences are
-    `D1 = (F - F before) / h` and `D2 = (D1 - D1 before) / h`, and step i gets `F + D1 (k - i) + D2 (k - i)^2
-    / 2`, as far as `order` goes and as many outputs were computed. All of that is linear in the last order +
-    1 outputs, so it comes down to weights. Order 0 is plain reuse. Raises ValueError for another order.
-    """
-    if order not in range(MAX_FORECAST_ORDER + 1):
-        raise ValueError(f"forecast order {order} is not one of 0 .. {MAX_FORECAST_ORDER}")
-    if not order:
-        return schedule
-    num_steps, num_branches = schedule.compute.shape
-    weights = torch.zeros(num_steps, num_branches, order + 1, dtype=torch.float64)
-    for branch in range(num_branches):
-        computed_at: list[int] = []
-        for step in reversed(range(num_steps)):
-            if schedule.compute[step, branch]:
-                computed_at.append(step)
-            else:
-                weights[step, branch] = _forecast_weights(computed_at[::-1], step, order)
-    return Schedule(schedule.compute, f"{schedule.source}, forecast of order {order}", weights)
-
-
-def _forecast_weights(computed_at: list[int], step: int, order: int) -> torch.Tensor:
-    """Weights (order + 1,) of the outputs computed at these steps, the last one first."""
-    outputs = torch.eye(order + 1, dtype=torch.float64)  # row k: the k-th last output as weights
-    distance = computed_at[0] - step
-    total, known = outputs[0].clone(), len(computed_at)
-    if known > 1 and order > 0:
-        slope = (outputs[0] - outputs[1]) / (computed_at[1] - computed_at[0])
-        total += slope * distance
-        if known > 2 and order > 1:
-            slope_before = (outputs[1] - outputs[2]) / (computed_at[2] - computed_at[1])
-            total += (slope - slope_before) / (computed_at[1] - computed_at[0]) * distance**2 / 2
-    return total

@@ -8,12 +8,22 @@
 | `random` | a random share of the branches reused | `--cur X`, `--schedule-seed S` |
 | `dynamiclayer` | a router's, however it was trained | `--path ROUTER`, `--thres X` |
 | `l2c` | a Learning-to-Cache router's | `--path ROUTER`, `--thres X` |
+| `dpcache` | K full steps, planned by dynamic programming | `--full-steps K`, `--plan-samples N` |
+| `budcache` | K full steps, searched on the final error | the same, `--evaluations E` |
 | `first-block` | decided while sampling, see `thresholds.py` | `--tolerance X`, `--per-sample` |
 | `dbcache` | the same | also `--first-blocks F --last-blocks B --warm-up W --most-reused M --forecast` |
 | `teacache` | the same | `--tolerance X`, `--per-sample`, `--rescale N` |
 | `magcache` | steps reused by calibrated ratios | `--tolerance X`, `--most-skipped K`, `--retention X` |
-| `taylor-` and a static one that reuses | the same; reuse is extrapolated | also `--order 1` or `2` |
-| `calibrated-` and one of those | the same; weights of reuse are solved | also `--calibrate N`, `--terms K` |
+| a prefix and a static one that caches | the same schedule with other weights of reuse | see below |
+
+| prefix | reused branches are | flags |
+|---|---|---|
+| `taylor-` | extrapolated by Taylor polynomials | `--order 1` or `2` |
+| `hermite-` | extrapolated in Hermite polynomials | `--order`, `--sigma X` |
+| `chebyshev-` | fitted in Chebyshev polynomials | `--order`, `--ridge X` |
+| `calibrated-` | fitted to the outputs under the schedule | `--calibrate N`, `--terms K` |
+| `linear-` | fitted to the outputs of uncached trajectories | the same |
+| `modes-` | extrapolated by their dynamic modes | `--calibrate N` |
 
 `--calibrate` with one of those makes it `calibrated-`. `--target-speedup X` takes the place of `--tolerance`.
 
@@ -21,7 +31,7 @@ A router of `train_router.py --method end-to-end` holds its own weights of reuse
 
 A new static schedule is one file with a function (num_steps, num_branches, flags...) -> Schedule, and one
 row: its flags have the names of the function's parameters. A method that decides while it samples has a
-function to a `dynamic.Rule` instead; `taylor-` and `calibrated-` need a schedule, and do not go with it.
+function to a `dynamic.Rule` instead, and no prefix, for these need a schedule.
 """
 
 import argparse
@@ -31,9 +41,12 @@ from typing import Any
 
 from common import cli
 from router import Schedule
-from schedules.baselines import ANCHORS, fora_schedule, forecast, random_schedule
-from schedules.calibrate import calibrated
+from sampling.loop import Trajectory
+from schedules.baselines import ANCHORS, fora_schedule, random_schedule
+from schedules.calibrate import calibrated, dynamic_modes, linear
 from schedules.dynamic import Rule
+from schedules.forecasts import CHEBYSHEV_RIDGE, HERMITE_SCALE, chebyshev, hermite, taylor
+from schedules.planned import bud_cache, dp_cache
 from schedules.request import Request
 from schedules.routed import routed_schedule
 from schedules.thresholds import SAMPLES, dbcache, first_block, magcache, teacache
@@ -113,11 +126,24 @@ def fewer_steps(request: Request, steps: int) -> str:
     return f"{ddim}{steps}"
 
 
-def calibration(request: Request, schedule: Schedule, calibrate: int, terms: int) -> Schedule:
-    trajectory = request.sampling.trajectory(
+def trajectory_of(request: Request, schedule: Schedule | None = None) -> Trajectory:
+    """What is sampled to plan a schedule or to fit its weights."""
+    return request.sampling.trajectory(
         request.model, request.sampling.chain(request.model), schedule=schedule
     )
-    return calibrated(trajectory, terms, calibrate)
+
+
+def fitted(fit: Callable[..., Schedule]) -> Callable[..., Schedule]:
+    """For a row: weights that `fit` solves along trajectories of the request, (trajectory, K, samples)."""
+    return lambda request, schedule, calibrate, terms: fit(trajectory_of(request, schedule), terms, calibrate)
+
+
+def planned_by_costs(request: Request, full_steps: int, plan_samples: int) -> Schedule:
+    return dp_cache(trajectory_of(request), full_steps, plan_samples)
+
+
+def searched(request: Request, full_steps: int, plan_samples: int, evaluations: int) -> Schedule:
+    return bud_cache(trajectory_of(request), full_steps, plan_samples, evaluations, progress=True)
 
 
 A_ROUTER = "a router file or a folder that holds one"
@@ -150,6 +176,19 @@ CALIBRATE = Flag(
     default=CALIBRATION_SAMPLES,
     metavar="N",
     alone=CALIBRATION_SAMPLES,
+)
+
+FULL_STEPS = Flag("full_steps", "number of full steps", cli.positive_int, metavar="K", needed="a number")
+PLAN_SAMPLES = Flag(
+    "plan_samples", "plan on N samples, drawn at once (default 10)", cli.positive_int, default=10, metavar="N"
+)
+ORDER = Flag("order", "order of the forecast (default 1)", int, default=1, choices=(1, 2))
+TERMS = Flag(
+    "terms",
+    "number of last outputs that a reused branch combines (default 3)",
+    int,
+    default=3,
+    choices=(1, 2, 3),
 )
 
 METHODS = {
@@ -236,25 +275,43 @@ METHODS = {
         ),
         magcache,
     ),
+    "dpcache": MethodRow((FULL_STEPS, PLAN_SAMPLES), planned_by_costs),
+    "budcache": MethodRow(
+        (
+            FULL_STEPS,
+            PLAN_SAMPLES,
+            Flag("evaluations", "plans to look at (default 200)", cli.positive_int, default=200, metavar="E"),
+        ),
+        searched,
+    ),
 }
 
 REUSES = {
-    "taylor": ReuseRow(
-        (Flag("order", "order of the forecast (default 1)", int, default=1, choices=(1, 2)),),
-        lambda _, schedule, order: forecast(schedule, order),
-    ),
-    CALIBRATED: ReuseRow(
+    "taylor": ReuseRow((ORDER,), lambda _, schedule, order: taylor(schedule, order)),
+    "hermite": ReuseRow(
         (
-            CALIBRATE,
+            ORDER,
+            Flag("sigma", "scale of the polynomials (default 0.5)", cli.positive, default=HERMITE_SCALE),
+        ),
+        lambda _, schedule, **flags: hermite(schedule, **flags),
+    ),
+    "chebyshev": ReuseRow(
+        (
+            ORDER,
             Flag(
-                "terms",
-                "number of last outputs that a reused branch combines (default 3)",
-                int,
-                default=3,
-                choices=(1, 2, 3),
+                "ridge",
+                "weight of the coefficients' squares (default 0.001)",
+                cli.non_negative,
+                default=CHEBYSHEV_RIDGE,
             ),
         ),
-        calibration,
+        lambda _, schedule, **flags: chebyshev(schedule, **flags),
+    ),
+    CALIBRATED: ReuseRow((CALIBRATE, TERMS), fitted(calibrated), by_sampling=True),
+    "linear": ReuseRow((CALIBRATE, TERMS), fitted(linear), by_sampling=True),
+    "modes": ReuseRow(
+        (CALIBRATE,),
+        lambda request, schedule, calibrate: dynamic_modes(trajectory_of(request, schedule), calibrate),
         by_sampling=True,
     ),
 }

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from examples.digits import MODEL
-from schedules.baselines import random_schedule
+from schedules.baselines import fora_schedule, random_schedule
 from study.subjects import DIGITS, ROOT, Subject, parts
 from study.tables import (
     FORECAST,
@@ -27,6 +27,7 @@ from study.tables import (
     FRESH_SAMPLES,
     FULL_LENGTH,
     MAIN_SPEED,
+    RIVALS,
     SAMPLERS_GROUP,
     SECOND_SAMPLES,
 )
@@ -122,7 +123,8 @@ class Scale:
     def samples_of(self, row: "Row") -> int:
         """How many samples a row is measured on."""
         chain = (row.num_steps, row.sampler, row.cfg_scale)
-        at_main_speed = row.method == "uncached" or (row.speed == MAIN_SPEED and row.group is None)
+        compared = row.group in (None, RIVALS)
+        at_main_speed = row.method == "uncached" or (row.speed == MAIN_SPEED and compared)
         if at_main_speed and chain == (README_STEPS, "ddim", 1):
             return self.samples_in_readme
         return self.samples * (SAMPLES_FACTOR.get(row.num_steps, 1) if row.group in SAMPLE_SEEDS else 1)
@@ -565,6 +567,28 @@ def samplers(scale: Scale) -> Iterator[Row]:
             yield Row(method, num_steps, {"accelerate_method": method} | fora, **facts)
 
 
+def rivals(scale: Scale, num_steps: int) -> Iterator[Row]:
+    """Untrained methods that came after HarmoniCa, at as many full steps as FORA has at each speed.
+
+    Forecasts stand on FORA's schedule, with their authors' settings where these are known.
+    """
+    for speed in scale.speeds[num_steps]:
+        fora = {"interval": speed.interval}
+        rows = fora_schedule(num_steps, 1, speed.interval).compute.sum().item()
+        for name, method, settings in (
+            ("hermite-fora", "hermite-fora", fora | {"order": 1}),
+            ("hermite2-fora", "hermite-fora", fora | {"order": 2}),
+            ("chebyshev-fora", "chebyshev-fora", fora | {"order": 1}),
+            ("chebyshev2-fora", "chebyshev-fora", fora | {"order": 2}),
+            ("modes-fora", "modes-fora", fora),
+            ("linear-fora", "linear-fora", fora),
+            ("dpcache", "taylor-dpcache", {"full_steps": rows}),
+            ("budcache", "budcache", {"full_steps": rows}),
+        ):
+            settings = {"accelerate_method": method} | settings
+            yield Row(name, num_steps, settings, speed=speed.name, group=RIVALS)
+
+
 def objective(scale: Scale) -> Iterator[Row]:
     """What training step by step minimises, of routers that it trained and of schedules that it did not."""
     num_steps, speed = RECIPE_STEPS, recipe_speed()
@@ -612,6 +636,8 @@ def rows(scale: Scale) -> Iterator[Row]:
             yield from other_samples(scale, num_steps, group)
         yield from forecast_recipe_at_20_steps(scale)
         yield from samplers(scale)
+        for num_steps in (20, 10, 50):
+            yield from rivals(scale, num_steps)
 
 
 # ---- tasks -----------------------------------------------------------------------------------------

@@ -155,6 +155,7 @@ FORECAST_EVEN_BATCHES = f"{FORECAST}-uniform"  # without --pool and --moments-we
 FORECAST_NO_MOMENTS = f"{FORECAST}-no-moments"  # without --moments-weight
 OWN_METHODS = ("end-to-end", "calibrated")  # how the names of this project's methods begin
 SAMPLERS_GROUP = "samplers"  # the group of routers under other samplers than their own
+RIVALS = "rivals"  # the group of untrained methods that came after HarmoniCa
 # Groups of rows on other samples than the comparison's.
 FRESH_SAMPLES, SECOND_SAMPLES = "fresh-seed", "second-seed"
 
@@ -191,7 +192,7 @@ def end_to_end_table(rows: list[dict], group: str | None = None, method: str = F
 
 
 def ablation_table(rows: list[dict]) -> list[list[str]]:
-    apart = ("target-cur", "objective", SAMPLERS_GROUP)
+    apart = ("target-cur", "objective", SAMPLERS_GROUP, RIVALS)
     groups = grouped([row for row in rows if not is_main(row) and row.get("group") not in apart])
     table = [["ablation", "method", "variant", "steps", "guidance", "sampler", "seeds", *heads(groups)]]
     for group in groups:
@@ -222,6 +223,23 @@ def sampler_table(rows: list[dict]) -> list[list[str]]:
     used = list(dict.fromkeys(sampler for cells in lines.values() for sampler in cells))
     table = [["schedule", "trained with", "reuse", *used]]
     return table + [[*names, *(cells.get(one, "-") for one in used)] for names, cells in lines.items()]
+
+
+def rival_table(rows: list[dict], num_steps: int) -> list[list[str]]:
+    """The rivals at one number of steps, by speed: MSE / FD to uncached, beside our method's mean."""
+    beside = [
+        row for row in rows if row.get("group") == RIVALS or (is_main(row) and row["method"] == FORECAST)
+    ]
+    groups = [group for group in grouped(beside) if group["num_steps"] == num_steps]
+    speeds = sorted({group["speed"] for group in groups if group["group"] == RIVALS}, key=float)
+    lines: dict[str, dict[str, str]] = {}
+    for group in groups:
+        mean = group["mean"]
+        cell = f"{mean['mse']:.2e} / {mean['fd_uncached']:.2e}"
+        lines.setdefault(group["method"], {})[group["speed"]] = cell
+    table = [["method", *(f"{speed}x" for speed in speeds)]]
+    names = sorted(lines, key=lambda name: name == FORECAST)  # ours last
+    return table + [[name, *(lines[name].get(speed, "-") for speed in speeds)] for name in names]
 
 
 def objective_table(rows: list[dict]) -> list[list[str]]:
@@ -338,6 +356,14 @@ def further_tables(rows: list[dict]) -> list[tuple[str, str, list[list[str]]]]:
             "and with weights of reuse solved for the sampler of use. MSE / Frechet distance to uncached "
             "samples of the same sampler and noise.",
             sampler_table(rows),
+        ),
+        *(
+            (
+                f"Untrained rivals, T = {num_steps}",
+                "By speed-up asked for. MSE / Frechet distance to uncached samples of the same noise.",
+                rival_table(rows, num_steps),
+            )
+            for num_steps in (50, 20, 10)
         ),
         ("Asking for a speed", "train_router.py --target-cur, HarmoniCa at T = 10.", target_table(rows)),
         (

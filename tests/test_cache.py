@@ -7,7 +7,7 @@ from backbones.denoiser import Denoiser
 from cache import FittingCache, GatedCache, SoftCache, StaticCache, combined
 from router import Schedule
 from sampling.loop import generate
-from schedules.baselines import forecast
+from schedules.forecasts import taylor
 
 
 def random_schedule(num_steps: int, num_branches: int, seed: int = 0) -> Schedule:
@@ -91,7 +91,7 @@ def computed_at(steps: set[int], outputs, order: int, num_steps: int = 8) -> lis
     """What a cache returns at every step where `outputs(step)` is computed at these steps alone."""
     table = torch.zeros(num_steps, 1, dtype=torch.bool)
     table[list(steps)] = True
-    cache, seen = StaticCache(forecast(Schedule(table), order)), {}
+    cache, seen = StaticCache(taylor(Schedule(table), order)), {}
     for step in reversed(range(num_steps)):
         cache.step = step
         seen[step] = cache(0, lambda step=step: torch.tensor(float(outputs(step)))).item()
@@ -120,16 +120,16 @@ def test_forecast_with_everything_computed_is_uncached(tiny_model, ten_steps, ti
     noise, labels = tiny_batch
     everything = Schedule(torch.ones(10, 4, dtype=torch.bool))
     plain = generate(tiny_model, ten_steps, labels, noise, 1.5)
-    schedule = forecast(everything, order)
+    schedule = taylor(everything, order)
     cached = generate(tiny_model, ten_steps, labels, noise, 1.5, schedule=schedule)
     assert torch.equal(cached, plain)
 
 
 def test_forecast_of_order_zero_is_plain_reuse():
     schedule = random_schedule(10, 4)
-    assert forecast(schedule, 0) is schedule
+    assert taylor(schedule, 0) is schedule
     with pytest.raises(ValueError, match="order 3 is not one of 0 .. 2"):
-        forecast(schedule, 3)
+        taylor(schedule, 3)
 
 
 def trajectory(model, diffusion, batch, cache) -> torch.Tensor:

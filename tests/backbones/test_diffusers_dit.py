@@ -10,7 +10,7 @@ from models import DiT
 from objectives import train_trajectory
 from router import Router, Schedule
 from sampling.loop import generate
-from schedules.baselines import forecast
+from schedules.forecasts import taylor
 
 T, CLASSES = 6, 10
 
@@ -64,7 +64,7 @@ def test_sampling(pair, kind, cfg_scale):
     if kind != "uncached":
         schedule = Schedule(torch.rand(T, 4, generator=torch.Generator().manual_seed(3)) > 0.4)
     if kind == "forecast":
-        schedule = forecast(schedule, 2)
+        schedule = taylor(schedule, 2)
     ours, theirs = (
         generate(model, create_diffusion(str(T)), labels, noise, cfg_scale, schedule=schedule)
         for model in pair

@@ -13,7 +13,7 @@ from backbones import apply_schedule, remove_schedule, scheduled, summary
 from backbones.families import find_branches
 from cache import StaticCache
 from router import Router, Schedule, save_router
-from schedules.baselines import forecast
+from schedules.forecasts import taylor
 
 TIMESTEPS = (900.0, 700.0, 500.0, 300.0, 200.0, 100.0)
 T = len(TIMESTEPS)
@@ -98,7 +98,7 @@ def test_norms_of_reused_branches_do_not_run(model):
 
 def test_reuse_is_what_static_cache_does(model):
     """The same outputs from a policy of `cache.py` in forwards that are patched, without any hook."""
-    schedule = forecast(random_schedule(model), 2)
+    schedule = taylor(random_schedule(model), 2)
     with scheduled(model, schedule):
         hooked = trajectory(model)
     cache, branches = StaticCache(schedule), find_branches(model)

@@ -265,3 +265,40 @@ def test_compiled_outputs_are_the_same(how):
             block.compile()
     assert torch.allclose(request(pipe), wanted, atol=1e-4)
     assert summary(pipe)["all"]["computed"] == int(schedule.compute.sum())
+
+
+def test_a_control_net_adds_to_what_is_reused():
+    pipe = quiet(sd3_pipeline())
+    config = pipe.transformer.config
+    names = ("sample_size", "patch_size", "in_channels", "out_channels", "attention_head_dim",
+             "num_attention_heads", "joint_attention_dim", "caption_projection_dim", "pooled_projection_dim",
+             "pos_embed_max_size")  # fmt: skip
+    torch.manual_seed(0)
+    control = diffusers.SD3ControlNetModel(num_layers=3, **{name: config[name] for name in names})
+    for parameter in control.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    parts = pipe.components | {"controlnet": control}
+    pipe = quiet(diffusers.StableDiffusion3ControlNetPipeline(**parts))
+    image = draw(1, 3, 8, 8, seed=3)
+
+    def controlled(scale: float) -> torch.Tensor:
+        torch.manual_seed(5)  # the pipeline encodes the image with noise of the global generator
+        return request(pipe, control_image=image, controlnet_conditioning_scale=scale)
+
+    plain, schedule = controlled(1.0), random_schedule(pipe)
+    with scheduled(pipe, Schedule(torch.ones_like(schedule.compute))):
+        assert torch.equal(controlled(1.0), plain)
+    with scheduled(pipe, schedule):
+        found = controlled(1.0)
+        assert summary(pipe)["all"]["computed"] == int(schedule.compute.sum())
+        assert not torch.equal(controlled(0.0), found)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_models_of_few_steps(steps):
+    pipe = quiet(pixart_alpha())
+    pipe.scheduler = diffusers.LCMScheduler()
+    schedule = random_schedule(pipe, steps)
+    with scheduled(pipe, schedule):
+        assert request(pipe, steps=steps).isfinite().all()
+        assert summary(pipe)["all"]["computed"] == int(schedule.compute.sum())

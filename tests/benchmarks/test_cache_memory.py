@@ -7,7 +7,7 @@ from backbones.pixart import random_pixart
 from benchmarks.cache_memory import measured, stored_bytes, table
 from common.columns import markdown
 from schedules.baselines import fora_schedule
-from schedules.baselines import forecast as forecasting
+from schedules.forecasts import taylor as forecasting
 
 
 def tiny():

@@ -24,7 +24,8 @@ from execution.quantization import branch_weight_bytes, weight_bytes
 from objectives import train_trajectory
 from router import Router, Schedule, find_router, load_router
 from sampling.loop import Trajectory, denoise_loop, draw_step_noise, generate, sample
-from schedules.baselines import fora_schedule, forecast, random_schedule
+from schedules.baselines import fora_schedule, random_schedule
+from schedules.forecasts import taylor
 
 torchao_is_there = importlib.util.find_spec("torchao") is not None
 DIGITS = ["--model", "DiT-digits/2", "--num-sampling-steps", 4, "--repeats", 0]
@@ -67,7 +68,7 @@ def schedules() -> list[Schedule]:
     read_far[3, 1, 2] = 1.0  # one cell alone reads the last output but two
     table = torch.ones(10, 4, dtype=torch.bool)
     table[3, 1] = False
-    return [*tables, *(forecast(one, 2) for one in tables), Schedule(table, weights=read_far)]
+    return [*tables, *(taylor(one, 2) for one in tables), Schedule(table, weights=read_far)]
 
 
 @pytest.mark.parametrize("number", range(7))
@@ -160,7 +161,7 @@ def prompted():
 def test_few_graphs_serve_all_schedules_of_a_librarys_transformer(prompted):
     noise, labels = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(2)
     diffusion, fora, some = create_diffusion("6"), fora_schedule(6, 6, 2), random_schedule(6, 6, 0.4)
-    chosen = [None, fora, some, forecast(fora, 2), forecast(some, 2)]
+    chosen = [None, fora, some, taylor(fora, 2), taylor(some, 2)]
     expected = [generate(prompted, diffusion, labels, noise, 4.5, schedule=one) for one in chosen]
     compiled = prepare(ExecutionSettings(compile=True), prompted, torch.device("cpu"))
     torch._dynamo.utils.counters.clear()
@@ -241,7 +242,7 @@ def test_a_training_that_recomputes_ends_in_the_same_router(tmp_path):
 
 def digit_schedules() -> list[Schedule | None]:
     fora, some = fora_schedule(6, 24, 2), random_schedule(6, 24, 0.4)
-    return [None, fora, some, forecast(fora, 2), forecast(some, 2)]
+    return [None, fora, some, taylor(fora, 2), taylor(some, 2)]
 
 
 def test_recomputed_branches_of_a_librarys_transformer(prompted):

@@ -15,7 +15,8 @@ from execution import Captured, prepare
 from execution.settings import ExecutionSettings
 from router import Schedule, find_router, load_router
 from sampling.loop import Trajectory, generate_seeded
-from schedules.baselines import fora_schedule, forecast
+from schedules.baselines import fora_schedule
+from schedules.forecasts import taylor
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,7 +28,7 @@ pytestmark = [
 def test_cached_sampling_equals_the_cpus(forecast_order):
     model, labels = load_model("DiT-digits/2"), torch.arange(10)
     schedule = Schedule(torch.rand(10, 24, generator=torch.Generator().manual_seed(0)) > 0.4)
-    setting = create_diffusion("10"), 1.5, forecast(schedule, forecast_order)
+    setting = create_diffusion("10"), 1.5, taylor(schedule, forecast_order)
     on_cpu = generate_seeded(Trajectory(model, *setting), labels, 1)
     on_gpu = generate_seeded(Trajectory(copy.deepcopy(model).cuda(), *setting), labels, 1)
     assert relative_error(on_gpu.cpu(), on_cpu) < 1e-3
@@ -63,7 +64,7 @@ def test_compiled_trajectory_is_near_the_plain_one(dtype):
     settings = ExecutionSettings(compile=True).on(torch.device("cuda"))
     assert settings.cuda_graph
     compiled = prepare(settings, own, torch.device("cuda"))
-    schedule = forecast(fora_schedule(10, 24, 2), 2)
+    schedule = taylor(fora_schedule(10, 24, 2), 2)
     for seed, chosen in ((1, None), (2, schedule), (3, schedule)):
         plain = generate_seeded(Trajectory(model, diffusion, 1.5, chosen), labels, seed)
         fast = generate_seeded(Trajectory(own, diffusion, 1.5, chosen), labels, seed, sample=compiled)

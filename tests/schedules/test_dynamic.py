@@ -21,8 +21,8 @@ from models import DiT
 from router import Schedule
 from sampling.loop import Trajectory, denoise_loop, sample
 from sampling.settings import SamplingSettings
-from schedules.baselines import forecast
 from schedules.dynamic import DynamicCache, Rule
+from schedules.forecasts import taylor
 from schedules.methods import load_method
 from schedules.settings import MethodSettings
 from schedules.thresholds import (
@@ -224,7 +224,7 @@ def test_an_endless_threshold_is_its_static_schedule_bit_for_bit(
     )
     table = torch.ones(10, 6, dtype=torch.bool)
     table[:7, 2:] = False
-    static = forecast(Schedule(table), order)
+    static = taylor(Schedule(table), order)
     dynamic = sampled(model, ten_steps, labels, noise, endless)
     assert torch.equal(dynamic, sampled(model, ten_steps, labels, noise, static))
     assert endless.macs(model) == static.macs(model)

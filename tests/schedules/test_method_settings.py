@@ -13,7 +13,8 @@ from diffusion import create_diffusion
 from router import Schedule
 from sampling.settings import SamplingSettings
 from schedules import settings as method_settings
-from schedules.baselines import fora_schedule, forecast
+from schedules.baselines import fora_schedule
+from schedules.forecasts import taylor
 from schedules.methods import calibration, load_method, solved, uncached
 from schedules.settings import MethodSettings
 from schedules.table import METHODS, Flag, MethodRow, flags_of, names, static
@@ -120,8 +121,8 @@ def test_loading_by_hand(model):
     method = load_method(fora, model, SAMPLING)
     assert torch.equal(method.schedule.compute, expected.compute)
     assert method.schedule.weights is None
-    taylor = load_method(MethodSettings("taylor-fora", {"interval": 2, "order": 2}), model, SAMPLING)
-    assert torch.equal(taylor.schedule.weights, forecast(fora_schedule(6, 24, 2), 2).weights)
+    forecast = load_method(MethodSettings("taylor-fora", {"interval": 2, "order": 2}), model, SAMPLING)
+    assert torch.equal(forecast.schedule.weights, taylor(fora_schedule(6, 24, 2), 2).weights)
     assert uncached(model, SAMPLING).schedule is None
     fewer = load_method(MethodSettings("fewer-steps", {"steps": 3}), model, SamplingSettings("ddim5"))
     assert fewer.diffusion.timestep_map == create_diffusion("ddim3").timestep_map

@@ -34,6 +34,8 @@ def cur_of(text: str) -> float:
         ("random", ["--cur", 0.3, "--schedule-seed", 2], random_schedule(4, 24, 0.3, 2).cur),
         ("dynamiclayer", ["--path", "harmonica.safetensors"], 0.5),
         ("l2c", ["--path", "l2c.safetensors"], 0.5),
+        ("dpcache", ["--full-steps", 2, "--plan-samples", 2], 0.5),
+        ("budcache", ["--full-steps", 2, "--plan-samples", 2, "--evaluations", 3], 0.5),
     ],
 )
 def test_each_method_samples(routers, tmp_path, monkeypatch, prefix, method, flags, cur):
@@ -46,6 +48,22 @@ def test_each_method_samples(routers, tmp_path, monkeypatch, prefix, method, fla
     assert ("forecast of order 1" in text) == (prefix == "taylor-")
     assert (", calibrated" in text) == (prefix == "calibrated-")
     assert "cached against uncached: MSE of x_0" in text
+
+
+@pytest.mark.parametrize(
+    ("prefix", "flags", "words"),
+    [
+        ("hermite-", ["--order", 2, "--sigma", 0.4], "Hermite forecast of order 2, sigma 0.4"),
+        ("chebyshev-", ["--ridge", 0.02], "Chebyshev forecast of order 1, ridge 0.02"),
+        ("linear-", ["--calibrate", 4], "linear weights"),
+        ("modes-", ["--calibrate", 4], "dynamic modes"),
+    ],
+)
+def test_each_kind_of_reuse_samples(tmp_path, prefix, flags, words):
+    method = ["--accelerate-method", f"{prefix}fora", "--interval", 2]
+    text = run(*SAMPLE, *method, *flags, "--output", tmp_path / "x.png")
+    assert words in text
+    assert cur_of(text) == pytest.approx(50, abs=0.01)
 
 
 def test_fewer_steps(tmp_path):

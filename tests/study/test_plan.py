@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from backbones.loading import build_model
-from schedules.baselines import random_schedule
+from schedules.baselines import fora_schedule, random_schedule
 from study import measure
 from study.measure import Measurement
 from study.plan import (
@@ -21,10 +21,11 @@ from study.plan import (
     Training,
     plan,
     random_cur,
+    speed_of,
     tasks,
     words,
 )
-from study.tables import FORECAST, FRESH_SAMPLES
+from study.tables import FORECAST, FRESH_SAMPLES, RIVALS
 
 TRAINED = ("harmonica", "harmonica-paper", "l2c", "l2c-every-row", FORECAST)
 UNTRAINED = ("fewer-steps", "fora", "taylor-fora", "taylor2-fora", "random")
@@ -112,6 +113,19 @@ def test_every_router_is_used_under_every_sampler(full):
             assert (row.row.sampler, row.row.method) == (used, f"{reuse}harmonica")
             asked = Measurement.from_arguments(measure.parse_args(row.arguments))
             assert asked.sampling.sampler == used
+
+
+def test_rivals_compute_as_many_steps_as_fora(full):
+    rivals = [task.row for task in full if task.row and task.row.group == RIVALS]
+    assert {(row.num_steps, row.speed) for row in rivals} == {
+        (num_steps, speed.name) for num_steps, speeds in SPEEDS.items() for speed in speeds
+    }
+    planned = [row for row in rivals if "full_steps" in row.settings]
+    for row in planned:
+        interval = speed_of(row.num_steps, row.speed).interval
+        full_steps = round((1 - fora_schedule(row.num_steps, 1, interval).cur) * row.num_steps)
+        assert row.settings["full_steps"] == full_steps
+    assert len(planned) == len(rivals) / 4
 
 
 def test_rows_say_what_they_are_and_which_command_measures_them(tmp_path):

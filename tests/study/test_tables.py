@@ -16,6 +16,7 @@ from study.tables import (
     is_main,
     objective_table,
     published_table,
+    rival_table,
     sampler_table,
     shows_training,
     target_table,
@@ -175,3 +176,19 @@ def test_samplers_stand_side_by_side():
     ]
     assert "Samplers" in [title for title, _, _ in further_tables(rows)]
     assert len(ablation_table(rows)) == 2  # FORA under DDPM, of no group
+
+
+def test_rivals_stand_beside_ours_by_speed():
+    facts = {"num_steps": 20, "group": "rivals"}
+    rows = [
+        row("dpcache", 1e-3, speed="1.96", **facts), row("dpcache", 3e-3, speed="2.77", **facts),
+        row("dpcache", 9e-3, speed="1.96", num_steps=10, group="rivals"), row("fora", 6e-3, num_steps=20),
+        row(FORECAST, 1e-5, speed="1.96", num_steps=20, train_seed=0),
+        row(FORECAST, 3e-5, speed="1.96", num_steps=20, train_seed=1),
+    ]  # fmt: skip
+    assert rival_table(rows, 20) == [
+        ["method", "1.96x", "2.77x"],
+        ["dpcache", "1.00e-03 / 1.00e-01", "3.00e-03 / 1.00e-01"],
+        [FORECAST, "2.00e-05 / 1.00e-01", "-"],
+    ]
+    assert len(ablation_table(rows)) == 1
