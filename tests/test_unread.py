@@ -29,7 +29,7 @@ from models import DiT
 from router import Router, load_router, save_router
 from sampling import loop as sampling
 from schedules.baselines import fora_schedule
-from schedules.table import METHODS, names
+from schedules.table import METHODS, names, split_name
 from schedules.table import flags_of as flags_of_method
 from study import measure
 from training import arguments, data
@@ -306,12 +306,15 @@ def method_other_than(words: list[str]) -> str:
 
 # ---- sampling --------------------------------------------------------------------------------------
 
-NEEDS = {"steps": 2, "interval": 2, "cur": 0.4, "path": "ROUTER"}
+NEEDS = {"steps": 2, "interval": 2, "cur": 0.4, "path": "ROUTER", "full_steps": 3}
+TOLERANCES = {"first-block": 1.1, "dbcache": 1.5, "teacache": 1.1, "magcache": 1.25}  # of the tiny model
+SMALLER = {"dbcache": ["--first-blocks", "1", "--warm-up", "2"]}  # its defaults are for deeper models
 SAMPLE_VALUES = {
     "model": "DiT-S/8", "ckpt": "x.pt", "image_size": 512, "num_classes": 7, "num_sampling_steps": "ddim5",
     "cfg_scale": 3, "seed": 7, "cache_dtype": "bf16", "labels": [1, 2], "batch_size": 1,
     "path": "OTHER_ROUTER", "thres": 0.6, "interval": 3, "anchor": "last",
-    "cur": 0.6, "schedule_seed": 5, "steps": 1, "order": 2, "calibrate": 9, "terms": 1,
+    "cur": 0.6, "schedule_seed": 5, "steps": 1, "order": 2, "calibrate": 9, "terms": 1, "tolerance": 0.01,
+    "full_steps": 4, "most_reused": 1, "warm_up": 3, "rescale": 0, "most_skipped": 1, "retention": 0.6,
     "output": "y.png", "save_latents": "y.npz", "repeats": 1, "vae": "mse", "precision": "bf16",
     "device": "cpu", "local_rank": 3,
 }  # fmt: skip
@@ -328,10 +331,13 @@ def routers(places):
 
 def needed_by(method: str, places) -> list[str]:
     """The flags that a method cannot do without."""
-    words = ["--accelerate-method", method]
+    words = ["--accelerate-method", method, *SMALLER.get(method, [])]
     for flag in flags_of_method(method):
         if flag.needed:
-            words += [flag.option, str(NEEDS[flag.name])]
+            words += [
+                flag.option,
+                str((NEEDS | {"tolerance": TOLERANCES.get(split_name(method)[1])})[flag.name]),
+            ]
     words += ["--calibrate", "3"] if method.startswith("calibrated") else []  # quicker than the default
     return [str(places / f"{word}-6.safetensors") if "ROUTER" in word else word for word in words]
 
@@ -402,7 +408,8 @@ def test_all_sampling_commands_note_the_same(method, places, monkeypatch):
     for dest in (
         flags[0].keys() & flags[1].keys() & flags[2].keys() - {"accelerate_method", "p_sample", "sampler"}
     ):
-        words = [*base, *words_for(flags[0][dest], SAMPLE_VALUES)]
+        own = without(base, "--tolerance") if dest == "target_speedup" else base  # they exclude each other
+        words = [*own, *words_for(flags[0][dest], SAMPLE_VALUES)]
         notes = [noted_by(module, words, monkeypatch) for module in commands]
         assert notes[0] == notes[1] == notes[2], dest
 
