@@ -18,8 +18,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from backbones.contract import Cache
+from backbones.stream import watch_stream
 from common import registry
 
 
@@ -344,6 +346,22 @@ class DiT(nn.Module):
 
     def predicted_noise(self, output: Tensor) -> Tensor:
         return output[:, : self.in_channels]
+
+    # ---- for caches that decide at run time --------------------------------------------------------
+
+    def watch_stream(self, block: int, tell: Callable[[Tensor], None]) -> RemovableHandle:
+        """Call `tell` in every forward with the stream (N, T, D) before a block, or after the last one."""
+        return watch_stream(self.blocks, block, tell)
+
+    def watch_input(self, tell: Callable[[Tensor], None]) -> RemovableHandle:
+        """Call `tell` in every forward with the modulated input (N, T, D) of the first branch."""
+        first = self.blocks[0]
+
+        def before(_: nn.Module, args: tuple) -> None:
+            x, modulation = args[:2]
+            tell(first.modulated(first.norm1, x, modulation.shift, modulation.scale))
+
+        return first.register_forward_pre_hook(before)
 
     # ---- for `execution`, which changes how things are computed, not what ---------------------------
 

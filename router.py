@@ -84,6 +84,10 @@ class Schedule:
         """Cache utilization ratio: reused cells over all cells, the first step included."""
         return 1.0 - self.compute.sum().item() / self.compute.numel()
 
+    def computed(self) -> Tensor:
+        """(T, B) share of the samples that compute each cell, float64: 0 or 1."""
+        return self.compute.double()
+
     @property
     def num_terms(self) -> int:
         """K, how many outputs a reused cell combines at most."""

@@ -41,7 +41,7 @@ from sampling.loop import Trajectory, generate_seeded
 from sampling.settings import SamplingSettings
 from schedules import methods
 from schedules import settings as method_settings
-from schedules.methods import Method
+from schedules.dynamic import Rule
 from schedules.settings import MethodSettings
 
 PUBLISHED_LABELS = [207, 992, 387, 974, 142, 979, 417, 279]  # HarmoniCa's; DiT's have 360 and 88
@@ -85,21 +85,25 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def describe_schedule(schedule: Schedule, model: Backbone, passes: int) -> str:
-    """Two lines on what a schedule computes and saves. passes: 2 under guidance, else 1."""
-    counts = []
+def describe_schedule(schedule: Schedule | Rule, model: Backbone, passes: int) -> str:
+    """Two lines on what a schedule computes and saves, or what a rule has done. passes: 2 under guidance."""
+    counts, table = [], schedule.computed()
     for kind in branch_types(model.branches):
         columns = [i for i, name in enumerate(model.branches) if name.endswith(f".{kind}")]
-        cells = schedule.compute[:, columns]
-        counts.append(f"{kind} {int(cells.sum())} / {cells.numel()}")
-    computed, total = int(schedule.compute.sum()), schedule.compute.numel()
+        cells = table[:, columns]
+        counts.append(f"{kind} {_number(cells.sum())} / {cells.numel()}")
     full = schedule.macs(model) * schedule.speedup_macs(model)
     return (
-        f"schedule ({schedule.source}): {computed} / {total} branches computed ({', '.join(counts)}), "
-        f"CUR {100 * schedule.cur:.2f} %\n"
+        f"schedule ({schedule.source}): {_number(table.sum())} / {table.numel()} branches computed "
+        f"({', '.join(counts)}), CUR {100 * schedule.cur:.2f} %\n"
         f"MACs per image: {passes * schedule.macs(model) / 1e9:,.3f} G of {passes * full / 1e9:,.3f} G, "
         f"theoretical speed-up {schedule.speedup_macs(model):.3f}x"
     )
+
+
+def _number(cells: Tensor) -> str:
+    """A sum of cells; with a decimal where samples differ in what they compute."""
+    return f"{cells:.1f}".removesuffix(".0")
 
 
 def choose_labels(given: list[int] | None, model: Backbone, prompted: bool = False) -> Tensor:
@@ -167,8 +171,9 @@ def main(args: argparse.Namespace) -> None:
         f"{sampling.sampler.upper()}{default}, {method.diffusion.num_timesteps} steps, guidance "
         f"{sampling.cfg_scale:g}, seed {sampling.seed}"
     )
-    if method.schedule is not None:
-        print(describe_schedule(method.schedule, model, passes=halves(model, sampling.cfg_scale)))
+    passes = halves(model, sampling.cfg_scale)
+    if method.schedule is not None and not method.dynamic:
+        print(describe_schedule(method.schedule, model, passes))
 
     batch_size = sampling.batch_size or len(labels)
     run = execution.prepare(executing, model, device)
@@ -181,22 +186,25 @@ def main(args: argparse.Namespace) -> None:
     if args.compare:
         chosen = {"uncached": methods.uncached(model, sampling).trajectory(model, sampling)} | chosen
     x_0 = {name: draw(one, labels, progress=True) for name, one in chosen.items()}
+    if method.dynamic:
+        print(describe_schedule(method.schedule, model, passes))
     images = {name: decode(latents, vae) for name, latents in x_0.items()}
+    caption = f"{own_name}, same noise"
+    if method.schedule is not None:  # before timed runs add to what a rule has counted
+        caption += f": CUR {100 * method.schedule.cur:.1f} %, {method.schedule.source}"
     if args.repeats:
         report_latency(draw, labels[:batch_size], chosen, args.repeats, device)
     if args.compare:
         error = mse(x_0[own_name], x_0["uncached"])
         ratio = psnr(images[own_name], images["uncached"])
         print(f"{own_name} against uncached: MSE of x_0 {error:.3e}, PSNR of the images {ratio:.2f} dB")
-    save(args, x_0, images, method)
+    save(args, x_0, images, caption)
 
 
-def save(args: argparse.Namespace, x_0: dict[str, Tensor], images: dict[str, Tensor], method: Method) -> None:
+def save(args: argparse.Namespace, x_0: dict[str, Tensor], images: dict[str, Tensor], caption: str) -> None:
+    """Write the picture, of the last images or of both under a caption, and the latents where asked."""
     *_, own_name = x_0
     if args.compare:
-        caption = f"{own_name}, same noise"
-        if method.schedule is not None:
-            caption += f": CUR {100 * method.schedule.cur:.1f} %, {method.schedule.source}"
         picture = comparison([("uncached", images["uncached"]), (caption, images[own_name])])
     else:
         picture = sheet(images[own_name])

@@ -15,6 +15,7 @@ need a shared folder. Of a text-to-image model OUTPUT.prompts.txt holds the prom
 from common import lifeline  # isort: skip  # noqa: F401  # first: under torchrun this process ends with it
 
 import argparse
+import dataclasses
 import zlib
 from datetime import timedelta
 from pathlib import Path
@@ -130,6 +131,13 @@ def prepare(args: argparse.Namespace, processes: Processes) -> Job:
         "quantize": executing.quantize,
         "cache_dtype": executing.cache_dtype,
     }
+    if method.dynamic and not method.schedule.per_sample:
+        settings["batch_size"] = sampling.batch_size
+        say(
+            processes,
+            f"note: {asked.name} decides for a whole batch, so samples depend on --batch-size; --per-sample "
+            "makes each depend on its seed and number alone",
+        )
     settings |= methods.calibration(asked)  # what the weights are solved from, which are not known yet
     parts = Parts(args.output, settings, image_shape(model, vae_config), args.num_samples)
     return Job(sampling, executing, asked, method, model, texts, vae, precision, parts)
@@ -140,6 +148,8 @@ def describe(method: Method) -> str | None:
     schedule = method.schedule
     if schedule is None:
         return None
+    if method.dynamic:
+        return repr(schedule)
     table = schedule.compute.numpy().tobytes()
     if schedule.weights is not None:
         table += schedule.weights.numpy().tobytes()
@@ -148,6 +158,9 @@ def describe(method: Method) -> str | None:
 
 def run(args: argparse.Namespace, processes: Processes) -> None:
     job = distributed.together(lambda: prepare(args, processes))
+    # What was found by sampling is rank 0's everywhere: another device may round otherwise.
+    schedule = distributed.from_main(job.method.schedule)
+    job = job._replace(method=dataclasses.replace(job.method, schedule=schedule))
     with job.parts as parts:
         solve = None
         if methods.calibration(job.method_settings):
@@ -199,6 +212,15 @@ def draw_all(args: argparse.Namespace, processes: Processes, job: Job) -> None:
         bar.close()
 
     distributed.together(draw_mine)
+    if method.dynamic and sum(map(len, todo)):
+        reached = method.schedule
+        reached.tally.gather(lambda tensor: distributed.summed(tensor.to(processes.device)).cpu())
+        faster = method.speedup_macs(job.model, sampling.chain(job.model).num_timesteps)
+        say(
+            processes,
+            f"{reached.source}: {100 * (1 - reached.cur):.2f} % of the branches computed on average, "
+            f"{faster:.3f}x by MACs",
+        )
     if processes.is_main:  # the others need not wait
         write_prompts(args, job)
         parts.assemble()

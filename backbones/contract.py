@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 Cache = Callable[[int, Callable[[], Tensor]], Tensor]
 
@@ -77,6 +78,15 @@ class Backbone(Protocol):
 
     def predicted_noise(self, output: Tensor) -> Tensor:
         """The channels of an output that predict the noise, without those of a variance."""
+
+    def watch_stream(self, block: int, tell: Callable[[Tensor], None]) -> RemovableHandle:
+        """Optional, for caches that decide at run time: call `tell` with the residual stream (N, ..., D).
+
+        In every forward before a block by its number, or after the last one. The stream may change in place.
+        """
+
+    def watch_input(self, tell: Callable[[Tensor], None]) -> RemovableHandle:
+        """Optional, likewise: call `tell` with the first branch's modulated input, before its policy."""
 
     @property
     def branch_modules(self) -> list[nn.Module]:

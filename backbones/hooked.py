@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from backbones.contract import Cache
 from backbones.hooks import Hooks, check_supported
 from backbones.macs import count_macs
+from backbones.stream import first_input, watch_stream
 
 
 class HookedTransformer(ABC):
@@ -67,6 +69,17 @@ class HookedTransformer(ABC):
         return output
 
     # ---- the contract
+
+    def watch_stream(self, block: int, tell: Callable[[Tensor], None]) -> RemovableHandle:
+        blocks = list(dict.fromkeys(branch.block for branch in self.hooks.branches))
+        return watch_stream(blocks, block, tell)
+
+    def watch_input(self, tell: Callable[[Tensor], None]) -> RemovableHandle:
+        # The blocks modulate in front of the module, and the policy answers within it.
+        first = self.hooks.modules[0]
+        return first.register_forward_pre_hook(
+            lambda _, args, kwargs: tell(first_input(args, kwargs)), with_kwargs=True
+        )
 
     @property
     def num_branches(self) -> int:

@@ -493,6 +493,10 @@ def as_schedule(
         if threshold is not None:
             raise ValueError("threshold is for a router; a schedule says already what is computed")
         schedule, sampler = given, ""
+    elif not isinstance(given, str | Path):
+        raise ValueError(
+            f"a {type(given).__name__} is no static schedule; give a router.Schedule, or a router's path"
+        )
     else:
         router = load_router(given)
         schedule = router.schedule(

@@ -119,7 +119,7 @@ def sampling_rows(
         row["speedup_macs"] = method.speedup_macs(model, chosen["none"].diffusion.num_timesteps)
         row["ratio"] = row["speedup_latency"] / row["speedup_macs"]
         row["of_ceiling"] = macs / seconds / (facts["matmul_gmacs_per_second"] * 1e9)
-        read = steps * weights.sum() if schedule is None else (schedule.compute.double() @ weights).sum()
+        read = steps * weights.sum() if schedule is None else (schedule.computed() @ weights).sum()
         row["floor_ms"] = 1000 * floor_seconds(facts, macs, read.item())
         row["cache_mb"] = cache_bytes(model, method, batch * passes, executing.stored_dtype) / 2**20
         if device.type == "cuda":  # on a CPU it is the whole process's and says nothing about one method

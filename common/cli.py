@@ -204,6 +204,14 @@ def non_negative(text: str) -> float:
     return value
 
 
+def tolerance(text: str) -> float:
+    """An argparse type: a finite number of at least 0 that a change is compared with."""
+    value = finite(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative; give 0 or more")
+    return value
+
+
 def non_negative_int(text: str) -> int:
     """An argparse type: a count, 0 included."""
     return _int_within(text, 0, LARGEST_COUNT)

@@ -194,10 +194,17 @@ def _gathered(value) -> list:
 
 def mean(tensor: Tensor) -> Tensor:
     """The mean over ranks, in place. gloo has no averaging reduction, so the sum is divided."""
+    summed(tensor)
+    if dist.is_initialized():
+        tensor /= dist.get_world_size()
+    return tensor
+
+
+def summed(tensor: Tensor) -> Tensor:
+    """The sum over ranks, in place."""
     if dist.is_initialized():
         with _exchanging():
             dist.all_reduce(tensor)
-        tensor /= dist.get_world_size()
     return tensor
 
 

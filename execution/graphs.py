@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from backbones.denoiser import check_guidance, condition_for
 from cache import Combine
 from common.timing import captured
+from router import Schedule
 from sampling.loop import Generators, Trajectory, denoise_loop, draw_step_noise
 
 
@@ -27,6 +28,11 @@ class Captured:
         self, trajectory: Trajectory, labels: Tensor, noise: Tensor, generator: Generators = None
     ) -> Tensor:
         trajectory.check(labels, noise)
+        if not isinstance(trajectory.schedule, Schedule | None):
+            raise ValueError(
+                "a CUDA graph needs a static schedule, and this method decides while it samples; add "
+                "--no-cuda-graph"
+            )
         check_guidance(trajectory.backbone, trajectory.cfg_scale)
         step_noise = draw_step_noise(trajectory, noise, generator)
         condition = condition_for(trajectory.backbone, labels, trajectory.cfg_scale)

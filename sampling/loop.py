@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,19 +19,29 @@ from sampling.seeds import SAMPLING_STREAM, draw_noise, sample_generator
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
+class Rule(Protocol):
+    """How a cache decides while it samples: `schedules/dynamic.py`."""
+
+    num_steps: int
+    num_branches: int
+
+    def cache(self, trajectory: "Trajectory", dtype: torch.dtype | None = None) -> Any:
+        """The policy of one run."""
+
+
 @dataclass(frozen=True, eq=False)
 class Trajectory:
     """All that fixes a trajectory, except for its noise and labels: backbone x sampler x schedule.
 
     sampler: a sampler, or a chain for deterministic DDIM. cfg_scale: guidance, 1 = off. schedule: which
-    branches are computed; None: all. Raises ValueError where the schedule fits neither the backbone nor the
-    sampler.
+    branches are computed, or the rule by which a cache decides that; None: all. Raises ValueError where the
+    schedule fits neither the backbone nor the sampler.
     """
 
     backbone: Backbone
     sampler: Sampler
     cfg_scale: float = 1.0
-    schedule: Schedule | None = None
+    schedule: Schedule | Rule | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sampler", as_sampler(self.sampler))
@@ -56,16 +66,18 @@ class Trajectory:
         chain: GaussianDiffusion,
         cfg_scale: float = 1.0,
         sampler: str = "ddim",
-        schedule: Schedule | None = None,
+        schedule: Schedule | Rule | None = None,
         eta: float = 0.0,
     ) -> "Trajectory":
         """The sampler by name, on a chain. Raises ValueError for an unknown one, or an eta outside [0, 1]."""
         return cls(backbone, sampler_for(backbone, sampler, chain, eta), cfg_scale, schedule)
 
-    def cache(self, dtype: torch.dtype | None = None, combine: Combine | None = None) -> StaticCache | None:
-        """An empty store for one run; None where every branch is computed."""
+    def cache(self, dtype: torch.dtype | None = None, combine: Combine | None = None) -> Any:
+        """The policy of one run, with an empty store; None where every branch is computed."""
         if self.schedule is None:
             return None
+        if not isinstance(self.schedule, Schedule):
+            return self.schedule.cache(self, dtype)
         return StaticCache(self.schedule, dtype, combine, self.backbone.device)
 
     def check(self, labels: Tensor, noise: Tensor) -> None:

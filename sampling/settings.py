@@ -9,7 +9,7 @@ from backbones.contract import Backbone
 from common import cli
 from diffusion import SAMPLERS, GaussianDiffusion, create_diffusion
 from router import Schedule
-from sampling.loop import Trajectory
+from sampling.loop import Rule, Trajectory
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class SamplingSettings:
         return create_diffusion(self.num_sampling_steps, learn_sigma=model.learn_sigma)
 
     def trajectory(
-        self, model: Backbone, chain: GaussianDiffusion, schedule: Schedule | None = None
+        self, model: Backbone, chain: GaussianDiffusion, schedule: Schedule | Rule | None = None
     ) -> Trajectory:
         return Trajectory.of(model, chain, self.cfg_scale, self.sampler, schedule, self.eta)
 

@@ -86,11 +86,8 @@ def _fitted(
     trajectory: Trajectory, num_terms: int, num_samples: int, seed: int, uncached: bool = False
 ) -> FittingCache:
     model, schedule = trajectory.backbone, trajectory.schedule
-    generators = [sample_generator(seed, CALIBRATION_STREAM, k) for k in range(num_samples)]
-    noise = draw_noise(model, generators).to(model.device)
-    labels = draw_labels(model, generators).to(model.device)
+    labels, noise, step_noise = calibration_batch(trajectory, num_samples, seed)
     cache = FittingCache(schedule.compute, num_terms, uncached=uncached)
-    step_noise = draw_step_noise(trajectory, noise, generators)
     with one_thread(model.device):
         for _ in denoise_loop(trajectory, labels, noise, cache, step_noise):
             pass
@@ -100,3 +97,14 @@ def _fitted(
 def _solved(trajectory: Trajectory, name: str, weights: Tensor) -> Schedule:
     schedule = trajectory.schedule
     return Schedule(schedule.compute, f"{schedule.source}, {name}", weights.to(torch.float32))
+
+
+def calibration_batch(
+    trajectory: Trajectory, num_samples: int, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Labels (n,), noise (n, C, H, W) and the sampler's noise, apart from those of sampling and training."""
+    model = trajectory.backbone
+    generators = [sample_generator(seed, CALIBRATION_STREAM, k) for k in range(num_samples)]
+    noise = draw_noise(model, generators).to(model.device)
+    labels = draw_labels(model, generators).to(model.device)
+    return labels, noise, draw_step_noise(trajectory, noise, generators)

@@ -13,6 +13,7 @@ from diffusion import GaussianDiffusion, create_diffusion
 from router import Schedule
 from sampling.loop import Trajectory
 from sampling.settings import SamplingSettings
+from schedules.dynamic import Rule
 from schedules.request import Request
 from schedules.settings import MethodSettings
 from schedules.table import METHODS, REUSES
@@ -22,20 +23,26 @@ from schedules.table import METHODS, REUSES
 class Method:
     """A method for one model and one setting of sampling.
 
-    schedule: None where every branch is computed. notes: lines for the user on how it was made.
+    schedule: None where every branch is computed; the rule of a cache that decides while it samples, which
+    counts what it decides. notes: lines for the user on how it was made.
     """
 
     name: str
     diffusion: GaussianDiffusion
-    schedule: Schedule | None
+    schedule: Schedule | Rule | None
     notes: tuple[str, ...] = ()
 
     def trajectory(self, model: Backbone, sampling: SamplingSettings) -> Trajectory:
         """The method on `model`, with the guidance and the sampler of `sampling`."""
         return sampling.trajectory(model, self.diffusion, self.schedule)
 
+    @property
+    def dynamic(self) -> bool:
+        """Whether a cache decides while it samples."""
+        return isinstance(self.schedule, Rule)
+
     def speedup_macs(self, model: Backbone, num_steps: int) -> float:
-        """MACs of the uncached chain of `num_steps` over this method's."""
+        """MACs of the uncached chain of `num_steps` over this method's; of a rule on average so far."""
         cached = 1.0 if self.schedule is None else self.schedule.speedup_macs(model)
         return cached * num_steps / self.diffusion.num_timesteps
 

@@ -20,8 +20,8 @@ from backbones.denoiser import Denoiser, executed, walk
 from common.devices import one_thread
 from diffusion import State
 from router import Schedule
-from sampling.loop import Trajectory, denoise_loop, draw_step_noise
-from sampling.seeds import CALIBRATION_STREAM, draw_labels, draw_noise, sample_generator
+from sampling.loop import Trajectory, denoise_loop
+from schedules.calibrate import calibration_batch
 
 Steps = tuple[int, ...]  # computed steps in the order of execution
 
@@ -52,7 +52,7 @@ def dp_cache(trajectory: Trajectory, num_computed: int, num_samples: int = 10, s
 
 def _model_outputs(trajectory: Trajectory, num_samples: int, seed: int) -> Tensor:
     """The model's guided outputs (T, values) along uncached trajectories, in the order of execution."""
-    labels, noise, step_noise = _drawn(trajectory, num_samples, seed)
+    labels, noise, step_noise = calibration_batch(trajectory, num_samples, seed)
     denoise = Denoiser(trajectory.backbone, trajectory.sampler, labels, trajectory.cfg_scale)
     outputs: list[Tensor] = []
 
@@ -137,7 +137,7 @@ def bud_cache(
     num_steps, num_branches = trajectory.sampler.num_steps, trajectory.backbone.num_branches
     if not 1 <= num_computed <= num_steps:
         raise ValueError(f"{num_computed} computed steps are outside 1 .. {num_steps}")
-    labels, noise, step_noise = _drawn(trajectory, num_samples, seed)
+    labels, noise, step_noise = calibration_batch(trajectory, num_samples, seed)
 
     def run(schedule: Schedule | None) -> Tensor:
         own = Trajectory(trajectory.backbone, trajectory.sampler, trajectory.cfg_scale, schedule)
@@ -210,12 +210,3 @@ def _shifted(steps: Steps, num_steps: int) -> list[Steps]:
             if 0 <= other < num_steps and other not in steps:
                 found.append(tuple(sorted({*steps, other} - {step}, reverse=True)))
     return found
-
-
-def _drawn(trajectory: Trajectory, num_samples: int, seed: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Labels (n,), noise (n, C, H, W) and the noise of every step, on the model's device."""
-    model = trajectory.backbone
-    generators = [sample_generator(seed, CALIBRATION_STREAM, k) for k in range(num_samples)]
-    noise = draw_noise(model, generators).to(model.device)
-    labels = draw_labels(model, generators).to(model.device)
-    return labels, noise, draw_step_noise(trajectory, noise, generators)

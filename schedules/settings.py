@@ -21,6 +21,11 @@ class MethodSettings:
     values: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.reuse and self.base in METHODS and METHODS[self.base].dynamic:
+            raise ValueError(
+                f"--accelerate-method {self.name}: {self.reuse}- needs a static schedule, and {self.base} "
+                f"decides while it samples; take {self.reuse}-fora, or {self.base} alone"
+            )
         if self.name not in names():
             raise ValueError(
                 f"--accelerate-method {self.name!r} is unknown; choose one of {', '.join(names())}"
@@ -30,8 +35,11 @@ class MethodSettings:
             raise ValueError(f"--accelerate-method {self.name} does not read {', '.join(sorted(others))}")
         given = {name: value for name, value in self.values.items() if value is not None}
         for flag in flags:
-            if flag.needed and flag.name not in given:
+            if flag.needed and flag.name not in given and flag.instead not in given:
                 raise ValueError(f"--accelerate-method {self.name} needs {flag.option}, {flag.needed}")
+            if flag.instead in given and flag.name in given:
+                other = next(one.option for one in flags if one.name == flag.instead)
+                raise ValueError(f"{flag.option} and {other} exclude each other; give one")
         object.__setattr__(self, "values", {flag.name: flag.default for flag in flags} | given)
 
     @classmethod
@@ -73,6 +81,11 @@ class MethodSettings:
     def base(self) -> str:
         """The key of `schedules.table.METHODS`."""
         return split_name(self.name)[1]
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether its cache decides while it samples."""
+        return METHODS[self.base].dynamic
 
     @property
     def caches(self) -> bool:

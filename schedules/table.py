@@ -10,7 +10,11 @@
 | `l2c` | a Learning-to-Cache router's | `--path ROUTER`, `--thres X` |
 | `dpcache` | K full steps, planned by dynamic programming | `--full-steps K`, `--plan-samples N` |
 | `budcache` | K full steps, searched on the final error | the same, `--evaluations E` |
-| a prefix and one of those that cache | the same schedule with other weights of reuse | see below |
+| `first-block` | decided while sampling, see `thresholds.py` | `--tolerance X`, `--per-sample` |
+| `dbcache` | the same | also `--first-blocks F --last-blocks B --warm-up W --most-reused M --forecast` |
+| `teacache` | the same | `--tolerance X`, `--per-sample`, `--rescale N` |
+| `magcache` | steps reused by calibrated ratios | `--tolerance X`, `--most-skipped K`, `--retention X` |
+| a prefix and a static one that caches | the same schedule with other weights of reuse | see below |
 
 | prefix | reused branches are | flags |
 |---|---|---|
@@ -21,12 +25,13 @@
 | `linear-` | fitted to the outputs of uncached trajectories | the same |
 | `modes-` | extrapolated by their dynamic modes | `--calibrate N` |
 
-`--calibrate` with one of those makes it `calibrated-`.
+`--calibrate` with one of those makes it `calibrated-`. `--target-speedup X` takes the place of `--tolerance`.
 
 A router of `train_router.py --method end-to-end` holds its own weights of reuse; `dynamiclayer` uses them.
 
 A new static schedule is one file with a function (num_steps, num_branches, flags...) -> Schedule, and one
-row: its flags have the names of the function's parameters.
+row: its flags have the names of the function's parameters. A method that decides while it samples has a
+function to a `dynamic.Rule` instead, and no prefix, for these need a schedule.
 """
 
 import argparse
@@ -39,17 +44,20 @@ from router import Schedule
 from sampling.loop import Trajectory
 from schedules.baselines import ANCHORS, fora_schedule, random_schedule
 from schedules.calibrate import calibrated, dynamic_modes, linear
+from schedules.dynamic import Rule
 from schedules.forecasts import CHEBYSHEV_RIDGE, HERMITE_SCALE, chebyshev, hermite, taylor
 from schedules.planned import bud_cache, dp_cache
 from schedules.request import Request
 from schedules.routed import routed_schedule
+from schedules.thresholds import SAMPLES, dbcache, first_block, magcache, teacache
 
 
 @dataclass(frozen=True)
 class Flag:
     """One flag of a method. needed: what a flag takes that must be given, in words; "": it is optional.
 
-    alone: its value where it is given without one; None: it takes a value.
+    alone: its value where it is given without one; None: it takes a value; True: it takes none. instead: the
+    flag that takes its place; exactly one of both is given.
     """
 
     name: str
@@ -60,6 +68,7 @@ class Flag:
     metavar: str | None = None
     needed: str = ""
     alone: Any = None
+    instead: str = ""
 
     @property
     def option(self) -> str:
@@ -67,6 +76,9 @@ class Flag:
 
     def add_to(self, parser: argparse._ActionsContainer, help: str) -> None:
         """Add it to a parser or a group of one."""
+        if self.alone is True:
+            parser.add_argument(self.option, action="store_true", help=help)
+            return
         optional = {} if self.alone is None else {"nargs": "?", "const": self.alone}
         parser.add_argument(
             self.option, type=self.type, default=self.default, choices=self.choices, metavar=self.metavar,
@@ -78,13 +90,15 @@ class Flag:
 class MethodRow:
     """A method. flags: those that it reads; `NAME:VALUE` gives the first one.
 
-    schedule: (request, flags by name) -> Schedule; None: every branch is computed. respacing: (request, flags
-    by name) -> the respacing of a shorter chain; None: the chain of the request.
+    schedule: (request, flags by name) -> Schedule, or, with `dynamic`, -> Rule; None: every branch is
+    computed. respacing: (request, flags by name) -> the respacing of a shorter chain; None: the chain of the
+    request. dynamic: whether a cache decides while it samples.
     """
 
     flags: tuple[Flag, ...] = ()
-    schedule: Callable[..., Schedule] | None = None
+    schedule: Callable[..., Schedule | Rule] | None = None
     respacing: Callable[..., str] | None = None
+    dynamic: bool = False
 
 
 @dataclass(frozen=True)
@@ -137,6 +151,21 @@ PATH = Flag("path", "router file, or a folder that holds one", needed=A_ROUTER)
 THRESHOLD = Flag(
     "thres", "compute where score > thres (default: the router's own threshold, else 0.1)", cli.threshold
 )
+
+TOLERANCE = Flag(
+    "tolerance",
+    "threshold: reuse while what has changed stays below X; 0 computes all",
+    cli.tolerance,
+    needed="a number, or --target-speedup",
+    instead="target_speedup",
+)
+TARGET_SPEEDUP = Flag(
+    "target_speedup",
+    f"find the tolerance that reaches this speed-up by MACs, on {SAMPLES} samples apart",
+    cli.positive,
+)
+PER_SAMPLE = Flag("per_sample", "decide for every sample alone, not for the batch", bool, False, alone=True)
+DECIDED = (TOLERANCE, TARGET_SPEEDUP, PER_SAMPLE)
 
 CALIBRATED, CALIBRATION_SAMPLES = "calibrated", 64
 CALIBRATE = Flag(
@@ -199,6 +228,53 @@ METHODS = {
     "l2c": MethodRow(
         (PATH, THRESHOLD), lambda request, **flags: routed_schedule(request, **flags, trained_by="l2c")
     ),
+    "first-block": MethodRow(DECIDED, first_block, dynamic=True),
+    "dbcache": MethodRow(
+        (
+            *DECIDED,
+            Flag(
+                "first_blocks", "first blocks always computed (default 8)", cli.positive_int, 8, metavar="F"
+            ),
+            Flag(
+                "last_blocks", "last blocks always computed (default 0)", cli.non_negative_int, 0, metavar="B"
+            ),
+            Flag("warm_up", "leading steps computed (default 8)", cli.positive_int, 8, metavar="W"),
+            Flag(
+                "most_reused",
+                "steps in a row reused at most (default: no limit)",
+                cli.positive_int,
+                metavar="M",
+            ),
+            Flag("forecast", "extrapolate reused outputs linearly (TaylorSeer)", bool, False, alone=True),
+        ),
+        dbcache,
+        dynamic=True,
+    ),
+    "teacache": MethodRow(
+        (
+            *DECIDED,
+            Flag(
+                "rescale",
+                f"samples to fit the rescaling on; 0: none (default {SAMPLES})",
+                cli.non_negative_int,
+                SAMPLES,
+                metavar="N",
+            ),
+        ),
+        teacache,
+        dynamic=True,
+    ),
+    "magcache": MethodRow(
+        (
+            TOLERANCE,
+            TARGET_SPEEDUP,
+            Flag(
+                "most_skipped", "steps in a row reused at most (default 3)", cli.positive_int, 3, metavar="K"
+            ),
+            Flag("retention", "share of first steps computed (default 0.2)", cli.tolerance, 0.2),
+        ),
+        magcache,
+    ),
     "dpcache": MethodRow((FULL_STEPS, PLAN_SAMPLES), planned_by_costs),
     "budcache": MethodRow(
         (
@@ -243,7 +319,7 @@ REUSES = {
 
 def names() -> list[str]:
     """All values of `--accelerate-method`."""
-    cached = [name for name, method in METHODS.items() if method.schedule]
+    cached = [name for name, method in METHODS.items() if method.schedule and not method.dynamic]
     return [*METHODS, *(f"{reuse}-{name}" for reuse in REUSES for name in cached)]
 
 

@@ -78,6 +78,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     if args.step_errors and SamplingSettings.from_arguments(args).sampler != "ddim":
         parser.error("--step-errors needs DDIM; leave out --p-sample and other samplers")
     method_settings.check_arguments(parser, args)
+    if args.step_errors and MethodSettings.from_arguments(args).dynamic:
+        parser.error(
+            f"--step-errors needs a static schedule; {args.accelerate_method} decides while it samples"
+        )
     return args
 
 
@@ -166,7 +170,7 @@ def compare(
     return own_errors | {
         "num_steps": num_steps,
         "executed_steps": method.diffusion.num_timesteps,
-        "cur": method.schedule.cur if method.schedule else 0.0,
+        "cur": method.schedule.cur if method.schedule else 0.0,  # of a rule what it reached, as the speed-up
         "speedup_macs": method.speedup_macs(model, num_steps),
         **fidelity(judge, own, plain, labels, images, plain_images),
         "psnr": None if peak == float("inf") else peak,  # JSON has no infinity

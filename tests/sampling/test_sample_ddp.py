@@ -519,3 +519,21 @@ def test_wrong_use_is_one_line(plain, tmp_path, monkeypatch):
     assert "does not end in .npz" in text
     text = run(*SAMPLE, "--accelerate-method", "magic", status=2)
     assert "'magic' is unknown; choose one of none, fewer-steps, fora" in text
+
+
+def test_a_cache_that_decides_while_sampling(tmp_path):
+    """Per sample the batch size changes nothing; per batch it belongs to the settings of the samples."""
+    decided = [*SAMPLE[:-6], "--accelerate-method", "first-block", "--tolerance", 0.5, "--num-samples", 32]
+    texts = [
+        run(*decided, "--per-sample", "--batch-size", size, "--output", tmp_path / f"{size}.npz")
+        for size in (16, 32)
+    ]
+    assert (tmp_path / "16.npz").read_bytes() == (tmp_path / "32.npz").read_bytes()
+    reached = [next(line for line in text.splitlines() if "by MACs" in line) for text in texts]
+    assert reached[0] == reached[1]
+    assert "first-block cache, tolerance 0.5, per sample: " in reached[0]
+    assert "100.00 %" not in reached[0]
+    whole = [*decided, "--output", tmp_path / "whole.npz", "--batch-size"]
+    assert "samples depend on --batch-size; --per-sample" in run(*whole, 32)
+    assert "holds these samples already" in run(*whole, 32)
+    assert "batch_size" in error_line(*whole, 16)
