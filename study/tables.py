@@ -237,7 +237,7 @@ def rival_table(rows: list[dict], num_steps: int) -> list[list[str]]:
         mean = group["mean"]
         cell = f"{mean['mse']:.2e} / {mean['fd_uncached']:.2e}"
         lines.setdefault(group["method"], {})[group["speed"]] = cell
-    table = [["method", *(f"{speed}x" for speed in speeds)]]
+    table = [[f"T = {num_steps}", *(f"{speed}x" for speed in speeds)]]
     names = sorted(lines, key=lambda name: name == FORECAST)  # ours last
     return table + [[name, *(lines[name].get(speed, "-") for speed in speeds)] for name in names]
 

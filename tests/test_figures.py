@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from models import DiT_models
-from study.tables import PUBLISHED
+from study.tables import PUBLISHED, rival_table
 
 ROOT = Path(__file__).parents[1]
 STUDY = ROOT / "study" / "results" / "digits" / "study.json"
@@ -263,6 +263,12 @@ def test_routers_under_four_samplers():
             assert {(row["num_steps"], row["samples"], row["seed"]) for row in found} == {(20, 2000, 1234)}
     assert printed == expected
     assert not rows
+
+
+def test_untrained_rivals():
+    for num_steps in {row["num_steps"] for row in study() if row.get("group") == "rivals"}:
+        printed = [rows for rows, _ in tables("docs/results.md") if rows[0][0] == f"T = {num_steps}"]
+        assert printed == [rival_table(study(), num_steps)]
 
 
 def test_objective_of_step_wise_training():

@@ -187,7 +187,7 @@ def test_rivals_stand_beside_ours_by_speed():
         row(FORECAST, 3e-5, speed="1.96", num_steps=20, train_seed=1),
     ]  # fmt: skip
     assert rival_table(rows, 20) == [
-        ["method", "1.96x", "2.77x"],
+        ["T = 20", "1.96x", "2.77x"],
         ["dpcache", "1.00e-03 / 1.00e-01", "3.00e-03 / 1.00e-01"],
         [FORECAST, "2.00e-05 / 1.00e-01", "-"],
     ]
