@@ -8,7 +8,7 @@ import torch
 
 from backbones.loading import load_model
 from diffusion import create_diffusion
-from sampling.loop import Trajectory
+from sampling.loop import Trajectory, denoise_loop
 from schedules.forecasts import taylor
 from schedules.planned import best_path, bud_cache, dp_cache, full_steps, gap_costs, searched
 
@@ -79,6 +79,18 @@ def test_a_plan_for_the_image_is_no_worse_than_even_steps(trajectory):
     even = full_steps((7, 5, 2), 8, 24).compute[:, 0]
     assert tuple(even.tolist()) in tried
     assert len(tried) <= 9
+
+
+def test_a_plan_for_the_image_is_measured_on_the_samples_asked_for(trajectory, monkeypatch):
+    seen = []
+
+    def watched(trajectory, labels, *rest):
+        seen.append(len(labels))
+        return denoise_loop(trajectory, labels, *rest)
+
+    monkeypatch.setattr("schedules.planned.denoise_loop", watched)
+    bud_cache(trajectory, 2, 3, evaluations=2)
+    assert set(seen) == {3}
 
 
 def test_the_search_finds_the_optimum_of_a_small_case():
