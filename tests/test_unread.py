@@ -308,7 +308,7 @@ def method_other_than(words: list[str]) -> str:
 
 NEEDS = {"steps": 2, "interval": 2, "cur": 0.4, "path": "ROUTER", "full_steps": 2}
 TOLERANCES = {"first-block": 1.1, "dbcache": 1.5, "teacache": 1.1, "magcache": 1.25}  # of the tiny model
-SAME_PLAN = ("budcache", "plan_samples")  # the tiny model's best plan is the same for any samples
+SAME_PLAN = {("budcache", "plan_samples"), ("budcache", "evaluations")}  # the tiny model's best plan is clear
 SMALLER = {"dbcache": ["--first-blocks", "1", "--warm-up", "2"]}  # its defaults are for deeper models
 # Every schedule alone, and every kind of reuse under one of them: flags of both do not meet.
 SAMPLED = [*METHODS, *(f"{reuse}-fora" for reuse in REUSES)]
@@ -401,7 +401,7 @@ def test_every_flag_of_sampling_does_something_or_is_said_not_to(
         words = words_for(action, SAMPLE_VALUES | {"accelerate_method": another})
         words = [str(routers / f"{word}-6.safetensors") if "ROUTER" in word else word for word in words]
         own = sampled([*base, *words], tmp_path / dest, monkeypatch, tiny_model)
-        if (method, dest) != SAME_PLAN:
+        if (method, dest) not in SAME_PLAN:
             wrong.append(check(plain, own, dest))
     assert not list(filter(None, wrong))
 
