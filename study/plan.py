@@ -590,7 +590,7 @@ def rivals(scale: Scale, num_steps: int) -> Iterator[Row]:
             ("linear-fora", "linear-fora", fora),
             ("dpcache", "taylor-dpcache", {"full_steps": rows}),
             ("budcache", "budcache", {"full_steps": rows}),
-            ("magcache", "magcache", asked),
+            *([("magcache", "magcache", asked)] if speed.target < 2 else []),  # its settings reach no more
             *(
                 (f"{method}{suffix}", method, asked | each)
                 for method, asked in (

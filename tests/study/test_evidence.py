@@ -12,7 +12,7 @@ from router import load_router
 from study.plan import EVIDENCE, FULL, ROUTERS, plan
 from study.store import Study
 from study.subjects import DIGITS, fingerprint
-from study.tables import FORECAST, FRESH_SAMPLES, SECOND_SAMPLES, end_to_end_table
+from study.tables import FORECAST, FRESH_SAMPLES, RIVALS, SECOND_SAMPLES, end_to_end_table
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +39,7 @@ def test_committed_rows_are_the_plan_s_and_hold_their_routers(tasks, rows, study
         assert row["train_command"] == (tasks[task.row.training.id].command if task.row.training else None)
         if row.get("speed"):
             limit = 0.01 if row["method"] == FORECAST else 0.04
+            limit = 0.06 if row.get("group") == RIVALS else limit  # a tolerance reaches whole steps
             assert abs(row["speedup_macs"] / float(row["speed"]) - 1) < limit, row["id"]
         if row["router"] and row.get("group") != "threshold":
             router = study.routers[row["router"].removeprefix(f"{ROUTERS}:")]
