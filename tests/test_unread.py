@@ -374,6 +374,7 @@ def sampled(words: list, folder, monkeypatch, tiny_model) -> Outcome:
     return outcome
 
 
+SWEEP = [pytest.mark.slow, pytest.mark.exhaustive]
 QUICK_METHODS = (
     "none",
     "fewer-steps",
@@ -387,7 +388,7 @@ QUICK_METHODS = (
 
 @pytest.mark.parametrize(
     "method",
-    [pytest.param(name, marks=[] if name in QUICK_METHODS else pytest.mark.exhaustive) for name in SAMPLED],
+    [pytest.param(name, marks=[] if name in QUICK_METHODS else SWEEP) for name in SAMPLED],
 )
 def test_every_flag_of_sampling_does_something_or_is_said_not_to(
     method, routers, tmp_path, monkeypatch, tiny_model

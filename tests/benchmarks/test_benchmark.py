@@ -168,6 +168,7 @@ def test_memory_of_training_is_measured_apart():
     assert memory["end-to-end"] < memory["end-to-end, kept"]
 
 
+@pytest.mark.slow
 @pytest.mark.exhaustive
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 def test_training_is_measured_compiled():

@@ -56,6 +56,7 @@ def test_ceilings_are_those_of_the_best_run(monkeypatch):
     assert timing.matmul_ceiling(CPU, torch.float32, rows, width) == 8 * rows * 4 * width**2 / 0.25
 
 
+@pytest.mark.slow
 def test_the_peak_begins_anew():
     """In a process of its own: one that has freed much memory takes none for a new tensor."""
     code = """

@@ -34,6 +34,7 @@ def short(monkeypatch):
     return commands
 
 
+@pytest.mark.slow
 def test_demo_leaves_table_and_pictures_and_runs_again(tmp_path, monkeypatch, short):
     monkeypatch.chdir(tmp_path)
     arguments = ["--results-dir", "out", "--train-steps", 4, "--samples", 70]

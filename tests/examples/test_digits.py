@@ -56,6 +56,7 @@ def test_judge_refuses_samples_that_are_not_finite(judge, bad):
             figure(images)
 
 
+@pytest.mark.slow
 def test_committed_model_draws_the_digit_asked_for(judge):
     model, labels = load_model("DiT-digits/2"), torch.arange(60) % 10
     assert sum(p.numel() for p in model.parameters()) == 3_649_544

@@ -410,6 +410,7 @@ def judged(trained):
     return [*files, "--pretrained", trained / "lite0.pth", "--batch-size", 4, "--save-every", 2]
 
 
+@pytest.mark.slow
 def test_interrupted_judge_training_ends_in_the_same_weights(judged, trained, monkeypatch):
     arguments = [*judged, "--iterations", 4]
     text_ = run("examples.emoji.train_judge", *arguments, "--output", trained / "whole.safetensors")

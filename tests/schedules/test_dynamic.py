@@ -446,6 +446,7 @@ def test_bisection_finds_the_nearest_step():
         find_tolerance(speedup, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "values"),
     [

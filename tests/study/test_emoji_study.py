@@ -71,6 +71,7 @@ def test_plan_is_in_order_and_its_commands_are_understood(tmp_path, scale):
             assert found >= methods - ({"l2c"} if speed.l2c_target is None else set())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("example")
 def test_rows_are_measured_and_reported(tmp_path, monkeypatch):
     speed = Speed(2.0, "2", "2", 2)

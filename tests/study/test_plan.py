@@ -57,6 +57,7 @@ def test_plan_compares_every_method_at_three_speeds(full):
     assert all(row.samples(FULL) >= 2000 for row in rows)
 
 
+@pytest.mark.slow
 def test_untrained_rows_meet_their_speed_within_four_percent(full):
     """FORA, its forecasts, random and fewer steps, by their settings alone."""
     model = build_model("DiT-digits/2")

@@ -142,6 +142,7 @@ def test_resumed_run_on_two_processes_ends_bit_for_bit_the_same(tmp_path):
     assert torch.equal(logits(tmp_path / "parts"), logits(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 @pytest.mark.exhaustive
 @pytest.mark.exhaustive
 def test_killed_at_random_moments_on_two_processes_it_ends_bit_for_bit_the_same(tmp_path):
