@@ -25,7 +25,7 @@ test: $(VENV)/installed-dev ## lint and tests: eight minutes on two cores
 	$(VENV)/bin/python -m pytest -n 2 --dist worksteal -m "not timed and not exhaustive"
 	$(VENV)/bin/python -m pytest -m timed
 
-test-all: test ## the same, with sweeps and long compilations: three minutes more
+test-all: test ## the same, with sweeps and long compilations: two minutes more
 	$(VENV)/bin/python -m pytest -n 2 --dist worksteal -m exhaustive
 
 clean: ## remove the virtual environment
