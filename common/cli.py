@@ -196,20 +196,17 @@ def positive(text: str) -> float:
     return value
 
 
-def non_negative(text: str) -> float:
-    """An argparse type: a finite number of at least 0, such as a weight."""
+def non_negative(text: str, fault: str = "is no weight") -> float:
+    """An argparse type: a finite number of at least 0, such as a weight. fault: said of any other."""
     value = finite(text)
     if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is no weight; give 0 or more")
+        raise argparse.ArgumentTypeError(f"{text} {fault}; give 0 or more")
     return value
 
 
 def tolerance(text: str) -> float:
     """An argparse type: a finite number of at least 0 that a change is compared with."""
-    value = finite(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative; give 0 or more")
-    return value
+    return non_negative(text, "is negative")
 
 
 def non_negative_int(text: str) -> int:

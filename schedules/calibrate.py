@@ -10,12 +10,16 @@ They serve untrained schedules (FORA), and routers that sample in another settin
 of samples, checkpoint) than they were trained in.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from backbones.denoiser import Denoiser, executed, walk
 from cache import FittingCache
 from common.devices import one_thread
+from diffusion import State
 from router import Schedule
 from sampling.loop import Trajectory, denoise_loop, draw_step_noise
 from sampling.seeds import CALIBRATION_STREAM, draw_labels, draw_noise, sample_generator
@@ -108,3 +112,19 @@ def calibration_batch(
     noise = draw_noise(model, generators).to(model.device)
     labels = draw_labels(model, generators).to(model.device)
     return labels, noise, draw_step_noise(trajectory, noise, generators)
+
+
+@torch.no_grad()
+def uncached_outputs(trajectory: Trajectory, num_samples: int, seed: int = 0) -> Iterator[Tensor]:
+    """The model's (guided) output at every step of an uncached run of calibration samples, one batch."""
+    labels, noise, step_noise = calibration_batch(trajectory, num_samples, seed)
+    denoise = Denoiser(trajectory.backbone, trajectory.sampler, labels, trajectory.cfg_scale)
+    last: list[Tensor] = []
+
+    def advance(state: State, step: int) -> State:
+        last[:] = [denoise(state.x, step)]
+        return denoise.sampler.step(last[0], state, step, None if step_noise is None else step_noise[step])
+
+    with one_thread(noise.device):
+        for _ in walk(advance, denoise.start(noise), executed(denoise.num_steps)):
+            yield last[0]

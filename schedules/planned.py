@@ -16,12 +16,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from backbones.denoiser import Denoiser, executed, walk
 from common.devices import one_thread
-from diffusion import State
 from router import Schedule
 from sampling.loop import Trajectory, denoise_loop
-from schedules.calibrate import calibration_batch
+from schedules.calibrate import calibration_batch, uncached_outputs
 
 Steps = tuple[int, ...]  # computed steps in the order of execution
 
@@ -42,30 +40,13 @@ def dp_cache(trajectory: Trajectory, num_computed: int, num_samples: int = 10, s
     dynamic programming over pairs of steps. Trajectory: without a schedule. The paper measures features of
     the last layer; here it is the model's output. Raises ValueError for another K than 1 .. T.
     """
-    outputs = _model_outputs(trajectory, num_samples, seed)  # (T, values), in the order of execution
-    steps = best_path(gap_costs(outputs), num_computed)
+    n = num_samples  # under guidance both halves are alike
+    steps = uncached_outputs(trajectory, num_samples, seed)
+    outputs = torch.stack([one[:n].double().flatten().cpu() for one in steps])  # (T, values), as executed
     num_steps = len(outputs)
-    chosen = tuple(num_steps - 1 - place for place in steps)
+    chosen = tuple(num_steps - 1 - place for place in best_path(gap_costs(outputs), num_computed))
     source = f"DPCache, {num_computed} of {num_steps} steps, {num_samples} samples"
     return full_steps(chosen, num_steps, trajectory.backbone.num_branches, source)
-
-
-def _model_outputs(trajectory: Trajectory, num_samples: int, seed: int) -> Tensor:
-    """The model's guided outputs (T, values) along uncached trajectories, in the order of execution."""
-    labels, noise, step_noise = calibration_batch(trajectory, num_samples, seed)
-    denoise = Denoiser(trajectory.backbone, trajectory.sampler, labels, trajectory.cfg_scale)
-    outputs: list[Tensor] = []
-
-    def advance(state: State, step: int) -> State:
-        output = denoise(state.x, step)
-        outputs.append(output[: len(noise)].double().flatten().cpu())
-        own = None if step_noise is None else step_noise[step]
-        return trajectory.sampler.step(output, state, step, own)
-
-    with torch.no_grad(), one_thread(trajectory.backbone.device):
-        for _ in walk(advance, denoise.start(noise), executed(denoise.num_steps)):
-            pass
-    return torch.stack(outputs)
 
 
 def gap_costs(outputs: Tensor) -> Tensor:

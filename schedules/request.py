@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 
 from backbones.contract import Backbone
+from router import Schedule
+from sampling.loop import Rule, Trajectory
 from sampling.settings import SamplingSettings
 
 
@@ -20,3 +22,7 @@ class Request:
     num_steps: int
     reuse: str = ""
     notes: list[str] = field(default_factory=list)
+
+    def trajectory(self, schedule: Schedule | Rule | None = None) -> Trajectory:
+        """What is sampled to plan a schedule, to fit its weights or to find a tolerance."""
+        return self.sampling.trajectory(self.model, self.sampling.chain(self.model), schedule)

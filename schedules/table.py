@@ -41,7 +41,6 @@ from typing import Any
 
 from common import cli
 from router import Schedule
-from sampling.loop import Trajectory
 from schedules.baselines import ANCHORS, fora_schedule, random_schedule
 from schedules.calibrate import calibrated, dynamic_modes, linear
 from schedules.dynamic import Rule
@@ -126,24 +125,17 @@ def fewer_steps(request: Request, steps: int) -> str:
     return f"{ddim}{steps}"
 
 
-def trajectory_of(request: Request, schedule: Schedule | None = None) -> Trajectory:
-    """What is sampled to plan a schedule or to fit its weights."""
-    return request.sampling.trajectory(
-        request.model, request.sampling.chain(request.model), schedule=schedule
-    )
-
-
 def fitted(fit: Callable[..., Schedule]) -> Callable[..., Schedule]:
     """For a row: weights that `fit` solves along trajectories of the request, (trajectory, K, samples)."""
-    return lambda request, schedule, calibrate, terms: fit(trajectory_of(request, schedule), terms, calibrate)
+    return lambda request, schedule, calibrate, terms: fit(request.trajectory(schedule), terms, calibrate)
 
 
 def planned_by_costs(request: Request, full_steps: int, plan_samples: int) -> Schedule:
-    return dp_cache(trajectory_of(request), full_steps, plan_samples)
+    return dp_cache(request.trajectory(), full_steps, plan_samples)
 
 
 def searched(request: Request, full_steps: int, plan_samples: int, evaluations: int) -> Schedule:
-    return bud_cache(trajectory_of(request), full_steps, plan_samples, evaluations, progress=True)
+    return bud_cache(request.trajectory(), full_steps, plan_samples, evaluations, progress=True)
 
 
 A_ROUTER = "a router file or a folder that holds one"
@@ -301,7 +293,7 @@ REUSES = {
             Flag(
                 "ridge",
                 "weight of the coefficients' squares (default 0.001)",
-                cli.non_negative,
+                cli.tolerance,
                 default=CHEBYSHEV_RIDGE,
             ),
         ),
@@ -311,7 +303,7 @@ REUSES = {
     "linear": ReuseRow((CALIBRATE, TERMS), fitted(linear), by_sampling=True),
     "modes": ReuseRow(
         (CALIBRATE,),
-        lambda request, schedule, calibrate: dynamic_modes(trajectory_of(request, schedule), calibrate),
+        lambda request, schedule, calibrate: dynamic_modes(request.trajectory(schedule), calibrate),
         by_sampling=True,
     ),
 }

@@ -17,19 +17,17 @@ cache-dit's from the fourth step on.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from backbones.denoiser import Denoiser, executed, halves, walk
+from backbones.denoiser import halves
 from backbones.stream import block_starts
 from common.devices import one_thread
-from diffusion import State
 from router import Schedule
 from sampling.loop import Trajectory, denoise_loop
-from schedules.calibrate import calibration_batch
+from schedules.calibrate import calibration_batch, uncached_outputs
 from schedules.dynamic import Rule, grouped, relative_change
 from schedules.request import Request
 
@@ -163,7 +161,7 @@ def magnitude_ratios(trajectory: Trajectory, num_samples: int = SAMPLES, seed: i
     ]
     ratios, before = [], None
     try:
-        for _ in _uncached_steps(trajectory, num_samples, seed):
+        for _ in uncached_outputs(trajectory, num_samples, seed):
             norms = torch.linalg.vector_norm((ends[depth] - ends[0]).float(), dim=-1)
             ratios.append(1.0 if before is None else (norms / (before + 1e-8)).mean().item())
             before = norms
@@ -187,7 +185,7 @@ def fitted_rescale(trajectory: Trajectory, num_samples: int = SAMPLES, seed: int
     handle = model.watch_input(lambda x: seen.update(input=grouped(x, both)))
     changes, before = [], None
     try:
-        for output in _uncached_steps(trajectory, num_samples, seed):
+        for output in uncached_outputs(trajectory, num_samples, seed):
             own = model.predicted_noise(output)[:num_samples]  # guided halves are alike
             now = seen["input"], grouped(own, 1)
             if before is not None:
@@ -210,22 +208,7 @@ def _uncached(request: Request) -> Trajectory:
         raise ValueError(
             f"{type(request.model).__name__} cannot be watched at run time; take a schedule, such as fora"
         )
-    return request.sampling.trajectory(request.model, request.sampling.chain(request.model))
-
-
-def _uncached_steps(trajectory: Trajectory, num_samples: int, seed: int) -> Iterator[Tensor]:
-    """The model's (guided) output at every step of an uncached run of calibration samples, one batch."""
-    labels, noise, step_noise = calibration_batch(trajectory, num_samples, seed)
-    denoise = Denoiser(trajectory.backbone, trajectory.sampler, labels, trajectory.cfg_scale)
-    outputs: list[Tensor] = []
-
-    def advance(state: State, step: int) -> State:
-        outputs[:] = [denoise(state.x, step)]
-        return denoise.sampler.step(outputs[0], state, step, None if step_noise is None else step_noise[step])
-
-    with one_thread(noise.device):
-        for _ in walk(advance, denoise.start(noise), executed(denoise.num_steps)):
-            yield outputs[0]
+    return request.trajectory()
 
 
 def reached(trajectory: Trajectory, num_samples: int = SAMPLES, seed: int = 0) -> float:
@@ -253,8 +236,7 @@ def tuned(
     if tolerance is None:
 
         def speedup(tolerance: float) -> float:
-            chain = request.sampling.chain(request.model)
-            return reached(request.sampling.trajectory(request.model, chain, make(tolerance)), num_samples)
+            return reached(request.trajectory(make(tolerance)), num_samples)
 
         tolerance, found = find_tolerance(speedup, target_speedup)
         request.notes.append(
