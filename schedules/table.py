@@ -293,7 +293,7 @@ REUSES = {
             Flag(
                 "ridge",
                 "weight of the coefficients' squares (default 0.001)",
-                cli.tolerance,
+                cli.non_negative,
                 default=CHEBYSHEV_RIDGE,
             ),
         ),
