@@ -13,6 +13,7 @@ from commands import error_line, run
 from PIL import Image
 from safetensors.torch import load_file
 
+from diffusion import create_diffusion
 from examples.emoji import data, encode, evaluate, judge, pipeline, text, train_judge, train_pixart, train_vae
 from examples.emoji.state import TrainingState
 
@@ -467,6 +468,50 @@ def test_learning_rate_warms_up_and_falls():
     assert set(rates[500:8_000]) == {1e-3}
     assert rates[9_000] == pytest.approx(5e-4)
     assert rates[-1] > 0
+
+
+def test_tokens_that_skip_blocks_join_again_before_the_last():
+    torch.manual_seed(0)
+    model = train_pixart.build_pixart(24, 4, 2)
+    torch.nn.init.normal_(model.proj_out.weight)
+    x_t, timesteps = torch.randn(3, 4, 16, 16), torch.tensor([10, 500, 900])
+    states, mask = torch.randn(3, 5, text.CHANNELS), torch.arange(5) < torch.tensor([[5], [3], [1]])
+    whole = train_pixart.predict(model, x_t, timesteps, states, mask, 0.0)
+    permuted = train_pixart.predict(model, x_t, timesteps, states, mask, 1e-9)
+    torch.testing.assert_close(permuted, whole, rtol=1e-4, atol=1e-5)
+    half = train_pixart.predict(model, x_t, timesteps, states, mask, 0.5)
+    assert not torch.allclose(half, whole, atol=1e-3)
+
+    def tokens_seen(_block, _arguments, output):
+        seen.append(output.shape[1])
+
+    seen: list[int] = []
+    for block in model.transformer_blocks:
+        block.register_forward_hook(tokens_seen)
+    train_pixart.predict(model, x_t, timesteps, states, mask, 0.75)
+    assert seen == [64, 16, 16, 64]
+
+
+def test_caption_projection_starts_as_a_whitening():
+    torch.manual_seed(0)
+    model = train_pixart.build_pixart()
+    states = torch.randn(4000, text.CHANNELS) * torch.logspace(0, -1, text.CHANNELS) + 3
+    train_pixart.whiten_captions(model.caption_projection, states)
+    projected = model.caption_projection.linear_1(states)
+    torch.testing.assert_close(projected.mean(0), torch.zeros(224), atol=1e-3, rtol=0)
+    covariance = torch.cov(projected.T)
+    variances = covariance.diagonal()
+    assert 0.5 < variances.min()
+    assert variances.max() < 1
+    assert (covariance - torch.diag(variances)).abs().max() < 0.1
+
+
+def test_loss_is_weighted_as_v_prediction_up_to_a_limit():
+    diffusion = create_diffusion()
+    weights = train_pixart.loss_weights(diffusion)
+    assert weights[0] == pytest.approx(1 / diffusion.alphas_cumprod[0])
+    assert weights[-1] == train_pixart.LARGEST_WEIGHT
+    assert (weights.diff() >= 0).all()
 
 
 def test_timesteps_cover_the_chain_and_crowd_in_its_middle():
