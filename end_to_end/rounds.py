@@ -4,18 +4,24 @@ A training is a plan of phases. Every train step draws a fresh batch and belongs
 
 | phase | train steps | what a step does |
 |---|---|---|
-| grow, one per candidate | 4 each | a skeleton of full rows grows by cells towards the budget (`search.py`) |
-| exchange | 5 | the best candidate exchanges cells, kept where the error falls |
+| linearise | 1 | a few batches make tables; by these, cells are closed down to the budget (`linear.py`) |
 | update | all that are left | one Adam step on all reuse weights at once, on the log of the MSE of x_0 |
 
-With `--terms 0` (reuse as stored) there are no weights to train, and the exchanges take all steps that are
-left. With a pool and weights nothing is exchanged: one step settles the best candidate. docs/method.md says
-why it is built so, and what did worse.
+`--search grow` is the older search. It takes the place of the first phase:
+
+| phase | train steps | what a step does |
+|---|---|---|
+| grow, one per candidate | 4 each | a skeleton of full rows grows by cells towards the budget (`search.py`) |
+| exchange | 5 | the best candidate exchanges cells, kept where the error falls |
+
+With `--terms 0` (reuse as stored) there are no weights to train: the linear search ends the run, and the
+older one exchanges in all steps that are left. With a pool and weights the older one exchanges nothing: one
+step settles the best candidate. docs/method.md says why it is built so, and what did worse.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -26,7 +32,7 @@ from tqdm import tqdm
 from backbones.loading import is_latent
 from cache import GatedCache
 from common import distributed
-from end_to_end import search
+from end_to_end import linear, search
 from end_to_end.importance import inclusion, systematic_sample
 from end_to_end.trajectory import ReferenceTrajectory, toggle_effects
 from objectives import TrainStep
@@ -38,6 +44,7 @@ from training.target import Target
 
 LEAST_ERROR = 1e-12
 POOL_ROUNDS = 32  # rounds that draw from one pool
+LINEARISED = 128  # samples of the linear search, rounded up to whole batches
 GROWTHS, EXCHANGES = 4, 5  # train steps of a candidate, and of the chosen one
 
 
@@ -134,15 +141,17 @@ class EndToEnd(Rounds):
     def __init__(self, settings, processes, model, diffusion, target):
         super().__init__(settings, processes, model, diffusion, target)
         method, num_steps = settings.method, diffusion.num_timesteps
-        self.total_steps, self.num_terms = method.max_steps, method.terms
+        self.is_linear = method.search == "linear"
+        self.num_terms = method.terms
+        self.total_steps = 1 if self.is_linear and not method.terms else method.max_steps
         self.budget = search.Budget.of(target, method.terms)
         self.warm_start = None
-        if method.init:
+        if method.init and not self.is_linear:
             router = load_router(method.init, settings.model.model, num_branches=model.num_branches)
             source = router.schedule(router.info.get("threshold", DEFAULT_THRESHOLD))
             self.warm_start = search.interpolated(source.compute, num_steps)
         self.candidates = self.budget.candidates_for_pool(num_steps) if method.pool else search.CANDIDATES
-        self.num_candidates = 1 if method.init else len(self.candidates)
+        self.num_candidates = 1 if method.init or self.is_linear else len(self.candidates)
         self.plan = self._plan()
         self._pool: tuple[int, Tensor] | None = None  # its first round, and the samples' probabilities
 
@@ -172,6 +181,9 @@ class EndToEnd(Rounds):
         Raises ValueError where the search alone takes more.
         """
         method = self.settings.method
+        if self.is_linear:
+            left = self.total_steps - 1
+            return [Phase(1, self._linearise), Phase(left, partial(self._update, left))]
         phases = [Phase(GROWTHS, partial(self._grow, candidate)) for candidate in range(self.num_candidates)]
         if method.pool and self.num_terms:  # what an exchange gains on one batch is lost on the next
             phases.append(Phase(1, self._settle))
@@ -197,6 +209,34 @@ class EndToEnd(Rounds):
         raise AssertionError("the plan has ended")
 
     # ---- a step of each phase --------------------------------------------------------------------------
+
+    def _linearise(self, training: EndToEndTraining, batch: Batch, _number: int) -> TrainStep:
+        """The schedule and the weights that the linearised error of x_0 asks for."""
+        tables = linear.Linearised(*self._tables(training.round), self.num_terms)
+        order = tables.closing_order(self.budget)
+        training.compute = linear.closed_cells(order, tables.num_steps, tables.num_branches)
+        solved = tables.solve(training.compute)
+        reference = batch.reference
+        cache = GatedCache(training.compute.to(reference.noise), solved.reuse_weights.to(reference.noise))
+        with torch.no_grad():
+            (errors,) = reference.errors(cache)
+        return self._outcome(training, solved._replace(error=distributed.mean(errors.mean()).item()))
+
+    def _tables(self, number: int) -> tuple[Tensor, Tensor]:
+        """Gram and projections over LINEARISED samples of all ranks, see `linear.record`."""
+        size, rank = self.settings.num_samples, self.processes.rank
+        local, num_batches = size // self.processes.world_size, -(-LINEARISED // size)
+        grams, projections = [], []
+        for part in tqdm(range(num_batches), desc="linearise", leave=False, disable=True if rank else None):
+            first = part * size + rank * local
+            generators = self._sample_generators(number, range(first, first + local))
+            reference = self._start(generators)
+            gram, own = linear.record(
+                reference, generators, recompute=not self.settings.method.keep_activations
+            )
+            grams.append(distributed.mean(gram.to(self.processes.device)).cpu())
+            projections.append(distributed.gathered(own.to(self.processes.device)).cpu())
+        return torch.stack(grams).mean(0), torch.cat(projections).flatten(0, 1)
 
     def _grow(self, candidate: int, training: EndToEndTraining, batch: Batch, number: int) -> TrainStep:
         """One growth of a candidate: the first builds its skeleton, the last meets the budget."""
@@ -298,14 +338,22 @@ class EndToEnd(Rounds):
     # ---- batches ---------------------------------------------------------------------------------------
 
     def _reference(self, generators: list[torch.Generator]) -> ReferenceTrajectory:
-        cfg_scale = self.settings.method.cfg_scale
+        return self._start(generators).sampled()
+
+    def _start(self, generators: list[torch.Generator]) -> ReferenceTrajectory:
+        """Fresh samples whose uncached trajectory is not sampled yet."""
         noise, labels = self.draw(generators)
-        return ReferenceTrajectory.draw(self.model, self.with_noise(generators), noise, labels, cfg_scale)
+        sampler, cfg_scale = self.with_noise(generators), self.settings.method.cfg_scale
+        return ReferenceTrajectory(self.model, sampler, noise, labels, cfg_scale)
+
+    def _sample_generators(self, number: int, indices: Iterable[int]) -> list[torch.Generator]:
+        """Generators of samples by their index in what round `number` draws."""
+        seed = self.settings.global_seed
+        return [sample_generator(seed, TRAINING_STREAM, number, index) for index in indices]
 
     def _pool_samples(self, first: int, indices: list[int]) -> ReferenceTrajectory:
         """Samples by their index in the pool that begins with round `first`."""
-        seed = self.settings.global_seed
-        return self._reference([sample_generator(seed, TRAINING_STREAM, first, index) for index in indices])
+        return self._reference(self._sample_generators(first, indices))
 
     def _draw_from_pool(self, number: int) -> ReferenceTrajectory:
         """A batch of the pool that round `number` draws from, by importance."""

@@ -1,5 +1,6 @@
 """The error of the final image under a cache, against an uncached reference trajectory, and its gradients."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from backbones.contract import Backbone
 from backbones.denoiser import Denoiser, executed, walk
 from cache import FittingCache, GatedCache
-from diffusion import GaussianDiffusion, Sampler, State
+from diffusion import GaussianDiffusion, Sampler, State, as_sampler
 from end_to_end.moments import Reduce, moment_error_over_ranks
 
 
@@ -19,6 +20,7 @@ class ReferenceTrajectory:
     """Noise and labels, and the uncached trajectory that starts from them.
 
     noise: (n, C, H, W); labels: (n,). states: T tensors (n, C, H, W), x after every step; states[0] is x_0.
+    Empty where it is not sampled yet.
     importance: (n,), the weight of each sample in a mean; None: all count alike.
     """
 
@@ -27,11 +29,10 @@ class ReferenceTrajectory:
     noise: Tensor
     labels: Tensor
     cfg_scale: float
-    states: list[Tensor]
+    states: Sequence[Tensor] = ()
     importance: Tensor | None = None
 
     @classmethod
-    @torch.no_grad()
     def draw(
         cls,
         model: Backbone,
@@ -41,10 +42,19 @@ class ReferenceTrajectory:
         cfg_scale: float,
     ) -> "ReferenceTrajectory":
         """Sample it. diffusion: a sampler, or a chain for deterministic DDIM."""
-        denoise = Denoiser(model, diffusion, labels, cfg_scale)
-        uncached = walk(denoise.advance, denoise.start(noise), executed(denoise.num_steps))
-        states = [state.x[: len(noise)] for _, state in uncached]
-        return cls(model, diffusion, noise, labels, cfg_scale, states[::-1])
+        return cls(model, diffusion, noise, labels, cfg_scale).sampled()
+
+    @torch.no_grad()
+    def sampled(self) -> "ReferenceTrajectory":
+        """The same with its states, in one uncached run."""
+        denoise = Denoiser(self.model, self.diffusion, self.labels, self.cfg_scale)
+        uncached = walk(denoise.advance, denoise.start(self.noise), executed(self.num_steps))
+        states = [state.x[: len(self.noise)] for _, state in uncached]
+        return dataclasses.replace(self, states=states[::-1])
+
+    @property
+    def num_steps(self) -> int:
+        return as_sampler(self.diffusion).num_steps
 
     def rollout(
         self, cache: GatedCache | FittingCache, recompute: bool = False, window: int | None = None

@@ -274,6 +274,7 @@ def end_to_end(
     init = end_to_end(scale, 50, SPEEDS[50][2]) if name.endswith("from-50-steps") else None
     settings = {
         "method": "end-to-end",
+        "search": "grow",
         "model": MODEL,
         "num_sampling_steps": num_steps,
         "cfg_scale": 1,

@@ -93,7 +93,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="trajectories; l2c: passes of the data; not end-to-end",
     )
     training.add_argument(
-        "--max-steps", type=cli.positive_int, help="train steps; ends the run (default 20000, end-to-end 100)"
+        "--max-steps", type=cli.positive_int, help="train steps; ends the run (default 20000, end-to-end 40)"
     )
     batch = training.add_mutually_exclusive_group()
     batch.add_argument(
@@ -131,9 +131,14 @@ def add_single_method_arguments(parser: argparse.ArgumentParser) -> None:
         help="number of last outputs that a reused branch combines (default 3); 0: the last one as it is",
     )  # fmt: skip
     own.add_argument(
+        "--search", choices=("linear", "grow"),
+        help="how the schedule is found: from the linearised error of x_0 (default), or, slower, grown cell by "
+        "cell",
+    )  # fmt: skip
+    own.add_argument(
         "--init",
         metavar="ROUTER",
-        help="a router whose schedule is the start; its number of steps may differ",
+        help="with --search grow: a router whose schedule is the start; its number of steps may differ",
     )
     own.add_argument(
         "--pool",
@@ -157,7 +162,7 @@ def add_single_method_arguments(parser: argparse.ArgumentParser) -> None:
     own.add_argument(
         "--open-share",
         type=cli.finite,
-        help="share of the cells that a step of the search asks about (default 1)",
+        help="with --search grow: share of the cells that a step of the search asks about (default 1)",
     )
     own.add_argument(
         "--keep-activations",
@@ -266,7 +271,16 @@ def _names_a_folder(args: argparse.Namespace) -> bool:
 # Flags without effect, and when the other flags make them so.
 _L2C = ("data", "every_row", "groups", "num_works")
 _HARMONICA = ("proxy", "lambda_c", "rollout")
-_END_TO_END = ("terms", "init", "pool", "moments_weight", "window", "open_share", "keep_activations")
+_END_TO_END = (
+    "terms",
+    "search",
+    "init",
+    "pool",
+    "moments_weight",
+    "window",
+    "open_share",
+    "keep_activations",
+)
 _ROWS = ("epochs", "l1", "cost", "data_loss", "router_train", "ste_threshold")
 _TRAJECTORIES = ("cfg_scale", "trajectories", "sampler")
 UNREAD = (
@@ -277,6 +291,7 @@ UNREAD = (
     Unread(_TRAJECTORIES, lambda args: args.method == "l2c", "with --method {method}"),
     Unread(("lambda_c",), lambda args: args.proxy == "none", "with --proxy none: lambda stays at 1"),
     Unread(("cost",), lambda args: args.l1 == 0, "with --l1 0"),
+    Unread(("init", "open_share"), lambda args: args.search == "linear", "with --search linear"),
     Unread(
         ("window", "lr", "moments_weight"),
         lambda args: args.terms == 0,

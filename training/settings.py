@@ -93,20 +93,22 @@ class L2CSettings(RowSettings):
 class EndToEndSettings:
     """Training on the error of the final image.
 
-    terms: last outputs that a reused branch combines; 0: the last one as it is. init: a router whose schedule
-    is the start. pool: samples among which batches are drawn by importance. moments_weight: of the images'
-    mean and variance in the loss. window: steps that gradients pass; None: all. open_share: share of cells
-    that a step of the search asks about. keep_activations: do not recompute them for the gradient.
+    terms: last outputs that a reused branch combines; 0: the last one as it is. search: `linear`, or `grow`,
+    the older one. init: a router whose schedule is the start of `grow`. pool: samples among which batches are
+    drawn by importance. moments_weight: of the images' mean and variance in the loss. window: steps that
+    gradients pass; None: all. open_share: share of cells that a step of `grow` asks about. keep_activations:
+    do not recompute them for the gradient.
     """
 
     name: ClassVar[str] = "end-to-end"
     ste_threshold: ClassVar[float] = 0.1  # written into the router; every threshold means the same schedule
 
     lr: float = 0.1
-    max_steps: int = 100
+    max_steps: int = 40
     cfg_scale: float = 1.5
     trajectories: int | None = None
     terms: int = 3
+    search: str = "linear"
     init: str | None = None
     pool: int | None = None
     moments_weight: float = 0.0
@@ -116,7 +118,8 @@ class EndToEndSettings:
 
     @property
     def without_effect(self) -> set[str]:
-        return set() if self.terms else {"window", "lr", "moments_weight"}
+        unread = set() if self.terms else {"window", "lr", "moments_weight"}
+        return unread | ({"init", "open_share"} if self.search == "linear" else set())
 
 
 METHODS = {one.name: one for one in (HarmonicaSettings, L2CSettings, EndToEndSettings)}
@@ -138,7 +141,7 @@ _RECORDED = (
     "method", "model", "num_sampling_steps", "sampler", "cfg_scale", "ste_threshold", "l1", "target_cur",
     "target_speedup", "cost", "lambda_c", "proxy", "data_loss", "router_train", "rollout", "data",
     "every_row", "groups", "lr", "global_batch_size", "trajectories", "global_seed", "precision", "vae",
-    "terms", "init", "window", "pool", "moments_weight", "open_share", "max_steps",
+    "terms", "search", "init", "window", "pool", "moments_weight", "open_share", "max_steps",
 )  # fmt: skip
 
 
