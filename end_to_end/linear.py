@@ -87,7 +87,7 @@ def record(
 
     projections[k, p, b, i, s], for s >= i, is of sample k and its v number p: the inner product of the
     gradient of `v . x_0` at cell (i, b) with the branch's output at step s. generators: one per sample, for
-    v. recompute: as in `ReferenceTrajectory.rollout`.
+    v. recompute: as in `ReferenceTrajectory.rollout`. Samples count by their importance, in the gram alike.
     """
     n, num_steps = len(reference.noise), reference.num_steps
     recorder = _Recorder(n, num_steps, reference.model.num_branches)
@@ -98,7 +98,10 @@ def record(
             v = torch.stack([torch.randn(x_0.shape[1:], generator=one) for one in generators]).to(x_0)
             (x_0 * v).sum().backward(retain_graph=probe + 1 < probes)
             projections.append(recorder.products.clone())
-    return recorder.gram(), torch.stack(projections, dim=1)
+    own = torch.stack(projections, dim=1)
+    if reference.importance is not None:
+        own *= reference.importance.cpu().sqrt().view(-1, 1, 1, 1, 1)
+    return recorder.gram(), own
 
 
 Stored = tuple[int, ...]  # the steps whose outputs a branch has stored, the last computed one first

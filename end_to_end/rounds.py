@@ -230,13 +230,17 @@ class EndToEnd(Rounds):
         for part in tqdm(range(num_batches), desc="linearise", leave=False, disable=True if rank else None):
             first = part * size + rank * local
             generators = self._sample_generators(number, range(first, first + local))
-            reference = self._start(generators)
+            pool = self.settings.method.pool
+            reference = self._draw_from_pool(number, part) if pool else self._start(generators)
             gram, own = linear.record(
                 reference, generators, recompute=not self.settings.method.keep_activations
             )
             grams.append(distributed.mean(gram.to(self.processes.device)).cpu())
             projections.append(distributed.gathered(own.to(self.processes.device)).cpu())
-        return torch.stack(grams).mean(0), torch.cat(projections).flatten(0, 1)
+        tables = torch.stack(grams).mean(0), torch.cat(projections).flatten(0, 1)
+        for table in tables:
+            self._check_finite(table.sum().item(), 1)
+        return tables
 
     def _grow(self, candidate: int, training: EndToEndTraining, batch: Batch, number: int) -> TrainStep:
         """One growth of a candidate: the first builds its skeleton, the last meets the budget."""
@@ -325,15 +329,19 @@ class EndToEnd(Rounds):
 
     def _outcome(self, training: EndToEndTraining, fitted: search.Fit) -> TrainStep:
         """A step of the search as it is logged; training goes on from its fitted weights."""
-        if not math.isfinite(fitted.error):
-            raise ValueError(
-                f"the error of x_0 is {fitted.error} at train step {training.train_steps + 1}; check the "
-                "model's weights, or use --precision fp32"
-            )
+        self._check_finite(fitted.error, training.train_steps + 1)
         if self.num_terms:
             training.start_moving(fitted)
         error = torch.tensor(fitted.error, device=training.device)
         return TrainStep(0, error.clamp(min=LEAST_ERROR).log(), error, training.compute.sum().to(error))
+
+    @staticmethod
+    def _check_finite(error: float, train_step: int) -> None:
+        if not math.isfinite(error):
+            raise ValueError(
+                f"the error of x_0 is {error} at train step {train_step}; check the model's weights, or use "
+                "--precision fp32"
+            )
 
     # ---- batches ---------------------------------------------------------------------------------------
 
@@ -355,13 +363,15 @@ class EndToEnd(Rounds):
         """Samples by their index in the pool that begins with round `first`."""
         return self._reference(self._sample_generators(first, indices))
 
-    def _draw_from_pool(self, number: int) -> ReferenceTrajectory:
-        """A batch of the pool that round `number` draws from, by importance."""
+    def _draw_from_pool(self, number: int, part: int = 0) -> ReferenceTrajectory:
+        """A batch of the pool that round `number` draws from, by importance. part: which of its batches."""
         first = number - number % POOL_ROUNDS
         if self._pool is None or self._pool[0] != first:
             self._pool = first, self._inclusion(first)
         rank, world_size = self.processes.rank, self.processes.world_size
-        generator = sample_generator(self.settings.global_seed, TRAINING_STREAM, number)
+        generator = sample_generator(
+            self.settings.global_seed, TRAINING_STREAM, number, *([part] if part else [])
+        )
         indices, importance = systematic_sample(self._pool[1], generator)
         local = len(indices) // world_size
         own = slice(rank * local, (rank + 1) * local)

@@ -132,8 +132,7 @@ def add_single_method_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     own.add_argument(
         "--search", choices=("linear", "grow"),
-        help="how the schedule is found: from the linearised error of x_0 (default), or, slower, grown cell by "
-        "cell",
+        help="find the schedule from the linearised error of x_0 (default), or grow it cell by cell"
     )  # fmt: skip
     own.add_argument(
         "--init",
@@ -291,7 +290,12 @@ UNREAD = (
     Unread(_TRAJECTORIES, lambda args: args.method == "l2c", "with --method {method}"),
     Unread(("lambda_c",), lambda args: args.proxy == "none", "with --proxy none: lambda stays at 1"),
     Unread(("cost",), lambda args: args.l1 == 0, "with --l1 0"),
-    Unread(("init", "open_share"), lambda args: args.search == "linear", "with --search linear"),
+    Unread(("init", "open_share"), lambda args: args.search in (None, "linear"), "with --search linear"),
+    Unread(
+        ("max_steps",),
+        lambda args: args.method == "end-to-end" and args.terms == 0 and args.search in (None, "linear"),
+        "with --terms 0 and --search linear: the search ends the run",
+    ),
     Unread(
         ("window", "lr", "moments_weight"),
         lambda args: args.terms == 0,

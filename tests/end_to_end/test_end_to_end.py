@@ -1,4 +1,4 @@
-"""Training on the error of the final image: its plan, its batches, what it reaches, and the command."""
+"""Training on the error of the final image, grown: its plan, its batches, what it reaches, the command."""
 
 import copy
 import json
@@ -9,20 +9,19 @@ import pytest
 import torch
 from commands import ROOT, error_line, run
 from conftest import tiny_training
+from end_to_end_rounds import rounds_of, take_step
 from ranks import on_two_ranks, run_on_ranks
 from safetensors.torch import load_file, save_file
 
 from backbones.loading import load_model
-from common.distributed import Processes
 from diffusion import create_diffusion
 from end_to_end import search
-from end_to_end.rounds import EXCHANGES, GROWTHS, Batch, EndToEnd
+from end_to_end.rounds import EXCHANGES, GROWTHS, Batch
 from models import DiT
 from router import Router, Schedule, find_router, load_router, save_router, weights_read
 from sampling.loop import Trajectory, generate_seeded
 from training.run import Run
-from training.settings import EndToEndSettings, TrainSettings
-from training.target import Target
+from training.settings import EndToEndSettings
 
 SEARCH = 3 * GROWTHS + EXCHANGES
 STEPS = SEARCH + 5
@@ -30,20 +29,7 @@ POOL_AND_MOMENTS = {"pool": 16, "moments_weight": 1.0}
 
 
 def own(max_steps: int = STEPS, **others) -> EndToEndSettings:
-    return EndToEndSettings(**{"max_steps": max_steps, "cfg_scale": 1.0} | others)
-
-
-def rounds_of(model, method: EndToEndSettings, num_steps: int = 4, speedup: float = 1.5) -> EndToEnd:
-    settings = TrainSettings(method, num_sampling_steps=str(num_steps), global_batch_size=4)
-    processes = Processes(0, 1, torch.device("cpu"))
-    target = Target("speedup", speedup, model, num_steps)
-    return EndToEnd(settings, processes, model, create_diffusion(str(num_steps)), target)
-
-
-def take_step(rounds: EndToEnd, training):
-    (update,) = rounds.run(training)
-    training.train_steps += 1
-    return update
+    return EndToEndSettings(**{"max_steps": max_steps, "cfg_scale": 1.0, "search": "grow"} | others)
 
 
 # ---- the plan --------------------------------------------------------------------------------------
@@ -373,7 +359,18 @@ def test_killed_and_resumed_ends_bit_for_bit_the_same(whole, train_tiny, monkeyp
 
 
 TRAIN = ["train_router.py", "--method", "end-to-end", "--model", "DiT-digits/2", "--num-sampling-steps", 4]
-TRAIN += ["--cfg-scale", 1, "--global-batch-size", 2, "--target-speedup", 1.7, "--device", "cpu"]
+TRAIN += [
+    "--search",
+    "grow",
+    "--cfg-scale",
+    1,
+    "--global-batch-size",
+    2,
+    "--target-speedup",
+    1.7,
+    "--device",
+    "cpu",
+]
 
 
 @pytest.mark.parametrize(("cfg_scale", "trajectories"), [(1.5, 1), (1.0, 2)])

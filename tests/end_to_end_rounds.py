@@ -1,0 +1,22 @@
+"""Rounds of end-to-end training on the tiny model, one train step at a time."""
+
+import torch
+
+from common.distributed import Processes
+from diffusion import create_diffusion
+from end_to_end.rounds import EndToEnd
+from training.settings import EndToEndSettings, TrainSettings
+from training.target import Target
+
+
+def rounds_of(model, method: EndToEndSettings, num_steps: int = 4, speedup: float = 1.5) -> EndToEnd:
+    settings = TrainSettings(method, num_sampling_steps=str(num_steps), global_batch_size=4)
+    processes = Processes(0, 1, torch.device("cpu"))
+    target = Target("speedup", speedup, model, num_steps)
+    return EndToEnd(settings, processes, model, create_diffusion(str(num_steps)), target)
+
+
+def take_step(rounds: EndToEnd, training):
+    (update,) = rounds.run(training)
+    training.train_steps += 1
+    return update
