@@ -14,15 +14,15 @@ these tables; after that the model is not run again. From the tables follow
 Errors of different cells add up or cancel in x_0, and this squared error counts that.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from cache import RIDGE
-from end_to_end.search import Budget, Fit, moving_scale
+from end_to_end.search import Budget
 from end_to_end.trajectory import ReferenceTrajectory
+from schedules.any_speed import Cell, CellFit, Stored, fit_cell, reused_cells
 
 PROBES = 4  # random directions v for each sample
 PRIOR = 1.0  # pull towards the weights of single cells, in mean squares of what a weight does to x_0
@@ -104,9 +104,6 @@ def record(
     return recorder.gram(), own
 
 
-Stored = tuple[int, ...]  # the steps whose outputs a branch has stored, the last computed one first
-
-
 @dataclass(frozen=True, eq=False)
 class Linearised:
     """The tables of `record`, and what follows from them.
@@ -128,41 +125,22 @@ class Linearised:
     def num_branches(self) -> int:
         return self.gram.shape[0]
 
-    def _normal_equations(self, step: int, branch: int, stored: Stored) -> tuple[Tensor, Tensor]:
-        """Gram matrix (k, k) of stored outputs, with a ridge, and their products (k,) with the output."""
-        steps = list(stored)
-        gram, target = self.gram[branch][steps][:, steps], self.gram[branch][steps, step]
-        ridge = RIDGE * gram.diagonal().mean().clamp(min=1e-30)
-        return gram + ridge * torch.eye(len(steps), dtype=gram.dtype), target
-
-    def cell(self, step: int, branch: int, stored: Stored) -> tuple[Tensor, Tensor]:
-        """What reuse in a cell adds to `v . x_0` (R,), and its weights (k,), fitted to the output."""
+    def cell(self, step: int, branch: int, stored: Stored) -> tuple[Tensor, CellFit]:
+        """What reuse in a cell adds to `v . x_0` (R,), and the least squares that give its weights."""
         key = step, branch, stored
         if key not in self._cells:
-            plain = torch.zeros(len(stored), dtype=self.gram.dtype)
-            plain[0] = 1
-            weights = plain
             if self.num_terms:
-                gram, target = self._normal_equations(step, branch, stored)
-                ridge = gram - self.gram[branch][list(stored)][:, list(stored)]
-                weights = torch.linalg.solve(gram, target + ridge @ plain)  # the ridge pulls to plain reuse
-            table = self.projections[:, branch, step]
-            self._cells[key] = table[:, list(stored)] @ weights.to(table) - table[:, step], weights
-        return self._cells[key]
-
-    def _reused(self, column: list[bool]) -> Iterator[tuple[int, Stored]]:
-        """The reused cells of a branch, in order of execution, with the steps that they read."""
-        stored: Stored = ()
-        for step in range(self.num_steps - 1, -1, -1):
-            if column[step] or not stored:
-                stored = (step, *stored)[: max(1, self.num_terms)]
+                fit = fit_cell(self.gram[branch], step, stored)
             else:
-                yield step, stored
+                fit = CellFit(torch.ones(1, dtype=self.gram.dtype), torch.zeros(1, 1, dtype=self.gram.dtype))
+            table = self.projections[:, branch, step]
+            self._cells[key] = table[:, list(stored)] @ fit.weights.to(table) - table[:, step], fit
+        return self._cells[key]
 
     def branch_error(self, branch: int, column: list[bool]) -> Tensor:
         """What a branch adds to `v . x_0` (R,) where `column` (T,) says at which steps it is computed."""
         errors = torch.zeros(len(self.projections))
-        for step, stored in self._reused(column):
+        for step, stored in reused_cells(column, self.num_terms):
             errors = errors + self.cell(step, branch, stored)[0]
         return errors
 
@@ -171,7 +149,7 @@ class Linearised:
         columns = compute.T.tolist()
         return sum(map(self.branch_error, range(self.num_branches), columns)).square().mean().item()
 
-    def closing_order(self, budget: Budget) -> list[tuple[int, int]]:
+    def closing_order(self, budget: Budget) -> list[Cell]:
         """Cells (step, branch) in the order in which to close them, until the budget is met.
 
         Each is the one that raises the squared error of x_0 least for its cost, given all that are closed.
@@ -216,55 +194,29 @@ class Linearised:
         index = int(added.argmin())
         return added[index].item(), index
 
-    def solve(self, compute: Tensor, prior: float = PRIOR) -> Fit:
-        """All weights of reuse of a schedule at once, by least squares on x_0, and the error to expect.
+    def solve(self, compute: Tensor, prior: float = PRIOR) -> tuple[Tensor, float]:
+        """Moves (T, B, K) of all weights of reuse at once, by least squares on x_0, and the error to expect.
 
-        They are pulled towards the weights of the single cells, since there are few rows for so many weights.
-        gram and residual of the result are those of single cells, as `cache.FittingCache` has them.
+        A move is one of `AnySpeed.reuse_weights`, in its units. Moves are pulled to 0, the weights of single
+        cells, since there are few rows for so many weights.
         """
-        size = (*compute.shape, max(1, self.num_terms))
-        weights, residual = (
-            torch.zeros(size, dtype=torch.float64),
-            torch.zeros(compute.shape, dtype=torch.float64),
-        )
-        weights[..., 0] = 1
-        gram = torch.eye(size[2], dtype=torch.float64).expand(*size, size[2]).clone()
-        cells, errors = [], torch.zeros(len(self.projections))
+        moves = torch.zeros(*compute.shape, max(1, self.num_terms), dtype=torch.float64)
+        cells, effects = [], []  # effects (R, k) of a cell: what unit moves of its weights do
+        errors = torch.zeros(len(self.projections))
         for branch, column in enumerate(compute.T.tolist()):
-            for step, stored in self._reused(column):
-                added, own = self.cell(step, branch, stored)
-                errors, k = errors + added, len(stored)
-                cells.append((step, branch, stored))
-                weights[step, branch] = 0
-                weights[step, branch, :k] = own
-                if self.num_terms:
-                    matrix, target = self._normal_equations(step, branch, stored)
-                    gram[step, branch, :k, :k] = matrix
-                    left = self.gram[branch, step, step] - 2 * own @ target + own @ matrix @ own
-                    residual[step, branch] = left.clamp(min=0)
+            for step, stored in reused_cells(column, self.num_terms):
+                added, fit = self.cell(step, branch, stored)
+                errors = errors + added
+                cells.append((step, branch, len(stored)))
+                effects.append(self.projections[:, branch, step][:, list(stored)] @ fit.scale.float())
+        errors = errors.double()
         if not self.num_terms or not cells:
-            return Fit(weights, errors.square().mean().item(), gram, residual)
-        scale = moving_scale(Fit(weights, 0.0, gram, residual))
-        effects = []  # (R, k) of each cell: of moving its weights by a unit
-        for step, branch, stored in cells:
-            own = scale[step, branch, : len(stored), : len(stored)].float()
-            effects.append(self.projections[:, branch, step][:, list(stored)] @ own)
-        design, errors = torch.cat(effects, dim=1).double(), errors.double()
+            return moves, errors.square().mean().item()
+        design = torch.cat(effects, dim=1).double()
         normal = design.T @ design / len(design)
         pull = prior * normal.diagonal().mean() * torch.eye(len(normal), dtype=normal.dtype)
-        moves = -torch.linalg.solve(normal + pull, design.T @ errors / len(design))
-        expected = (errors + design @ moves).square().mean().item()
-        for (step, branch, stored), own in zip(
-            cells, moves.split([len(one[2]) for one in cells]), strict=True
-        ):
-            k = len(stored)
-            weights[step, branch, :k] += scale[step, branch, :k, :k] @ own
-        return Fit(weights, expected, gram, residual)
-
-
-def closed_cells(order: list[tuple[int, int]], num_steps: int, num_branches: int) -> Tensor:
-    """The schedule (T, B) that computes all cells but these."""
-    compute = torch.ones(num_steps, num_branches, dtype=torch.bool)
-    for cell in order:
-        compute[cell] = False
-    return compute
+        solved = -torch.linalg.solve(normal + pull, design.T @ errors / len(design))
+        parts = solved.split([k for _, _, k in cells])
+        for (step, branch, k), own in zip(cells, parts, strict=True):
+            moves[step, branch, :k] = own
+        return moves, (errors + design @ solved).square().mean().item()

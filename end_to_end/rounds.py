@@ -38,6 +38,7 @@ from end_to_end.trajectory import ReferenceTrajectory, toggle_effects
 from objectives import TrainStep
 from router import DEFAULT_THRESHOLD, Router, Schedule, load_router, weights_read
 from sampling.seeds import TRAINING_STREAM, sample_generator
+from schedules.any_speed import closed_cells, fit_cells, moved
 from training.rounds import Rounds
 from training.state import Training
 from training.target import Target
@@ -214,13 +215,15 @@ class EndToEnd(Rounds):
         """The schedule and the weights that the linearised error of x_0 asks for."""
         tables = linear.Linearised(*self._tables(training.round), self.num_terms)
         order = tables.closing_order(self.budget)
-        training.compute = linear.closed_cells(order, tables.num_steps, tables.num_branches)
-        solved = tables.solve(training.compute)
+        training.choose(closed_cells(order, tables.num_steps, tables.num_branches))
+        fitted, scale = fit_cells(tables.gram, training.compute, max(1, self.num_terms))
+        if self.num_terms:
+            moves, _ = tables.solve(training.compute)
+            training.fitted = moved(fitted, scale, moves).float().to(training.device)
+            training.scale = scale.float().to(training.device)
         reference = batch.reference
-        cache = GatedCache(training.compute.to(reference.noise), solved.reuse_weights.to(reference.noise))
-        with torch.no_grad():
-            (errors,) = reference.errors(cache)
-        return self._outcome(training, solved._replace(error=distributed.mean(errors.mean()).item()))
+        cache = GatedCache(training.compute.to(reference.noise), training.reuse_weights().detach())
+        return self._logged(training, self._error(reference, cache))
 
     def _tables(self, number: int) -> tuple[Tensor, Tensor]:
         """Gram and projections over LINEARISED samples of all ranks, see `linear.record`."""
@@ -273,10 +276,25 @@ class EndToEnd(Rounds):
 
     def _update(self, num_updates: int, training: EndToEndTraining, batch: Batch, number: int) -> TrainStep:
         """One Adam step on all reuse weights."""
-        method, reference = self.settings.method, batch.reference
-        (group,) = training.optimizer.param_groups
+        return self._descend(
+            training.optimizer, batch.reference, training.compute, training.reuse_weights(),
+            number, num_updates,
+        )  # fmt: skip
+
+    def _descend(
+        self,
+        optimizer: torch.optim.Optimizer,
+        reference: ReferenceTrajectory,
+        compute: Tensor,
+        reuse_weights: Tensor,
+        number: int,
+        num_updates: int,
+    ) -> TrainStep:
+        """Update number `number` of so many, of what the reuse weights (T, B, K) are made of."""
+        method = self.settings.method
+        (group,) = optimizer.param_groups
         group["lr"] = search.learning_rate(method.lr, number, num_updates)
-        cache = GatedCache(training.compute.to(reference.noise), training.reuse_weights())
+        cache = GatedCache(compute.to(reference.noise), reuse_weights)
         deviations = reference.deviations(cache, not method.keep_activations, method.window)
         losses = errors = torch.stack([one.square().mean(1).mean() for one in deviations])
         if method.moments_weight:
@@ -286,10 +304,10 @@ class EndToEnd(Rounds):
         # The loss is the logarithm of the mean over all ranks, not the mean of the ranks' logarithms.
         means = distributed.mean(torch.stack([losses.detach(), errors.detach()]))  # (2, windows)
         means = means.clamp(min=LEAST_ERROR)  # a window whose steps are all computed has no error
-        training.optimizer.zero_grad()
+        optimizer.zero_grad()
         (losses / means[0]).mean().backward()
-        training.optimizer.step()
-        return TrainStep(0, means[0].log().mean(), means[1, 0], training.compute.sum().to(means))
+        optimizer.step()
+        return TrainStep(0, means[0].log().mean(), means[1, 0], compute.sum().to(means))
 
     # ---- what the steps share --------------------------------------------------------------------------
 
@@ -328,12 +346,22 @@ class EndToEnd(Rounds):
         return effects, fitted
 
     def _outcome(self, training: EndToEndTraining, fitted: search.Fit) -> TrainStep:
-        """A step of the search as it is logged; training goes on from its fitted weights."""
-        self._check_finite(fitted.error, training.train_steps + 1)
-        if self.num_terms:
+        """A step of the older search as it is logged; training goes on from its fitted weights."""
+        if self.num_terms and math.isfinite(fitted.error):
             training.start_moving(fitted)
-        error = torch.tensor(fitted.error, device=training.device)
-        return TrainStep(0, error.clamp(min=LEAST_ERROR).log(), error, training.compute.sum().to(error))
+        return self._logged(training, fitted.error)
+
+    def _logged(self, training: EndToEndTraining, error: float) -> TrainStep:
+        """A step of a search that ends at this error of x_0."""
+        self._check_finite(error, training.train_steps + 1)
+        own = torch.tensor(error, device=training.device)
+        return TrainStep(0, own.clamp(min=LEAST_ERROR).log(), own, training.compute.sum().to(own))
+
+    @torch.no_grad()
+    def _error(self, reference: ReferenceTrajectory, cache: GatedCache) -> float:
+        """Mean squared error of x_0, over the samples of all ranks."""
+        (errors,) = reference.errors(cache)
+        return distributed.mean(errors.mean()).item()
 
     @staticmethod
     def _check_finite(error: float, train_step: int) -> None:

@@ -17,6 +17,7 @@ from end_to_end import linear, search
 from end_to_end.linear import Linearised
 from end_to_end.trajectory import ReferenceTrajectory
 from router import find_router, load_router
+from schedules.any_speed import fit_cells, moved
 from training.settings import EndToEndSettings
 
 PROBES = 2
@@ -61,7 +62,7 @@ def test_a_cell_is_the_derivative_in_its_gate(recorded, recompute):
     weights = torch.zeros(4, 4, 3, dtype=torch.float64)
     for step in range(3):
         for branch in range(4):
-            own = tables.cell(step, branch, tuple(range(step + 1, 4))[:3])[1]
+            own = tables.cell(step, branch, tuple(range(step + 1, 4))[:3])[1].weights
             weights[step, branch, : len(own)] = own
     gates = torch.ones(4, 4, 3, dtype=torch.float64, requires_grad=True)
     cache = GatedCache(gates, weights, torch.ones(4, 4, dtype=torch.bool), store_gradient=False)
@@ -129,8 +130,6 @@ def test_a_schedule_of_a_higher_speed_closes_more_of_the_same_order():
     fast, slow = (tables.closing_order(budget_of(allowed)) for allowed in (6.0, 12.0))
     assert fast[: len(slow)] == slow
     assert len(fast) > len(slow)
-    compute = linear.closed_cells(slow, 5, 3)
-    assert (~compute).sum() == len(slow)
 
 
 def test_errors_that_cancel_are_closed_together():
@@ -155,14 +154,14 @@ def test_an_output_that_others_make_up_is_met_exactly():
     mix = torch.tensor([2.0, -1.0], dtype=torch.float64)  # output 0 of branch 0 is 2 * output 1 - output 2
     gram[0, 0, 1:] = gram[0, 1:, 0] = mix @ gram[0, 1:3, 1:]
     gram[0, 0, 0] = mix @ gram[0, 1:3, 1:3] @ mix
-    _, weights = Linearised(gram, tables.projections, 3).cell(0, 0, (1, 2))
-    torch.testing.assert_close(weights, mix, rtol=1e-3, atol=1e-3)
+    _, fit = Linearised(gram, tables.projections, 3).cell(0, 0, (1, 2))
+    torch.testing.assert_close(fit.weights, mix, rtol=1e-3, atol=1e-3)
 
 
 def test_reuse_as_it_is_without_terms():
     tables = table(num_terms=0)
-    error, weights = tables.cell(1, 2, (3,))
-    assert weights.tolist() == [1]
+    error, fit = tables.cell(1, 2, (3,))
+    assert fit.weights.tolist() == [1]
     torch.testing.assert_close(error, tables.projections[:, 2, 1, 3] - tables.projections[:, 2, 1, 1])
 
 
@@ -183,18 +182,23 @@ def errors_with(tables: Linearised, compute: torch.Tensor, weights: torch.Tensor
 def test_weights_solved_at_once_have_the_least_error():
     tables = table(rows=60)
     compute = torch.tensor([[0, 1, 0], [1, 0, 0], [0, 0, 1], [1, 0, 0], [1, 1, 1]], dtype=torch.bool)
-    single = search.Fit(*tables.solve(compute, prior=1e9))
-    solved = tables.solve(compute, prior=0.0)
-    assert single.error == pytest.approx(tables.error(compute), rel=1e-4)
-    assert solved.error < 0.9 * single.error
-    weights = solved.reuse_weights.clone().requires_grad_()
-    error = errors_with(tables, compute, weights).square().mean()
-    assert error.item() == pytest.approx(solved.error, rel=1e-4)
-    (gradient,) = torch.autograd.grad(error, weights)
-    alone = single.reuse_weights.clone().requires_grad_()
-    (before,) = torch.autograd.grad(errors_with(tables, compute, alone).square().mean(), alone)
-    assert gradient.abs().max() < 1e-3 * before.abs().max()
-    assert (solved.reuse_weights[compute] == torch.tensor([1.0, 0, 0])).all()
+    moves, expected = tables.solve(compute, prior=0.0)
+    still, alone = tables.solve(compute, prior=1e12)
+    assert still.abs().max() < 1e-6
+    assert alone == pytest.approx(tables.error(compute), rel=1e-4)
+    assert expected < 0.9 * alone
+    fitted, scale = fit_cells(tables.gram, compute, 3)
+
+    def error_after(moves: torch.Tensor) -> torch.Tensor:
+        return errors_with(tables, compute, moved(fitted, scale, moves)).square().mean()
+
+    assert error_after(moves).item() == pytest.approx(expected, rel=1e-4)
+    gradients = []
+    for one in (moves, torch.zeros_like(moves)):
+        own = one.clone().requires_grad_()
+        gradients.append(torch.autograd.grad(error_after(own), own)[0].abs().max())
+    assert gradients[0] < 1e-3 * gradients[1]
+    assert (moves[compute] == 0).all()
 
 
 # ---- training --------------------------------------------------------------------------------------
