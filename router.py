@@ -37,6 +37,10 @@ FORMAT_VERSION = 1
 MAX_TERMS = 3  # most outputs that a reused branch may combine, as in TaylorSeer's second order
 LOGIT_LIMIT = 5.0
 DEFAULT_THRESHOLD = 0.1  # HarmoniCa's, where a file says none
+# What a router for every speed-up holds in addition, see `schedules/any_speed.py`.
+ANY_SPEED_TENSORS = ("order", "gram", "moves")
+ANY_SPEED_FACTS = ("speedups", "branch_macs", "other_macs", "branch_size")
+_TENSORS = ("logits", "weights", *ANY_SPEED_TENSORS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +154,8 @@ class Router(nn.Module):
 
     Rows 0 .. T-2 are parameters, drawn from a standard normal; row T-1 is a buffer at logit 5. `info` holds
     what a file says of the router (method, model, num_steps, threshold, ...). `weights` (T, B, K), None for
-    plain reuse, are those of its schedules.
+    plain reuse, are those of its schedules. `tensors`, where it has some, make it a router for every speed-up
+    (`schedules/any_speed.py`); it has no schedule of a threshold.
     """
 
     def __init__(self, num_steps: int, num_branches: int, generator: torch.Generator | None = None):
@@ -164,6 +169,7 @@ class Router(nn.Module):
         self.register_buffer("first_row", torch.full((num_branches,), LOGIT_LIMIT))
         self.info: dict = {}
         self.weights: Tensor | None = None
+        self.tensors: dict[str, Tensor] = {}
 
     @classmethod
     def from_schedule(cls, schedule: Schedule) -> "Router":
@@ -212,6 +218,12 @@ class Router(nn.Module):
         """Compute a cell iff its score > threshold. Raises ValueError outside [0, 1)."""
         if not 0 <= threshold < 1:
             raise ValueError(f"threshold {threshold} is outside [0, 1); the published one is 0.1")
+        if self.tensors:
+            least, *_, most = self.info["speedups"]
+            raise ValueError(
+                f"{self.info.get('path', 'this router')} is for every speed-up from {least:g} to {most:g} by "
+                f"MACs; give the one you want, such as --speedup {min(2, most):g}"
+            )
         method = self.info.get("method", "router")
         return Schedule(
             self.scores().detach() > threshold, f"{method}, threshold {threshold:g}", self.weights
@@ -249,7 +261,8 @@ def _content(router: Router, **facts) -> tuple[dict, dict[str, Tensor]]:
     info.pop("path", None)
     info |= {"num_steps": router.num_steps, "num_branches": router.num_branches, "version": FORMAT_VERSION}
     logits = router.logits.detach().cpu().contiguous()
-    return info, {"logits": logits} | ({} if router.weights is None else {"weights": router.weights})
+    own = {"logits": logits} | ({} if router.weights is None else {"weights": router.weights})
+    return info, own | router.tensors
 
 
 def load_router(
@@ -277,10 +290,13 @@ def load_router(
     return router
 
 
-def _from_content(file: str | Path, logits: Tensor, weights: Tensor | None, info: dict) -> Router:
+def _from_content(file: str | Path, tensors: dict[str, Tensor], info: dict) -> Router:
+    logits, weights = tensors.pop("logits"), tensors.pop("weights", None)
     _check(file, logits, weights, info)
+    _check_any_speed(file, logits, tensors, info)
     router = Router.from_logits(logits.float())
     router.weights = None if weights is None else weights.float()
+    router.tensors = tensors
     router.info = info | {"num_steps": len(logits), "num_branches": logits.shape[1], "path": str(file)}
     return router
 
@@ -361,18 +377,45 @@ def _train_steps(file: Path) -> int:
         return 0
 
 
-def _read_own(file: Path) -> tuple[Tensor, Tensor | None, dict]:
+def _check_any_speed(file: str | Path, logits: Tensor, tensors: dict[str, Tensor], info: dict) -> None:
+    """Raise ValueError, naming the file, where the tables of a router for every speed-up do not fit."""
+    if not tensors and "speedups" not in info:
+        return
+    num_steps, num_branches = logits.shape
+    missing = [name for name in ANY_SPEED_TENSORS if name not in tensors]
+    missing += [name for name in ANY_SPEED_FACTS if name not in info]
+    if missing:
+        raise ValueError(f"{file} is for every speed-up, but holds no {missing[0]}; it is damaged")
+    order, gram, moves = (tensors[name] for name in ANY_SPEED_TENSORS)
+    speedups = info["speedups"]
+    shapes = {
+        "order": (order.shape, (len(order), 2)),
+        "gram": (gram.shape, (num_branches, num_steps, num_steps)),
+        "moves": (moves.shape, (len(speedups), num_steps, num_branches, moves.shape[-1])),
+    }
+    for name, (found, wanted) in shapes.items():
+        if tuple(found) != wanted or not tensors[name].float().isfinite().all():
+            raise ValueError(f"{file}: {name} of shape {tuple(found)} or not finite fit no router")
+    cells = {(step, branch) for step, branch in order.tolist()}
+    inside = all(0 <= step < num_steps - 1 and 0 <= branch < num_branches for step, branch in cells)
+    if len(cells) != len(order) or not inside or sorted(speedups) != list(speedups) or len(speedups) < 2:
+        raise ValueError(f"{file}: its order of cells or its speed-ups are none; it is damaged")
+
+
+def _read_own(file: Path) -> tuple[dict[str, Tensor], dict]:
     try:
         with safetensors.safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
             if _ROUTERS in metadata:
                 names = json.loads(metadata[_ROUTERS])
                 raise ValueError(f"{file} holds {len(names)} routers; name one: {file}:{min(names)}")
-            logits = opened.get_tensor("logits")
-            weights = opened.get_tensor("weights") if "weights" in opened.keys() else None  # noqa: SIM118
+            held = [name for name in _TENSORS if name in opened.keys()]  # noqa: SIM118
+            tensors = {name: opened.get_tensor(name) for name in held}
     except safetensors.SafetensorError as error:
         raise ValueError(f"{file} is no router file ({error}); give one that train_router.py wrote") from None
-    return logits, weights, {key: _parse(value) for key, value in metadata.items()}
+    if "logits" not in tensors:
+        raise ValueError(f"{file} holds no logits; give a router file that train_router.py wrote")
+    return tensors, {key: _parse(value) for key, value in metadata.items()}
 
 
 def _parse(value: str):
@@ -382,7 +425,7 @@ def _parse(value: str):
         return value
 
 
-def _read_released(file: Path) -> tuple[Tensor, None, dict]:
+def _read_released(file: Path) -> tuple[dict[str, Tensor], dict]:
     """The layout `{"routers": {"0.prob": (B,), ...}, "opt": ..., "args": Namespace}`, or its rows alone."""
     content = load_pickle_safely(file)
     rows = content.get("routers", content) if isinstance(content, dict) else None
@@ -404,7 +447,7 @@ def _read_released(file: Path) -> tuple[Tensor, None, dict]:
     args = content.get("args")
     args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
     if "version" in args:  # written by save_router
-        return logits, None, args
+        return {"logits": logits}, args
     names = {"num_sampling_steps": "num_steps", "l1": "reg_weight", "ste_threshold": "threshold"}
     kept = ("model", "image_size", "cfg_scale", "lr", *names)
     info = {names.get(key, key): args[key] for key in kept if args.get(key) is not None}
@@ -412,7 +455,7 @@ def _read_released(file: Path) -> tuple[Tensor, None, dict]:
     harmonica = "lambda_c" in args or (not args and bool((logits[-1] == LOGIT_LIMIT).all()))
     if not harmonica and logits.is_floating_point():
         logits[1::2] = torch.inf  # L2C trains even rows only: odd steps compute everything
-    return logits, None, info | {"method": "harmonica" if harmonica else "l2c"}
+    return {"logits": logits}, info | {"method": "harmonica" if harmonica else "l2c"}
 
 
 # ---- many routers in one file ----------------------------------------------------------------------
@@ -424,7 +467,8 @@ _NAMED = re.compile(r"(.+\.safetensors):(.+)")
 def save_routers(path: str | Path, routers: dict[str, Router]) -> None:
     """Write many routers into one safetensors file, for `load_router("FILE.safetensors:NAME")`.
 
-    Its tensors are NAME/logits and NAME/weights; its metadata says of every name what `save_router` would.
+    Its tensors are NAME/logits, NAME/weights and so on; its metadata says of every name what `save_router`
+    would.
     """
     tensors, infos = {}, {}
     for name, router in sorted(routers.items()):
@@ -441,7 +485,7 @@ def load_routers(path: str | Path) -> dict[str, Router]:
     return {name: _from_content(f"{path}:{name}", *content) for name, content in found.items()}
 
 
-def _read_named(file: Path, name: str) -> tuple[Tensor, Tensor | None, dict]:
+def _read_named(file: Path, name: str) -> tuple[dict[str, Tensor], dict]:
     with _opened(file) as (opened, infos):
         if name not in infos:
             near = difflib.get_close_matches(name, infos, n=3, cutoff=0)
@@ -449,10 +493,9 @@ def _read_named(file: Path, name: str) -> tuple[Tensor, Tensor | None, dict]:
         return _named_content(opened, name, infos[name])
 
 
-def _named_content(opened, name: str, info: dict) -> tuple[Tensor, Tensor | None, dict]:
-    has_weights = f"{name}/weights" in opened.keys()  # noqa: SIM118
-    weights = opened.get_tensor(f"{name}/weights") if has_weights else None
-    return opened.get_tensor(f"{name}/logits"), weights, info
+def _named_content(opened, name: str, info: dict) -> tuple[dict[str, Tensor], dict]:
+    held = [part for part in _TENSORS if f"{name}/{part}" in opened.keys()]  # noqa: SIM118
+    return {part: opened.get_tensor(f"{name}/{part}") for part in held}, info
 
 
 @contextlib.contextmanager
@@ -527,6 +570,8 @@ def main(args: argparse.Namespace) -> None:
     router = load_router(args.path)
     for fact, value in sorted(router.info.items()):
         print(f"{fact:14} {value}")
+    if router.tensors:
+        return
     schedule = router.schedule(
         args.thres if args.thres is not None else router.info.get("threshold", DEFAULT_THRESHOLD)
     )

@@ -15,7 +15,8 @@ interruption, run the same command with `--resume auto`: the logits come out the
 
 You may ask for a speed instead of a regularization weight: `--target-cur 0.4` or `--target-speedup 1.6`.
 Learning-to-Cache needs images: `--method l2c --data FOLDER` (one folder per class, encoded by the VAE).
-`--method end-to-end --target-speedup 2` trains a schedule and its reuse on the error of the final image.
+`--method end-to-end --target-speedup 2` trains a schedule and its reuse on the error of the final image;
+`--any-speed` in place of the target trains one router for every speed-up.
 """
 
 from common import lifeline  # isort: skip  # noqa: F401  # first: under torchrun this process ends with it
@@ -24,14 +25,14 @@ import argparse
 
 from tqdm import tqdm
 
-import end_to_end.rounds
+import end_to_end.any_speed
 import training.rounds
 from common import cli, distributed
 from training.arguments import parse_args
 from training.run import train
 from training.settings import TrainSettings
 
-ROUNDS = training.rounds.ROUNDS | end_to_end.rounds.ROUNDS
+ROUNDS = training.rounds.ROUNDS | end_to_end.any_speed.ROUNDS
 
 
 def main(args: argparse.Namespace) -> None:

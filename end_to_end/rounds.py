@@ -351,11 +351,11 @@ class EndToEnd(Rounds):
             training.start_moving(fitted)
         return self._logged(training, fitted.error)
 
-    def _logged(self, training: EndToEndTraining, error: float) -> TrainStep:
+    def _logged(self, training: Training, error: float) -> TrainStep:
         """A step of a search that ends at this error of x_0."""
         self._check_finite(error, training.train_steps + 1)
         own = torch.tensor(error, device=training.device)
-        return TrainStep(0, own.clamp(min=LEAST_ERROR).log(), own, training.compute.sum().to(own))
+        return TrainStep(0, own.clamp(min=LEAST_ERROR).log(), own, training.schedule.compute.sum().to(own))
 
     @torch.no_grad()
     def _error(self, reference: ReferenceTrajectory, cache: GatedCache) -> float:
@@ -422,6 +422,3 @@ class EndToEnd(Rounds):
             with torch.no_grad():
                 (errors[indices],) = reference.errors(GatedCache(compute.to(reference.noise), reuse_weights))
         return inclusion(distributed.mean(errors).cpu(), self.settings.num_samples)
-
-
-ROUNDS: dict[str, type[Rounds]] = {"end-to-end": EndToEnd}

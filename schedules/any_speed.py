@@ -15,12 +15,10 @@ import torch
 from torch import Tensor
 
 from cache import RIDGE
-from router import Router, Schedule
+from router import ANY_SPEED_FACTS, ANY_SPEED_TENSORS, Router, Schedule
 
 Cell = tuple[int, int]  # step, branch
 Stored = tuple[int, ...]  # steps whose outputs a branch has stored, the last computed one first
-TENSORS = ("order", "gram", "moves")  # what such a router's file holds beside the logits
-_FACTS = ("speedups", "branch_macs", "other_macs", "branch_size")
 
 
 def closed_cells(order: Sequence[Cell], num_steps: int, num_branches: int) -> Tensor:
@@ -116,10 +114,10 @@ class AnySpeed:
         """What a router's file holds of it; None for a router of one speed."""
         if not router.tensors:
             return None
-        facts = {name: router.info[name] for name in _FACTS}
+        facts = {name: router.info[name] for name in ANY_SPEED_FACTS}
         for name in ("speedups", "branch_macs"):
             facts[name] = tuple(facts[name])
-        order, gram, moves = (router.tensors[name] for name in TENSORS)
+        order, gram, moves = (router.tensors[name] for name in ANY_SPEED_TENSORS)
         return cls(order.long(), gram.double(), moves.float(), **facts)
 
     def router(self) -> Router:
@@ -129,9 +127,20 @@ class AnySpeed:
             rank[step, branch] = number
         router = Router.from_logits(10 * rank / len(self.order) - 5)
         own = self.order.to(torch.int16), self.gram.float(), self.moves.detach().half()
-        router.tensors = {name: one.cpu().contiguous() for name, one in zip(TENSORS, own, strict=True)}
-        router.info = {name: getattr(self, name) for name in _FACTS}
+        router.tensors = {
+            name: one.cpu().contiguous() for name, one in zip(ANY_SPEED_TENSORS, own, strict=True)
+        }
+        router.info = {name: getattr(self, name) for name in ANY_SPEED_FACTS}
         return router
+
+    def check_model(self, model) -> None:
+        """Raise ValueError for a model whose branches cost others than those of the training."""
+        own, found = sum(self.branch_macs) / self.other_macs, sum(model.branch_macs) / model.other_macs
+        if abs(own / found - 1) > 1e-3:
+            raise ValueError(
+                "the router was trained at another image size, where branches cost another share of the "
+                "MACs; train one at this size"
+            )
 
     @property
     def num_steps(self) -> int:

@@ -6,7 +6,7 @@
 | `fewer-steps` | every branch of a shorter chain computed | `--steps N` |
 | `fora` | every N-th step computed | `--interval N`, `--anchor A`, `--first-steps F` |
 | `random` | a random share of the branches reused | `--cur X`, `--schedule-seed S` |
-| `dynamiclayer` | a router's, however it was trained | `--path ROUTER`, `--thres X` |
+| `dynamiclayer` | a router's, however it was trained | `--path ROUTER`, `--thres X`, `--speedup X` |
 | `l2c` | a Learning-to-Cache router's | `--path ROUTER`, `--thres X` |
 | `dpcache` | K full steps, planned by dynamic programming | `--full-steps K`, `--plan-samples N` |
 | `budcache` | K full steps, searched on the final error | the same, `--evaluations E` |
@@ -143,6 +143,9 @@ PATH = Flag("path", "router file, or a folder that holds one", needed=A_ROUTER)
 THRESHOLD = Flag(
     "thres", "compute where score > thres (default: the router's own threshold, else 0.1)", cli.threshold
 )
+SPEEDUP = Flag(
+    "speedup", "of a router for every speed-up: the one to sample at, by MACs", cli.positive, metavar="X"
+)
 
 TOLERANCE = Flag(
     "tolerance",
@@ -216,7 +219,7 @@ METHODS = {
         ),
         static(lambda *size, cur, schedule_seed: random_schedule(*size, cur, schedule_seed)),
     ),
-    "dynamiclayer": MethodRow((PATH, THRESHOLD), routed_schedule),
+    "dynamiclayer": MethodRow((PATH, THRESHOLD, SPEEDUP), routed_schedule),
     "l2c": MethodRow(
         (PATH, THRESHOLD), lambda request, **flags: routed_schedule(request, **flags, trained_by="l2c")
     ),

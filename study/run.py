@@ -28,7 +28,7 @@ import torch
 from common import cli, devices, distributed, lifeline
 from common.arrays import ArrayFile
 from common.files import replacing, write_json
-from end_to_end.rounds import ROUNDS as END_TO_END_ROUNDS
+from end_to_end.any_speed import ROUNDS as END_TO_END_ROUNDS
 from router import find_router, load_router
 from study import emoji_plan, measure
 from study.measure import Measurement

@@ -15,7 +15,7 @@ if not torch.cuda.is_available():  # before anything imports triton
 
 from safetensors.torch import load_file
 
-import end_to_end.rounds
+import end_to_end.any_speed
 import training.rounds
 from backbones.settings import ModelSettings
 from common.distributed import Processes
@@ -97,7 +97,7 @@ def tiny_training(tiny_model: DiT, root: Path):
     """
     model = copy.deepcopy(tiny_model)
     model.source = "tiny"
-    rounds = training.rounds.ROUNDS | end_to_end.rounds.ROUNDS
+    rounds = training.rounds.ROUNDS | end_to_end.any_speed.ROUNDS
     alone = Processes(0, 1, torch.device("cpu"))
 
     def train(method, folder="results", show=lambda _: None, processes=alone, **settings) -> Path:

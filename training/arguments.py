@@ -15,6 +15,7 @@ from router import MAX_TERMS
 from training.settings import METHODS, L2CSettings, OutputSettings, TrainSettings
 
 # Train steps between lines of the log and between checkpoints where the usual ones are too many.
+ANY_SPEED_STEPS = 120  # train steps by default of a router for every speed-up
 INTERVALS = {"end-to-end": {"log_every": 5, "ckpt_every": 10}}
 L2C_THRESHOLD_512 = 0.9
 # Learning-to-Cache's beta by (T, pixels) where it was published; all others take `L2CSettings.l1`.
@@ -131,6 +132,11 @@ def add_single_method_arguments(parser: argparse.ArgumentParser) -> None:
         help="number of last outputs that a reused branch combines (default 3); 0: the last one as it is",
     )  # fmt: skip
     own.add_argument(
+        "--any-speed",
+        action="store_true",
+        help="train one router for every speed-up from 1.2 to 4, in place of a target",
+    )
+    own.add_argument(
         "--search", choices=("linear", "grow"),
         help="find the schedule from the linearised error of x_0 (default), or grow it cell by cell"
     )  # fmt: skip
@@ -199,8 +205,18 @@ def complete_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace
         names = " or ".join(registry.data())
         parser.error(f"--method l2c needs --data, an image folder, an .npz of latents or {names}")
     has_target = args.target_cur is not None or args.target_speedup is not None
-    if args.method == "end-to-end" and not has_target:
-        parser.error("--method end-to-end needs --target-speedup or --target-cur, such as --target-speedup 2")
+    if args.method == "end-to-end" and not has_target and not args.any_speed:
+        parser.error(
+            "--method end-to-end needs --target-speedup or --target-cur, such as --target-speedup 2, or "
+            "--any-speed"
+        )
+    if args.method == "end-to-end" and args.any_speed:
+        for given, flag in ((has_target, "a target"), (args.search == "grow", "--search grow")):
+            if given:
+                parser.error(f"--any-speed and {flag} exclude each other; give one")
+        if args.terms == 0:
+            parser.error("--any-speed needs weights of reuse; leave out --terms 0")
+        args.max_steps = args.max_steps or ANY_SPEED_STEPS
     try:
         defaults = _defaults(args)
     except ValueError as error:  # an unknown respacing
@@ -273,6 +289,7 @@ _HARMONICA = ("proxy", "lambda_c", "rollout")
 _END_TO_END = (
     "terms",
     "search",
+    "any_speed",
     "init",
     "pool",
     "moments_weight",

@@ -94,10 +94,10 @@ class EndToEndSettings:
     """Training on the error of the final image.
 
     terms: last outputs that a reused branch combines; 0: the last one as it is. search: `linear`, or `grow`,
-    the older one. init: a router whose schedule is the start of `grow`. pool: samples among which batches are
-    drawn by importance. moments_weight: of the images' mean and variance in the loss. window: steps that
-    gradients pass; None: all. open_share: share of cells that a step of `grow` asks about. keep_activations:
-    do not recompute them for the gradient.
+    the older one. any_speed: one router for every speed-up. init: a router whose schedule is the start of
+    `grow`. pool: samples among which batches are drawn by importance. moments_weight: of the images' mean and
+    variance in the loss. window: steps that gradients pass; None: all. open_share: share of cells that a step
+    of `grow` asks about. keep_activations: do not recompute them for the gradient.
     """
 
     name: ClassVar[str] = "end-to-end"
@@ -109,6 +109,7 @@ class EndToEndSettings:
     trajectories: int | None = None
     terms: int = 3
     search: str = "linear"
+    any_speed: bool = False
     init: str | None = None
     pool: int | None = None
     moments_weight: float = 0.0
@@ -141,7 +142,7 @@ _RECORDED = (
     "method", "model", "num_sampling_steps", "sampler", "cfg_scale", "ste_threshold", "l1", "target_cur",
     "target_speedup", "cost", "lambda_c", "proxy", "data_loss", "router_train", "rollout", "data",
     "every_row", "groups", "lr", "global_batch_size", "trajectories", "global_seed", "precision", "vae",
-    "terms", "search", "init", "window", "pool", "moments_weight", "open_share", "max_steps",
+    "terms", "search", "any_speed", "init", "window", "pool", "moments_weight", "open_share", "max_steps",
 )  # fmt: skip
 
 
