@@ -45,7 +45,6 @@ from training.target import Target
 
 LEAST_ERROR = 1e-12
 POOL_ROUNDS = 32  # rounds that draw from one pool
-LINEARISED = 128  # samples of the linear search, rounded up to whole batches
 GROWTHS, EXCHANGES = 4, 5  # train steps of a candidate, and of the chosen one
 
 
@@ -226,9 +225,12 @@ class EndToEnd(Rounds):
         return self._logged(training, self._error(reference, cache))
 
     def _tables(self, number: int) -> tuple[Tensor, Tensor]:
-        """Gram and projections over LINEARISED samples of all ranks, see `linear.record`."""
+        """Gram and projections over the samples of the search, of all ranks, see `linear.record`."""
         size, rank = self.settings.num_samples, self.processes.rank
-        local, num_batches = size // self.processes.world_size, -(-LINEARISED // size)
+        local, num_batches = (
+            size // self.processes.world_size,
+            -(-self.settings.method.search_samples // size),
+        )
         grams, projections = [], []
         for part in tqdm(range(num_batches), desc="linearise", leave=False, disable=True if rank else None):
             first = part * size + rank * local

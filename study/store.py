@@ -137,7 +137,7 @@ class Study:
 def router_hash(router: Router) -> str:
     """16 hexadecimal digits of what decides a router's schedule and reuse: logits, weights, threshold."""
     digest = hashlib.sha256(f"{tuple(router.logits.shape)} {router.info.get('threshold')}".encode())
-    for table in (router.logits.detach(), router.weights):
+    for table in (router.logits.detach(), router.weights, *router.tensors.values()):
         if table is not None:
             digest.update(table.contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -141,6 +141,12 @@ def add_single_method_arguments(parser: argparse.ArgumentParser) -> None:
         help="find the schedule from the linearised error of x_0 (default), or grow it cell by cell"
     )  # fmt: skip
     own.add_argument(
+        "--search-samples",
+        type=cli.positive_int,
+        metavar="N",
+        help="with --search linear: samples that the search looks at (default 128)",
+    )
+    own.add_argument(
         "--init",
         metavar="ROUTER",
         help="with --search grow: a router whose schedule is the start; its number of steps may differ",
@@ -289,6 +295,7 @@ _HARMONICA = ("proxy", "lambda_c", "rollout")
 _END_TO_END = (
     "terms",
     "search",
+    "search_samples",
     "any_speed",
     "init",
     "pool",
@@ -307,6 +314,7 @@ UNREAD = (
     Unread(_TRAJECTORIES, lambda args: args.method == "l2c", "with --method {method}"),
     Unread(("lambda_c",), lambda args: args.proxy == "none", "with --proxy none: lambda stays at 1"),
     Unread(("cost",), lambda args: args.l1 == 0, "with --l1 0"),
+    Unread(("search_samples",), lambda args: args.search == "grow", "with --search grow"),
     Unread(("init", "open_share"), lambda args: args.search in (None, "linear"), "with --search linear"),
     Unread(
         ("max_steps",),

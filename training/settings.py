@@ -94,10 +94,11 @@ class EndToEndSettings:
     """Training on the error of the final image.
 
     terms: last outputs that a reused branch combines; 0: the last one as it is. search: `linear`, or `grow`,
-    the older one. any_speed: one router for every speed-up. init: a router whose schedule is the start of
-    `grow`. pool: samples among which batches are drawn by importance. moments_weight: of the images' mean and
-    variance in the loss. window: steps that gradients pass; None: all. open_share: share of cells that a step
-    of `grow` asks about. keep_activations: do not recompute them for the gradient.
+    the older one. search_samples: samples that `linear` looks at, rounded up to whole batches. any_speed: one
+    router for every speed-up. init: a router whose schedule is the start of `grow`. pool: samples among which
+    batches are drawn by importance. moments_weight: of the images' mean and variance in the loss. window:
+    steps that gradients pass; None: all. open_share: share of cells that a step of `grow` asks about.
+    keep_activations: do not recompute them for the gradient.
     """
 
     name: ClassVar[str] = "end-to-end"
@@ -109,6 +110,7 @@ class EndToEndSettings:
     trajectories: int | None = None
     terms: int = 3
     search: str = "linear"
+    search_samples: int = 128
     any_speed: bool = False
     init: str | None = None
     pool: int | None = None
@@ -120,7 +122,7 @@ class EndToEndSettings:
     @property
     def without_effect(self) -> set[str]:
         unread = set() if self.terms else {"window", "lr", "moments_weight"}
-        return unread | ({"init", "open_share"} if self.search == "linear" else set())
+        return unread | ({"init", "open_share"} if self.search == "linear" else {"search_samples"})
 
 
 METHODS = {one.name: one for one in (HarmonicaSettings, L2CSettings, EndToEndSettings)}
@@ -142,7 +144,7 @@ _RECORDED = (
     "method", "model", "num_sampling_steps", "sampler", "cfg_scale", "ste_threshold", "l1", "target_cur",
     "target_speedup", "cost", "lambda_c", "proxy", "data_loss", "router_train", "rollout", "data",
     "every_row", "groups", "lr", "global_batch_size", "trajectories", "global_seed", "precision", "vae",
-    "terms", "search", "any_speed", "init", "window", "pool", "moments_weight", "open_share", "max_steps",
+    "terms", "search", "search_samples", "any_speed", "init", "window", "pool", "moments_weight", "open_share", "max_steps",
 )  # fmt: skip
 
 

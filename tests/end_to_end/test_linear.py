@@ -205,12 +205,7 @@ def test_weights_solved_at_once_have_the_least_error():
 
 
 def own(max_steps: int = 5, **others) -> EndToEndSettings:
-    return EndToEndSettings(**{"max_steps": max_steps, "cfg_scale": 1.0} | others)
-
-
-@pytest.fixture(autouse=True)
-def _few_samples(monkeypatch):
-    monkeypatch.setattr("end_to_end.rounds.LINEARISED", 8)
+    return EndToEndSettings(**{"max_steps": max_steps, "cfg_scale": 1.0, "search_samples": 8} | others)
 
 
 def test_one_step_of_search_and_then_updates(tiny_model):
@@ -289,6 +284,7 @@ def test_two_ranks_train_the_same_router(train_tiny, tmp_path):
 
 TRAIN = ["train_router.py", "--method", "end-to-end", "--model", "DiT-digits/2", "--num-sampling-steps", 3]
 TRAIN += ["--cfg-scale", 1, "--global-batch-size", 4, "--target-speedup", 1.7, "--device", "cpu"]
+TRAIN += ["--search-samples", 4]
 
 
 @pytest.mark.slow

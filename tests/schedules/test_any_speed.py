@@ -123,15 +123,10 @@ def test_its_size_for_the_largest_model():
 
 
 def own(**others) -> EndToEndSettings:
-    return EndToEndSettings(**{"max_steps": 6, "cfg_scale": 1.0, "any_speed": True} | others)
+    settings = {"max_steps": 6, "cfg_scale": 1.0, "any_speed": True, "search_samples": 8}
+    return EndToEndSettings(**settings | others)
 
 
-@pytest.fixture
-def _few_samples(monkeypatch):
-    monkeypatch.setattr("end_to_end.rounds.LINEARISED", 8)
-
-
-@pytest.mark.usefixtures("_few_samples")
 def test_killed_and_resumed_ends_bit_for_bit_the_same(train_tiny, tiny_model, monkeypatch):
     setting = {"num_sampling_steps": "6"}
     whole = load_router(train_tiny(own(), **setting))
@@ -164,9 +159,8 @@ TRAIN += ["--cfg-scale", 1, "--global-batch-size", 4, "--device", "cpu"]
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("any")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("end_to_end.rounds.LINEARISED", 4)
-        run(*TRAIN, "--any-speed", "--max-steps", 3, "--keep-activations", "--results-dir", folder)
+    short = ["--max-steps", 3, "--search-samples", 4]
+    run(*TRAIN, "--any-speed", *short, "--keep-activations", "--results-dir", folder)
     return find_router(next(folder.glob("0*")))
 
 

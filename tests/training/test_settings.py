@@ -13,7 +13,8 @@ RECORDED = {
     "method", "model", "num_sampling_steps", "sampler", "cfg_scale", "ste_threshold", "l1", "target_cur",
     "target_speedup", "cost", "lambda_c", "proxy", "data_loss", "router_train", "rollout", "data",
     "every_row", "groups", "lr", "trajectories", "global_seed", "precision", "vae", "terms", "init",
-    "window", "pool", "moments_weight", "open_share",
+    "window", "pool", "moments_weight", "open_share", "search", "search_samples",
+    "any_speed",
 }  # fmt: skip
 
 
