@@ -144,7 +144,8 @@ _RECORDED = (
     "method", "model", "num_sampling_steps", "sampler", "cfg_scale", "ste_threshold", "l1", "target_cur",
     "target_speedup", "cost", "lambda_c", "proxy", "data_loss", "router_train", "rollout", "data",
     "every_row", "groups", "lr", "global_batch_size", "trajectories", "global_seed", "precision", "vae",
-    "terms", "search", "search_samples", "any_speed", "init", "window", "pool", "moments_weight", "open_share", "max_steps",
+    "terms", "search", "search_samples", "any_speed", "init", "window", "pool", "moments_weight",
+    "open_share", "max_steps",
 )  # fmt: skip
 
 
