@@ -15,6 +15,7 @@ from router import MAX_TERMS
 from training.settings import METHODS, L2CSettings, OutputSettings, TrainSettings
 
 # Train steps between lines of the log and between checkpoints where the usual ones are too many.
+GROWN_LR = 0.1  # of weights that a grown schedule starts from
 ANY_SPEED_STEPS = 120  # train steps by default of a router for every speed-up
 INTERVALS = {"end-to-end": {"log_every": 5, "ckpt_every": 10}}
 L2C_THRESHOLD_512 = 0.9
@@ -86,7 +87,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Length, batch and output of a run."""
     training = parser.add_argument_group("training")
-    training.add_argument("--lr", type=cli.positive, help="default 0.01, l2c 0.001, end-to-end 0.1")
+    training.add_argument("--lr", type=cli.positive, help="default 0.01, l2c 0.001, end-to-end 0.05")
     training.add_argument(
         "--epochs",
         type=cli.positive_int,
@@ -249,6 +250,8 @@ def _defaults(args: argparse.Namespace) -> dict[str, object]:
     output = {"log_every": OutputSettings.log_every, "ckpt_every": OutputSettings.ckpt_every}
     defaults = own | output | INTERVALS.get(args.method, {})
     defaults |= {"cfg_scale": method.cfg_scale, "ste_threshold": method.ste_threshold}
+    if args.search == "grow":
+        defaults["lr"] = GROWN_LR
     if method is L2CSettings:
         num_steps = len(space_timesteps(NUM_TIMESTEPS, args.num_sampling_steps))
         pixels = (args.image_size or 256) if is_latent(args.model) else None

@@ -104,7 +104,7 @@ class EndToEndSettings:
     name: ClassVar[str] = "end-to-end"
     ste_threshold: ClassVar[float] = 0.1  # written into the router; every threshold means the same schedule
 
-    lr: float = 0.1
+    lr: float = 0.05
     max_steps: int = 40
     cfg_scale: float = 1.5
     trajectories: int | None = None
