@@ -29,7 +29,8 @@ POOL_AND_MOMENTS = {"pool": 16, "moments_weight": 1.0}
 
 
 def own(max_steps: int = STEPS, **others) -> EndToEndSettings:
-    return EndToEndSettings(**{"max_steps": max_steps, "cfg_scale": 1.0, "search": "grow"} | others)
+    defaults = {"max_steps": max_steps, "cfg_scale": 1.0, "search": "grow", "lr": 0.1}
+    return EndToEndSettings(**defaults | others)
 
 
 # ---- the plan --------------------------------------------------------------------------------------
