@@ -7,9 +7,13 @@ import torch
 from commands import error_line, run
 from safetensors.torch import load_file, save_file
 
+from backbones.loading import load_model
+from diffusion import create_diffusion
 from end_to_end import any_speed as training
 from router import find_router, load_router, save_router
+from sampling.loop import Trajectory, generate_seeded
 from schedules.any_speed import AnySpeed, closed_cells, fit_cell, fit_cells, moved
+from schedules.baselines import fora_schedule
 from training.settings import EndToEndSettings
 
 SPEEDUPS = (1.2, 2.0, 3.0)
@@ -194,3 +198,21 @@ def test_what_cannot_be_is_one_line(trained, tmp_path):
         (["--terms", 0], "--any-speed needs weights of reuse"),
     ):
         assert message in run(*TRAIN, "--any-speed", *flags, "--results-dir", tmp_path, status=2)
+
+
+def test_the_router_that_ships():
+    """It keeps its speed-ups, and its errors rise with them from far below those of FORA."""
+    model, labels = load_model("DiT-digits/2"), torch.arange(40) % 10
+    router = AnySpeed.of_router(load_router("digits-T20", "DiT-digits/2", 20, model.num_branches))
+
+    def sampled(schedule) -> torch.Tensor:
+        return generate_seeded(Trajectory(model, create_diffusion("20"), schedule=schedule), labels, 7)
+
+    uncached, errors = sampled(None), []
+    for speedup in (1.3, 2.0, 3.5):
+        schedule = router.schedule(speedup)
+        assert speedup <= schedule.speedup_macs(model) < 1.01 * speedup
+        errors.append((sampled(schedule) - uncached).square().mean().item())
+    assert errors == sorted(errors)
+    fora = sampled(fora_schedule(20, model.num_branches, 2))
+    assert errors[1] < 0.1 * (fora - uncached).square().mean()
