@@ -320,7 +320,7 @@ UNREAD = (
     Unread(("search_samples",), lambda args: args.search == "grow", "with --search grow"),
     Unread(("init", "open_share"), lambda args: args.search in (None, "linear"), "with --search linear"),
     Unread(
-        ("max_steps",),
+        ("max_steps", "log_every", "ckpt_every"),
         lambda args: args.method == "end-to-end" and args.terms == 0 and args.search in (None, "linear"),
         "with --terms 0 and --search linear: the search ends the run",
     ),
