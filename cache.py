@@ -142,26 +142,32 @@ class FittingCache(_Store):
         return output
 
     def _solve(self, branch: int, stored: Outputs, output: Tensor) -> Tensor:
-        """The weights (k,) of normal equations in float64, with a ridge towards plain reuse.
-
-        The ridge decides where the stored outputs are nearly collinear.
-        """
+        """The weights (k,) by `solve_reuse`, which are noted with what they leave over."""
         rows = torch.stack([one.double().flatten() for one in (*stored, output)])  # (k + 1, values)
         products = self._reduce(rows @ rows.T / rows.shape[1]).cpu()
-        gram, target, k = products[:-1, :-1], products[:-1, -1], len(stored)
-        plain = torch.zeros(k, dtype=torch.float64)
-        plain[0] = 1
-        ridge = RIDGE * gram.diagonal().mean().clamp(min=1e-30) * torch.eye(k, dtype=torch.float64)
-        weights = plain + torch.linalg.solve(gram + ridge, target - gram @ plain)
-        cell = self.step, branch
-        self.weights[cell][:k], self.gram[cell][:k, :k] = weights, gram + ridge
-        self.residual[cell] = (products[-1, -1] - 2 * weights @ target + weights @ gram @ weights).clamp(
-            min=0
-        )
+        weights, matrix, residual = solve_reuse(products[:-1, :-1], products[:-1, -1], products[-1, -1])
+        cell, k = (self.step, branch), len(stored)
+        self.weights[cell][:k], self.gram[cell][:k, :k], self.residual[cell] = weights, matrix, residual
         return weights
 
 
 RIDGE = 1e-6  # times the mean square of the stored outputs
+
+
+def solve_reuse(gram: Tensor, target: Tensor, square: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights (k,) of stored outputs by least squares on an output; with their matrix and residual.
+
+    gram: (k, k) mean products of the stored outputs; target: (k,), with the output; square: () of the output;
+    all float64. The matrix (k, k) is the gram matrix with a ridge, which pulls to plain reuse where the
+    stored outputs are nearly collinear. The residual () is the mean square that is left over.
+    """
+    k = len(target)
+    plain = torch.zeros(k, dtype=torch.float64)
+    plain[0] = 1
+    ridge = RIDGE * gram.diagonal().mean().clamp(min=1e-30) * torch.eye(k, dtype=torch.float64)
+    weights = plain + torch.linalg.solve(gram + ridge, target - gram @ plain)
+    residual = (square - 2 * weights @ target + weights @ gram @ weights).clamp(min=0)
+    return weights, gram + ridge, residual
 
 
 class Mode(Enum):

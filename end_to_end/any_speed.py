@@ -7,6 +7,7 @@ every lower one. Each update draws a speed-up, and moves the weights of reuse of
 import torch
 from torch import nn
 
+from backbones.contract import Backbone
 from cache import GatedCache
 from common import distributed
 from end_to_end import linear, search
@@ -14,7 +15,7 @@ from end_to_end.rounds import Batch, EndToEnd, Phase
 from objectives import TrainStep
 from router import Router, Schedule
 from sampling.seeds import TRAINING_STREAM, sample_generator
-from schedules.any_speed import AnySpeed
+from schedules.any_speed import AnySpeed, speedup_macs
 from training.state import Training
 from training.target import Target
 
@@ -23,9 +24,21 @@ SHOWN = 2.0  # the speed-up whose schedule the log and the picture show
 
 
 def anchors(most: float) -> tuple[float, ...]:
-    """Speed-ups in equal ratios, from LEAST to MOST or to what the steps allow."""
-    least, most = min(LEAST, most), min(MOST, most)
-    return tuple(round(least * (most / least) ** (k / (ANCHORS - 1)), 4) for k in range(ANCHORS))
+    """Speed-ups in equal ratios, from LEAST to MOST or to `most`. Raises ValueError where there are none."""
+    if most <= LEAST:
+        raise ValueError(
+            f"--any-speed begins at a speed-up of {LEAST:g}, and the steps allow a speed-up of {most:.3g} at "
+            "most; take more --num-sampling-steps"
+        )
+    highest = min(MOST, most)
+    return tuple(round(LEAST * (highest / LEAST) ** (k / (ANCHORS - 1)), 4) for k in range(ANCHORS))
+
+
+def highest_speedup(model: Backbone, num_steps: int, num_terms: int) -> float:
+    """By MACs, of the schedule that computes its first step alone."""
+    compute = torch.zeros(num_steps, model.num_branches, dtype=torch.bool)
+    compute[-1] = True
+    return speedup_macs(compute, num_terms, model)
 
 
 class AnySpeedTraining(Training):
@@ -67,11 +80,10 @@ class AnySpeedRounds(EndToEnd):
     """Training of one router for every speed-up."""
 
     def __init__(self, settings, processes, model, diffusion, target):
+        num_steps = diffusion.num_timesteps
+        self.speedups = anchors(0.99 * highest_speedup(model, num_steps, settings.method.terms))
         # A pool is drawn by the errors of a regular schedule of the middle of the speed-ups.
-        most = Target("speedup", 1.01, model, diffusion.num_timesteps).most
-        self.speedups = anchors(0.95 * most)
-        middle = self.speedups[ANCHORS // 2]
-        target = Target("speedup", middle, model, diffusion.num_timesteps)
+        target = Target("speedup", self.speedups[ANCHORS // 2], model, num_steps)
         super().__init__(settings, processes, model, diffusion, target)
         self.target = None
 
@@ -103,7 +115,7 @@ class AnySpeedRounds(EndToEnd):
         schedule = training.schedule
         noise = batch.reference.noise
         cache = GatedCache(schedule.compute.to(noise), schedule.weights.to(noise))
-        return self._logged(training, self._error(batch.reference, cache))
+        return self._logged(training, schedule.compute, self._error(batch.reference, cache))
 
     def _update_one(self, training: AnySpeedTraining, batch: Batch, number: int) -> TrainStep:
         """An update at a speed-up drawn evenly in its logarithm."""

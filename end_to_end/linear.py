@@ -37,10 +37,10 @@ class _Recorder:
 
     computed = None
 
-    def __init__(self, num_samples: int, num_steps: int, num_branches: int):
+    def __init__(self, num_samples: int, num_steps: int, num_branches: int, device: torch.device):
         self.step, self._num_samples = num_steps - 1, num_samples
         self._outputs: list[Tensor | None] = [None] * num_branches  # each (T, n, values)
-        self.products = torch.zeros(num_samples, num_branches, num_steps, num_steps)
+        self.products = torch.zeros(num_samples, num_branches, num_steps, num_steps, device=device)
 
     def snapshot(self) -> None:
         return None
@@ -66,7 +66,7 @@ class _Recorder:
     def _multiply(self, branch: int, step: int, gradient: Tensor) -> None:
         outputs = self._outputs[branch][step:].float()
         products = torch.einsum("nv,snv->ns", self._by_sample(gradient).float(), outputs)
-        self.products[:, branch, step, step:] = products.cpu()
+        self.products[:, branch, step, step:] = products
 
     def gram(self) -> Tensor:
         """(B, T, T): inner products of a branch's outputs, means over samples and values."""
@@ -90,14 +90,14 @@ def record(
     v. recompute: as in `ReferenceTrajectory.rollout`. Samples count by their importance, in the gram alike.
     """
     n, num_steps = len(reference.noise), reference.num_steps
-    recorder = _Recorder(n, num_steps, reference.model.num_branches)
+    recorder = _Recorder(n, num_steps, reference.model.num_branches, reference.noise.device)
     with torch.enable_grad():
         *_, (_, x_0) = reference.rollout(recorder, recompute)
         projections = []
         for probe in range(probes):
             v = torch.stack([torch.randn(x_0.shape[1:], generator=one) for one in generators]).to(x_0)
             (x_0 * v).sum().backward(retain_graph=probe + 1 < probes)
-            projections.append(recorder.products.clone())
+            projections.append(recorder.products.cpu().clone())
     own = torch.stack(projections, dim=1)
     if reference.importance is not None:
         own *= reference.importance.cpu().sqrt().view(-1, 1, 1, 1, 1)

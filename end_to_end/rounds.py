@@ -38,7 +38,7 @@ from end_to_end.trajectory import ReferenceTrajectory, toggle_effects
 from objectives import TrainStep
 from router import DEFAULT_THRESHOLD, Router, Schedule, load_router, weights_read
 from sampling.seeds import TRAINING_STREAM, sample_generator
-from schedules.any_speed import closed_cells, fit_cells, moved
+from schedules.any_speed import closed_cells, fit_cells, moved, moving_scale
 from training.rounds import Rounds
 from training.state import Training
 from training.target import Target
@@ -51,7 +51,7 @@ GROWTHS, EXCHANGES = 4, 5  # train steps of a candidate, and of the chosen one
 class EndToEndTraining(Training):
     """Candidate schedules (C, T, B), the one that is worked on, and the reuse weights of the chosen one.
 
-    The reuse weights are `fitted + scale @ moves`. Adam sees `moves`, see `search.moving_scale`.
+    The reuse weights are `fitted + scale @ moves`. Adam sees `moves`, see `moving_scale`.
     exchange_share: the share of the budget that the next exchange may move.
     """
 
@@ -97,7 +97,7 @@ class EndToEndTraining(Training):
 
     def reuse_weights(self) -> Tensor:
         """(T, B, K), differentiable in `moves`."""
-        return self.fitted + (self.scale @ self.moves[..., None])[..., 0]
+        return moved(self.fitted, self.scale, self.moves)
 
     def start_moving(self, fitted: search.Fit) -> None:
         """From here on the weights of reused cells move away from the fitted ones."""
@@ -106,7 +106,7 @@ class EndToEndTraining(Training):
         plain[..., 0] = 1
         reused = read.any(-1, keepdim=True)
         self.fitted = torch.where(reused, fitted.reuse_weights * read, plain).float().to(self.device)
-        scale = search.moving_scale(fitted) * read[..., None]
+        scale = moving_scale(fitted.gram, fitted.residual) * read[..., None]
         self.scale = scale.float().to(self.device)
 
     @property
@@ -222,30 +222,23 @@ class EndToEnd(Rounds):
             training.scale = scale.float().to(training.device)
         reference = batch.reference
         cache = GatedCache(training.compute.to(reference.noise), training.reuse_weights().detach())
-        return self._logged(training, self._error(reference, cache))
+        return self._logged(training, training.compute, self._error(reference, cache))
 
     def _tables(self, number: int) -> tuple[Tensor, Tensor]:
         """Gram and projections over the samples of the search, of all ranks, see `linear.record`."""
         size, rank = self.settings.num_samples, self.processes.rank
-        local, num_batches = (
-            size // self.processes.world_size,
-            -(-self.settings.method.search_samples // size),
-        )
+        method, local = self.settings.method, size // self.processes.world_size
+        num_batches = -(-method.search_samples // size)
         grams, projections = [], []
         for part in tqdm(range(num_batches), desc="linearise", leave=False, disable=True if rank else None):
             first = part * size + rank * local
             generators = self._sample_generators(number, range(first, first + local))
-            pool = self.settings.method.pool
-            reference = self._draw_from_pool(number, part) if pool else self._start(generators)
-            gram, own = linear.record(
-                reference, generators, recompute=not self.settings.method.keep_activations
-            )
+            reference = self._draw_from_pool(number, part) if method.pool else self._start(generators)
+            gram, own = linear.record(reference, generators, recompute=not method.keep_activations)
             grams.append(distributed.mean(gram.to(self.processes.device)).cpu())
             projections.append(distributed.gathered(own.to(self.processes.device)).cpu())
-        tables = torch.stack(grams).mean(0), torch.cat(projections).flatten(0, 1)
-        for table in tables:
-            self._check_finite(table.sum().item(), 1)
-        return tables
+            self._check_finite(grams[-1].sum().item() + projections[-1].sum().item(), 1)
+        return torch.stack(grams).mean(0), torch.cat(projections).flatten(0, 1)
 
     def _grow(self, candidate: int, training: EndToEndTraining, batch: Batch, number: int) -> TrainStep:
         """One growth of a candidate: the first builds its skeleton, the last meets the budget."""
@@ -351,13 +344,13 @@ class EndToEnd(Rounds):
         """A step of the older search as it is logged; training goes on from its fitted weights."""
         if self.num_terms and math.isfinite(fitted.error):
             training.start_moving(fitted)
-        return self._logged(training, fitted.error)
+        return self._logged(training, training.compute, fitted.error)
 
-    def _logged(self, training: Training, error: float) -> TrainStep:
-        """A step of a search that ends at this error of x_0."""
+    def _logged(self, training: Training, compute: Tensor, error: float) -> TrainStep:
+        """A step of a search that ends at this schedule (T, B) and error of x_0."""
         self._check_finite(error, training.train_steps + 1)
         own = torch.tensor(error, device=training.device)
-        return TrainStep(0, own.clamp(min=LEAST_ERROR).log(), own, training.schedule.compute.sum().to(own))
+        return TrainStep(0, own.clamp(min=LEAST_ERROR).log(), own, compute.sum().to(own))
 
     @torch.no_grad()
     def _error(self, reference: ReferenceTrajectory, cache: GatedCache) -> float:

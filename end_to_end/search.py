@@ -241,16 +241,6 @@ def interpolated(compute: Tensor, num_steps: int) -> Tensor:
     return schedule
 
 
-def moving_scale(fitted: Fit) -> Tensor:
-    """(T, B, K, K) that turns a step of unit length into a step of reuse weights.
-
-    The outputs that a weight multiplies are large and nearly collinear. In these coordinates they are
-    orthonormal, and the unit is the residual of least squares: a step matters equally for every cell.
-    """
-    factor = torch.linalg.cholesky(fitted.gram)
-    return torch.linalg.inv(factor).mT * fitted.residual.sqrt()[..., None, None]
-
-
 def learning_rate(lr: float, update: int, num_updates: int) -> float:
     """A short warm-up, then a half cosine to zero."""
     return lr * min(1.0, (update + 1) / 5) * 0.5 * (1 + math.cos(math.pi * update / max(1, num_updates)))

@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from cache import RIDGE
+from cache import solve_reuse
 from router import ANY_SPEED_FACTS, ANY_SPEED_TENSORS, Router, Schedule
 
 Cell = tuple[int, int]  # step, branch
@@ -42,6 +42,14 @@ def reused_cells(column: Sequence[bool], num_terms: int) -> Iterator[tuple[int, 
             yield step, stored
 
 
+def speedup_macs(compute: Tensor, num_terms: int, model) -> float:
+    """Of a schedule (T, B) whose reuse combines all outputs that are stored, num_terms at most."""
+    weights = torch.full(
+        (*compute.shape, num_terms), 0.5
+    )  # any but 1, which would be a copy and cost nothing
+    return Schedule(compute, weights=weights).speedup_macs(model)
+
+
 @dataclass(frozen=True)
 class CellFit:
     """Least squares of a cell's output on the stored outputs.
@@ -54,16 +62,21 @@ class CellFit:
 
 
 def fit_cell(gram: Tensor, step: int, stored: Stored) -> CellFit:
-    """gram: (T, T) of one branch, float64. A small ridge pulls to plain reuse where outputs are collinear."""
+    """gram: (T, T) of one branch, float64."""
     steps = list(stored)
-    own, target = gram[steps][:, steps], gram[steps, step]
-    identity = torch.eye(len(steps), dtype=gram.dtype)
-    matrix = own + RIDGE * own.diagonal().mean().clamp(min=1e-30) * identity
-    plain = identity[0]
-    weights = plain + torch.linalg.solve(matrix, target - own @ plain)
-    residual = (gram[step, step] - 2 * weights @ target + weights @ own @ weights).clamp(min=0)
-    inverse = torch.linalg.solve_triangular(torch.linalg.cholesky(matrix), identity, upper=False)
-    return CellFit(weights, inverse.mT * residual.sqrt())
+    weights, matrix, residual = solve_reuse(gram[steps][:, steps], gram[steps, step], gram[step, step])
+    return CellFit(weights, moving_scale(matrix, residual))
+
+
+def moving_scale(gram: Tensor, residual: Tensor) -> Tensor:
+    """(..., k, k) that turns moves of unit length into changes of reuse weights.
+
+    The outputs that a weight multiplies are large and nearly collinear. In these coordinates they are
+    orthonormal, and the unit is the residual of least squares: a move matters equally for every cell. gram:
+    (..., k, k) and residual (...), as `cache.solve_reuse` returns them.
+    """
+    factor = torch.linalg.cholesky(gram)
+    return torch.linalg.inv(factor).mT * residual.sqrt()[..., None, None]
 
 
 def fit_cells(
@@ -158,11 +171,6 @@ class AnySpeed:
     def _cells(self) -> list[Cell]:
         return [(step, branch) for step, branch in self.order.tolist()]
 
-    def speedup_macs(self, compute: Tensor) -> float:
-        """Of a schedule (T, B) whose reuse reads all stored outputs."""
-        weights = torch.ones(*compute.shape, self.num_terms)
-        return Schedule(compute, weights=weights).speedup_macs(self)
-
     def compute(self, speedup: float) -> Tensor:
         """The schedule (T, B) with the fewest closed cells that reaches this speed-up by MACs.
 
@@ -175,7 +183,8 @@ class AnySpeed:
         while low < high:
             middle = (low + high) // 2
             compute = closed_cells(self._cells[:middle], self.num_steps, self.num_branches)
-            low, high = (low, middle) if self.speedup_macs(compute) >= speedup else (middle + 1, high)
+            is_enough = speedup_macs(compute, self.num_terms, self) >= speedup
+            low, high = (low, middle) if is_enough else (middle + 1, high)
         return closed_cells(self._cells[:low], self.num_steps, self.num_branches)
 
     def interpolated_moves(self, speedup: float) -> Tensor:

@@ -5,6 +5,7 @@ import torch
 from common.distributed import Processes
 from diffusion import create_diffusion
 from end_to_end.rounds import EndToEnd
+from training.run import Run
 from training.settings import EndToEndSettings, TrainSettings
 from training.target import Target
 
@@ -20,3 +21,15 @@ def take_step(rounds: EndToEnd, training):
     (update,) = rounds.run(training)
     training.train_steps += 1
     return update
+
+
+def stop_after(steps: int):
+    """In place of `Run.step_done`: the run is interrupted after so many train steps."""
+    step_done, done = Run.step_done, iter(range(steps))
+
+    def step_or_die(self, update):
+        if next(done, None) is None:
+            raise KeyboardInterrupt
+        step_done(self, update)
+
+    return step_or_die

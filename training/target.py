@@ -41,19 +41,14 @@ class Target:
                 f"--ste-threshold {self.threshold:g} reuses nothing: scores stay above {lowest:.2g}; with a "
                 "target give more"
             )
-        least = 0 if self.kind == "cur" else 1
-        if not least < self.value < self.most:
+        most = (self.num_steps // 2 if self.even_rows else self.num_steps - 1) / self.num_steps
+        cacheable = sum(self.model.branch_macs) / (sum(self.model.branch_macs) + self.model.other_macs)
+        least, most = (0, most) if self.kind == "cur" else (1, 1 / (1 - most * cacheable))
+        if not least < self.value < most:
             raise ValueError(
-                f"--target-{self.kind} {self.value:g} is outside {least} .. {self.most:.3g}, what "
+                f"--target-{self.kind} {self.value:g} is outside {least} .. {most:.3g}, what "
                 f"{self.num_steps} steps allow" + (" at even steps alone" if self.even_rows else "")
             )
-
-    @property
-    def most(self) -> float:
-        """What the steps allow."""
-        cur = (self.num_steps // 2 if self.even_rows else self.num_steps - 1) / self.num_steps
-        cacheable = sum(self.model.branch_macs) / (sum(self.model.branch_macs) + self.model.other_macs)
-        return cur if self.kind == "cur" else 1 / (1 - cur * cacheable)
 
     @property
     def saved(self) -> float:

@@ -154,8 +154,12 @@ def pixart_loss(
     batch_size: int,
     dropout: float,
     skipping: float,
+    weights: Tensor,
 ) -> Tensor:
-    """Mean weighted training loss of a random batch out of the pictures `train` (indices)."""
+    """Mean weighted training loss of a random batch out of the pictures `train` (indices).
+
+    skipping: as in `predict`. weights: of the timesteps, see `loss_weights`.
+    """
     device = encoded.latents.device
     batch = train[torch.randint(len(train), (batch_size,), device=device)]
     alias = (torch.rand(batch_size, device=device) < ALIAS_SHARE).long()
@@ -168,7 +172,7 @@ def pixart_loss(
     x_t = diffusion.add_noise(x_0, steps, noise)
     output = predict(model, x_t, steps, states, mask, skipping)
     losses = diffusion.training_loss(output, x_0, x_t, noise, steps)
-    return (losses * loss_weights(diffusion).to(device)[steps]).mean()
+    return (losses * weights[steps]).mean()
 
 
 def training_states(encoded: encode.Encoded, train: Tensor) -> Tensor:
@@ -269,6 +273,7 @@ def main(args: argparse.Namespace) -> None:
         model.parameters(), lr=args.lr, weight_decay=0.0, betas=(0.9, 0.99), fused=True
     )
     diffusion = create_diffusion()
+    weights = loss_weights(diffusion).to(args.device)
     names = ("batch_size", "lr", "ema_decay", "caption_dropout", "token_skipping")
     names += ("width", "depth", "heads", "seed")
     settings = {name: getattr(args, name) for name in names} | {"data": encoded.digest}
@@ -283,7 +288,9 @@ def main(args: argparse.Namespace) -> None:
         torch.manual_seed(iteration_seed(args.seed, iteration))
         optimizer.param_groups[0]["lr"] = learning_rate(iteration, args.lr, iterations)
         skipping = args.token_skipping if iteration < (1 - DECAY_SHARE) * iterations else 0.0
-        loss = pixart_loss(model, diffusion, encoded, train, args.batch_size, args.caption_dropout, skipping)
+        loss = pixart_loss(
+            model, diffusion, encoded, train, args.batch_size, args.caption_dropout, skipping, weights
+        )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

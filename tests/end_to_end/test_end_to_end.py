@@ -9,7 +9,7 @@ import pytest
 import torch
 from commands import ROOT, error_line, run
 from conftest import tiny_training
-from end_to_end_rounds import rounds_of, take_step
+from end_to_end_rounds import rounds_of, stop_after, take_step
 from ranks import on_two_ranks, run_on_ranks
 from safetensors.torch import load_file, save_file
 
@@ -341,15 +341,8 @@ def test_killed_and_resumed_ends_bit_for_bit_the_same(whole, train_tiny, monkeyp
     """Killed among the exchanges, or among the updates of a run with a pool."""
     more, folder = whole
     stop, whole = 12 if more else 14, load_router(folder)
-    done, step_done = iter(range(stop)), Run.step_done
-
-    def step_or_die(self, update):
-        if next(done, None) is None:
-            raise KeyboardInterrupt
-        step_done(self, update)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "step_done", step_or_die)
+        patch.setattr(Run, "step_done", stop_after(stop))
         with pytest.raises(KeyboardInterrupt):
             train_tiny(own(STEPS, **more), "parts", target_speedup=1.5)
     resumed = load_router(train_tiny(own(STEPS, **more), "parts", target_speedup=1.5, resume="auto"))
@@ -486,11 +479,13 @@ def test_what_cannot_be_is_one_line(tmp_path, arguments, message):
     assert not list(tmp_path.glob("*/checkpoints/*"))
 
 
-def test_broken_weights_are_one_line(tmp_path):
+@pytest.mark.parametrize("search", ["grow", "linear"])
+def test_broken_weights_are_one_line(tmp_path, search):
     state = load_file(ROOT / "examples" / "digits" / "dit.safetensors")
     state["blocks.3.mlp.fc1.weight"][0] = 3e38  # finite, or the checkpoint would be refused
     save_file(state, tmp_path / "broken.safetensors")
-    line = error_line(*TRAIN, "--results-dir", tmp_path / "r", "--ckpt", tmp_path / "broken.safetensors")
+    arguments = ["--search", search, "--ckpt", tmp_path / "broken.safetensors"]
+    line = error_line(*TRAIN, *arguments, "--results-dir", tmp_path / "r")
     assert "the error of x_0 is nan at train step 1" in line
     assert not list(tmp_path.glob("r/*/checkpoints/*"))
 

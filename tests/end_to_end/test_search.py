@@ -16,12 +16,12 @@ from end_to_end.search import (
     fit,
     interpolated,
     learning_rate,
-    moving_scale,
     spending,
 )
 from end_to_end.trajectory import ReferenceTrajectory
 from router import Schedule, weights_read
 from sampling.loop import generate
+from schedules.any_speed import moving_scale
 from schedules.baselines import fora_schedule, random_schedule
 from training.target import Target
 
@@ -194,7 +194,7 @@ def test_a_step_of_unit_length_matters_equally(tiny_model, ten_steps, tiny_batch
     reference = ReferenceTrajectory.draw(tiny_model, ten_steps, noise, labels, 1.5)
     compute = fora_schedule(10, 4, 2).compute
     fitted = fit(reference, compute, 3)
-    scale, used = moving_scale(fitted), weights_read(compute, 3)
+    scale, used = moving_scale(fitted.gram, fitted.residual), weights_read(compute, 3)
     assert not used[-1].any()
     assert used[2].all()
     assert used[8].sum(-1).tolist() == [1] * 4

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from commands import error_line, run
+from end_to_end_rounds import stop_after
 from safetensors.torch import load_file, save_file
 
 from backbones.loading import load_model
@@ -12,7 +13,7 @@ from diffusion import create_diffusion
 from end_to_end import any_speed as training
 from router import find_router, load_router, save_router
 from sampling.loop import Trajectory, generate_seeded
-from schedules.any_speed import AnySpeed, closed_cells, fit_cell, fit_cells, moved
+from schedules.any_speed import AnySpeed, closed_cells, fit_cell, fit_cells, moved, speedup_macs
 from schedules.baselines import fora_schedule
 from training.settings import EndToEndSettings
 
@@ -37,9 +38,9 @@ def test_a_schedule_closes_no_more_than_its_speed_up_asks_for():
         closed = int((~schedule.compute).sum())
         cells = [tuple(cell) for cell in router.order.tolist()]
         assert torch.equal(schedule.compute, closed_cells(cells[:closed], 6, 4))
-        assert router.speedup_macs(schedule.compute) >= speedup
+        assert schedule.speedup_macs(router) >= speedup
         if closed:
-            assert router.speedup_macs(closed_cells(cells[: closed - 1], 6, 4)) < speedup
+            assert speedup_macs(closed_cells(cells[: closed - 1], 6, 4), 3, router) < speedup
         assert closed >= before
         before = closed
 
@@ -123,6 +124,14 @@ def test_its_size_for_the_largest_model():
     assert sum(one.nbytes for one in (*router.tensors.values(), router.logits)) < 1_000_000
 
 
+def test_anchors_end_at_what_the_steps_allow():
+    assert training.anchors(9.0)[0] == training.LEAST
+    assert training.anchors(9.0)[-1] == training.MOST
+    assert training.anchors(1.5)[-1] == 1.5
+    with pytest.raises(ValueError, match="the steps allow a speed-up of 1.15 at most"):
+        training.anchors(1.15)
+
+
 # ---- training --------------------------------------------------------------------------------------
 
 
@@ -134,17 +143,8 @@ def own(**others) -> EndToEndSettings:
 def test_killed_and_resumed_ends_bit_for_bit_the_same(train_tiny, tiny_model, monkeypatch):
     setting = {"num_sampling_steps": "6"}
     whole = load_router(train_tiny(own(), **setting))
-    from training.run import Run
-
-    step_done, done = Run.step_done, iter(range(3))
-
-    def step_or_die(self, update):
-        if next(done, None) is None:
-            raise KeyboardInterrupt
-        step_done(self, update)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "step_done", step_or_die)
+        patch.setattr("training.run.Run.step_done", stop_after(3))
         with pytest.raises(KeyboardInterrupt):
             train_tiny(own(), "parts", **setting)
     resumed = load_router(train_tiny(own(), "parts", resume="auto", **setting))
